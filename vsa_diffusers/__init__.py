@@ -1,0 +1,42 @@
+"""Video Sparse Attention for diffusers: `enable_vsa(pipe, top_k_ratio=0.2)`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import video_sparse_attention as video_sparse_attention
+    from .config import VSA_DEFAULT as VSA_DEFAULT
+    from .config import VSAConfig as VSAConfig
+    from .gates import add_gate_compress as add_gate_compress
+    from .gates import load_gates as load_gates
+    from .gates import save_gates as save_gates
+    from .models import VSAAttnProcessor as VSAAttnProcessor
+    from .pipeline import disable_vsa as disable_vsa
+    from .pipeline import enable_vsa as enable_vsa
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "VSAAttnProcessor": "models",
+    "VSAConfig": "config",
+    "VSA_DEFAULT": "config",
+    "add_gate_compress": "gates",
+    "disable_vsa": "pipeline",
+    "enable_vsa": "pipeline",
+    "load_gates": "gates",
+    "save_gates": "gates",
+    "video_sparse_attention": "attention",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,211 @@
+"""The public op: validates its arguments, chooses an implementation, and registers one operator with autograd."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from . import torch_impl
+from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, num_selected_tiles
+
+COMBINES = ("gate", "sum", "sparse", "merge")
+IMPLEMENTATIONS = ("auto", "torch")
+FEW_TILES = 16
+
+
+def video_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    video_shape: Sequence[int],
+    *,
+    top_k_ratio: float = 0.5,
+    top_k: int | None = None,
+    block_size: Sequence[int] = (4, 4, 4),
+    gate: torch.Tensor | None = None,
+    combine: str | None = None,
+    scale: float | None = None,
+    context_tokens: tuple[int, int] = (0, 0),
+    context_mask: torch.Tensor | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Video Sparse Attention (https://arxiv.org/abs/2505.13389) over a 3D grid of tokens, differentiable.
+
+    The grid is cut into tiles. Tile means of query and key give coarse scores; each query tile keeps the `top_k` key
+    tiles that score highest for its head, and attends exactly to their tokens (the sparse branch). Attention between
+    the tile means is the coarse branch.
+
+    Args:
+        query, key, value: `[batch, sequence, heads, head_dim]`, the same shape, dtype and device.
+        video_shape: `(T, H, W)`, the grid of video tokens after patchification.
+        top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser.
+        top_k: number of key tiles to keep, instead of `top_k_ratio`; more than there are means all.
+        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all.
+        gate: `[batch, sequence, heads, head_dim]`, weight of the coarse branch, used as it is (no activation).
+        combine: `"gate"`: sparse + gate * coarse. `"sum"`: sparse + coarse. `"sparse"`: sparse alone. `"merge"`: one
+            softmax over the selected tiles' tokens and one pooled key per unselected tile with logit
+            `scale * q . mean(k) + log(tile size)`; needs no training. `None`: "gate" if there is a gate, else "sum".
+        scale: factor on the logits; `head_dim**-0.5` if `None`.
+        context_tokens: `(before, after)`, tokens in the sequence that are not on the grid (text, reference frames).
+            Every video query attends to all of them exactly; they attend densely to everything.
+        context_mask: bool `[batch, before + after]`, False where a context key is padding.
+        implementation: `"auto"`, or `"torch"`, which runs on any device.
+
+    Returns:
+        `[batch, sequence, heads, head_dim]`, in the dtype of `query`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described above.
+    """
+    grid = TileGrid(check_video_shape(video_shape), check_block_size(block_size))
+    before, after = _check_context(query, grid, context_tokens, context_mask)
+    combine = _check_tensors(query, key, value, gate, combine)
+    if gate is not None:
+        gate = gate.to(query.dtype)
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    check_top_k(top_k, top_k_ratio)
+    count = num_selected_tiles(grid.num_tiles, top_k_ratio) if top_k is None else min(top_k, grid.num_tiles)
+    if grid.num_tiles < FEW_TILES and not torch.compiler.is_compiling():
+        _warn_few_tiles(grid)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    output, _ = _forward_op(
+        query, key, value, gate, context_mask, grid.video_shape, grid.block_size, count, combine, scale, before, after
+    )
+    return output
+
+
+def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_tensors(query, key, value, gate, combine: str | None) -> str:
+    """Check that the tensors fit each other, and return the combine mode they ask for."""
+    for name, tensor in (("key", key), ("value", value)):
+        for what in ("shape", "dtype", "device"):
+            ours, theirs = getattr(query, what), getattr(tensor, what)
+            if ours != theirs:
+                ours, theirs = (tuple(x) if what == "shape" else x for x in (ours, theirs))
+                raise ValueError(
+                    f"{name}.{what}={theirs} does not match query.{what}={ours}; query, key and value must all be "
+                    "[batch, sequence, heads, head_dim] of one shape, dtype and device."
+                )
+    if not query.dtype.is_floating_point or query.dtype.itemsize < 2:
+        raise ValueError(f"query.dtype={query.dtype} is not supported; use float32, float16 or bfloat16.")
+    if combine is None:
+        combine = "sum" if gate is None else "gate"
+    check_choice("combine", combine, COMBINES)
+    if (combine == "gate") != (gate is not None):
+        raise ValueError(
+            'combine="gate" needs gate=, a tensor [batch, sequence, heads, head_dim]; pass it, or choose "merge".'
+            if gate is None
+            else f'gate was given, but combine={combine!r} does not use it; pass combine="gate" or gate=None.'
+        )
+    if gate is not None and (gate.shape != query.shape or gate.device != query.device):
+        raise ValueError(
+            f"gate.shape={tuple(gate.shape)} on {gate.device} must equal query.shape={tuple(query.shape)} on "
+            f"{query.device}; unflatten the projection into [batch, sequence, heads, head_dim]."
+        )
+    return combine
+
+
+def _check_context(query, grid: TileGrid, context_tokens, context_mask) -> tuple[int, int]:
+    if query.ndim != 4:
+        raise ValueError(
+            f"query.shape={tuple(query.shape)} must be [batch, sequence, heads, head_dim], the layout diffusers uses."
+        )
+    try:
+        before, after = (int(count) for count in context_tokens)
+    except (TypeError, ValueError):
+        before = after = -1
+    if before < 0 or after < 0:
+        raise ValueError(f"context_tokens={context_tokens!r} must be two counts (before, after), for example (0, 256).")
+    batch, sequence = query.shape[:2]
+    if before + grid.num_tokens + after != sequence:
+        T, H, W = grid.video_shape
+        context = f" plus {before} + {after} context tokens" if before or after else ""
+        raise ValueError(
+            f"video_shape={grid.video_shape} has {T} * {H} * {W} = {grid.num_tokens} tokens{context}, but the sequence "
+            f"holds {sequence}; pass the grid after patchification, and count all other tokens in context_tokens."
+        )
+    if context_mask is not None and (
+        context_mask.shape != (batch, before + after)
+        or context_mask.dtype != torch.bool
+        or context_mask.device != query.device
+    ):
+        raise ValueError(
+            f"context_mask of shape {tuple(context_mask.shape)}, {context_mask.dtype} on {context_mask.device} must be "
+            f"bool [batch, before + after] = {(batch, before + after)} on {query.device}, True for valid keys."
+        )
+    return before, after
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_few_tiles(grid: TileGrid) -> None:
+    warnings.warn(
+        f"video_shape={grid.video_shape} with block_size={grid.block_size} makes {grid.num_tiles} tiles; with fewer "
+        f"than {FEW_TILES} sparse attention has little to skip, and dense attention is likely as fast.",
+        stacklevel=4,
+    )
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? gate, Tensor? context_mask, {}SymInt[] video_shape, "
+    "SymInt[] block_size, SymInt top_k, str combine, float scale, SymInt before, SymInt after"
+)
+
+
+@torch.library.custom_op(
+    "vsa_diffusers::attention", mutates_args=(), schema=f"({_ARGUMENTS.format('')}) -> (Tensor, Tensor)"
+)
+def _forward_op(query, key, value, gate, context_mask, *numbers):
+    return torch_impl.forward(query, key, value, gate, context_mask, _problem(*numbers))
+
+
+@_forward_op.register_fake
+def _(query, key, value, gate, context_mask, video_shape, block_size, top_k, *_):
+    num_tiles = math.prod(-(-extent // block) for extent, block in zip(video_shape, block_size, strict=True))
+    indices = query.new_empty((query.shape[0], query.shape[2], num_tiles, top_k), dtype=torch.int32)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), indices
+
+
+@torch.library.custom_op(
+    "vsa_diffusers::attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, "
+    + _ARGUMENTS.format("Tensor indices, ")
+    + ") -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(grad_output, query, key, value, gate, context_mask, indices, *numbers):
+    grads = torch_impl.backward(grad_output, query, key, value, gate, context_mask, indices, _problem(*numbers))
+    return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+@_backward_op.register_fake
+def _(grad_output, query, key, value, gate, *_):
+    empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return empty(query), empty(key), empty(value), query.new_empty(0) if gate is None else empty(gate)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    query, key, value, gate, context_mask, *ctx.numbers = inputs
+    ctx.save_for_backward(query, key, value, gate, context_mask, output[1])
+
+
+def _backward(ctx, grad_output, _):
+    *grads, grad_gate = _backward_op(grad_output, *ctx.saved_tensors, *ctx.numbers)
+    gate = grad_gate if ctx.saved_tensors[3] is not None else None
+    return (*grads, gate, *[None] * (1 + len(ctx.numbers)))
+
+
+_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _problem(video_shape, block_size, top_k, combine, scale, before, after) -> torch_impl.Problem:
+    grid = TileGrid(tuple(video_shape), tuple(block_size))
+    return torch_impl.Problem(grid, top_k, combine, scale, before, after)

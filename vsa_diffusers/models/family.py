@@ -1,0 +1,45 @@
+"""What the package knows of a model family, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..processor import FamilyAttnProcessor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of transformers has its video self-attention, and how to read its token grid.
+
+    Args:
+        name: the family's name in the docs.
+        transformers: class names in diffusers.
+        modules: regular expression that the full name of every video self-attention module matches.
+        processor: serves these modules.
+        read_grid: from the transformer and its forward's arguments by name, the grid `(T, H, W)`, or `None` where the
+            arguments do not tell.
+    """
+
+    name: str
+    transformers: tuple[str, ...]
+    modules: str
+    processor: type[FamilyAttnProcessor]
+    read_grid: Callable[[torch.nn.Module, Mapping[str, Any]], Grid | None]
+
+    def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """The video self-attention modules by name, in the order of the transformer's blocks."""
+        return {name: module for name, module in transformer.named_modules() if re.fullmatch(self.modules, name)}
+
+
+def patchified_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:
+    """Grid of `hidden_states` `[batch, channels, frames, height, width]` cut into `config.patch_size` patches."""
+    extents = inputs["hidden_states"].shape[-3:]
+    t, h, w = (extent // patch for extent, patch in zip(extents, transformer.config.patch_size, strict=True))
+    return t, h, w

@@ -1,0 +1,55 @@
+"""LTX-Video 0.9.x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers import transformer_ltx
+
+from ..processor import FamilyAttnProcessor
+from .family import Family, Grid
+
+
+class LTXVSAProcessor(FamilyAttnProcessor):
+    """Stands in for `LTXVideoAttnProcessor`."""
+
+    stock = transformer_ltx.LTXVideoAttnProcessor
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or not self.is_sparse(hidden_states.shape[1], attention_mask):
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = transformer_ltx.apply_rotary_emb(query, image_rotary_emb)
+            key = transformer_ltx.apply_rotary_emb(key, image_rotary_emb)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        output = self.attend(attn, query, key, value, hidden_states).flatten(2)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid | None:
+    """The latent extents that the pipelines pass; some pass only coordinates, or extents of 1, with other tokens."""
+    grid = inputs.get("num_frames"), inputs.get("height"), inputs.get("width")
+    if None in grid or math.prod(grid) != inputs["hidden_states"].shape[1]:
+        return None
+    return grid
+
+
+FAMILY = Family(
+    name="LTX-Video",
+    transformers=("LTXVideoTransformer3DModel",),
+    modules=r"transformer_blocks\.\d+\.attn1",
+    processor=LTXVSAProcessor,
+    read_grid=read_grid,
+)

@@ -1,0 +1,78 @@
+"""LTX-2: the video stream's self-attention. Text, audio and cross-modal attention stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers import transformer_ltx2
+
+from ..processor import FamilyAttnProcessor
+from .family import Family, Grid
+
+_ROTATE = {
+    "interleaved": transformer_ltx2.apply_interleaved_rotary_emb,
+    "split": transformer_ltx2.apply_split_rotary_emb,
+}
+
+
+class LTX2VSAProcessor(FamilyAttnProcessor):
+    """Stands in for `LTX2AudioVideoAttnProcessor` and `LTX2PerturbedAttnProcessor`."""
+
+    # Reference and keyframe tokens of the conditioning pipelines follow the video tokens.
+    surplus = "after"
+    stock = transformer_ltx2.LTX2PerturbedAttnProcessor
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        key_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        all_perturbed: bool | None = None,
+    ) -> torch.Tensor:
+        perturbation = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+        perturbation = {name: value for name, value in perturbation.items() if value is not None}
+        if (
+            encoder_hidden_states is not None
+            or bool(all_perturbed)
+            or not self.is_sparse(hidden_states.shape[1], attention_mask)
+        ):
+            rotary = (query_rotary_emb, key_rotary_emb)
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *rotary, **perturbation)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if query_rotary_emb is not None:
+            rotate = _ROTATE[attn.rope_type]
+            query = rotate(query, query_rotary_emb)
+            key = rotate(key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
+        heads = (attn.heads, -1)
+        output = self.attend(attn, *(x.unflatten(2, heads) for x in (query, key, value)), hidden_states).flatten(2)
+        if perturbation_mask is not None:
+            output = torch.lerp(value, output, perturbation_mask)
+        if attn.to_gate_logits is not None:
+            weight = 2 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            output = (output.unflatten(2, heads) * weight.unsqueeze(-1)).flatten(2)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid | None:
+    """The latent extents of the video, which every LTX-2 pipeline passes, in patches."""
+    frames, height, width = inputs.get("num_frames"), inputs.get("height"), inputs.get("width")
+    if frames is None or height is None or width is None:
+        return None
+    patch_t, patch = transformer.config.patch_size_t, transformer.config.patch_size
+    return frames // patch_t, height // patch, width // patch
+
+
+FAMILY = Family(
+    name="LTX-2",
+    transformers=("LTX2VideoTransformer3DModel",),
+    modules=r"transformer_blocks\.\d+\.attn1",
+    processor=LTX2VSAProcessor,
+    read_grid=read_grid,
+)

@@ -1,0 +1,52 @@
+"""Wan 2.1 and 2.2 (text-, image- and video-to-video) and VACE."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.transformers import transformer_wan
+
+from ..processor import FamilyAttnProcessor
+from .family import Family, patchified_grid
+
+
+class WanVSAProcessor(FamilyAttnProcessor):
+    """Stands in for `WanAttnProcessor`."""
+
+    stock = transformer_wan.WanAttnProcessor
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or not self.is_sparse(hidden_states.shape[1], attention_mask):
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = apply_rotary_emb(query, *rotary_emb), apply_rotary_emb(key, *rotary_emb)
+        output = self.attend(attn, query, key, value, hidden_states).flatten(2)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of `[batch, sequence, heads, head_dim]`; cos and sin repeat each angle twice."""
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
+
+
+FAMILY = Family(
+    name="Wan",
+    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    modules=r"(vace_)?blocks\.\d+\.attn1",
+    processor=WanVSAProcessor,
+    read_grid=patchified_grid,
+)

@@ -1,0 +1,109 @@
+"""The token grid of a video cut into 3D tiles: sizes, order, and how many tiles a query tile keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+MAX_TILE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """A `(T, H, W)` grid of video tokens, cut into tiles of `(t, h, w)` tokens.
+
+    Tiles are numbered t-major, `(t_tile * n_h + h_tile) * n_w + w_tile`, and so are the tokens inside a tile. Tiles at
+    the far edges hold fewer tokens when the block size does not divide the video shape.
+    """
+
+    video_shape: tuple[int, int, int]
+    block_size: tuple[int, int, int]
+
+    @property
+    def tiles_per_axis(self) -> tuple[int, int, int]:
+        (T, H, W), (t, h, w) = self.video_shape, self.block_size
+        return (-(-T // t), -(-H // h), -(-W // w))
+
+    @property
+    def num_tiles(self) -> int:
+        n_t, n_h, n_w = self.tiles_per_axis
+        return n_t * n_h * n_w
+
+    @property
+    def num_tokens(self) -> int:
+        T, H, W = self.video_shape
+        return T * H * W
+
+    @property
+    def tile_capacity(self) -> int:
+        t, h, w = self.block_size
+        return t * h * w
+
+    @property
+    def padding(self) -> float:
+        """Share of a padded layout that would hold no token, from 0 (nothing wasted) up."""
+        return 1 - self.num_tokens / (self.num_tiles * self.tile_capacity)
+
+    def token_index(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Position in the sequence of every tile slot: int64 `[num_tiles, tile_capacity]`, -1 where a slot is empty."""
+        axes = []
+        for extent, block, tiles in zip(self.video_shape, self.block_size, self.tiles_per_axis, strict=True):
+            position = torch.arange(tiles * block, device=device).reshape(tiles, block)
+            axes.append(torch.where(position < extent, position, -1))
+        t, h, w = axes
+        t, h, w = t[:, None, None, :, None, None], h[None, :, None, None, :, None], w[None, None, :, None, None, :]
+        _, H, W = self.video_shape
+        index = torch.where((t < 0) | (h < 0) | (w < 0), -1, (t * H + h) * W + w)
+        return index.reshape(self.num_tiles, self.tile_capacity)
+
+
+def num_selected_tiles(num_tiles: int, top_k_ratio: float) -> int:
+    """Key tiles that a query tile keeps: `ceil(top_k_ratio * num_tiles)`, at least 1 and at most all.
+
+    The small slack undoes float error such as `0.1 * 30 = 3.0000000000000004`.
+    """
+    return min(num_tiles, max(1, math.ceil(top_k_ratio * num_tiles - 1e-9 * num_tiles)))
+
+
+def check_top_k(top_k: int | None, top_k_ratio: float) -> None:
+    """Raise `ValueError` unless `top_k` is at least 1 (or None) and `top_k_ratio` in (0, 1]."""
+    if top_k is not None and (int(top_k) != top_k or top_k < 1):
+        raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
+    if not isinstance(top_k_ratio, (int, float)) or not 0 < top_k_ratio <= 1:
+        raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, for example 0.2.")
+
+
+def check_block_size(block_size: Sequence[int]) -> tuple[int, int, int]:
+    """The block size as a tuple of three ints, or a `ValueError` that says what is wrong with it."""
+    sizes = _three_positive_integers("block_size", block_size, "(4, 4, 4)")
+    if math.prod(sizes) > MAX_TILE_TOKENS:
+        raise ValueError(
+            f"block_size={sizes} makes tiles of {math.prod(sizes)} tokens; at most {MAX_TILE_TOKENS} are supported. "
+            "Choose a smaller block, for example (4, 4, 4)."
+        )
+    return sizes
+
+
+def check_video_shape(video_shape: Sequence[int] | None) -> tuple[int, int, int]:
+    """The video shape as a tuple of three ints, or a `ValueError` that says what is wrong with it."""
+    if video_shape is None:
+        raise ValueError(
+            "video_shape must be set: pass the (T, H, W) grid of video tokens after patchification, for example "
+            "video_shape=(21, 30, 52) for 81 frames of 480x832 in Wan, or call enable_vsa(pipe), which reads it from "
+            "the transformer's own inputs."
+        )
+    return _three_positive_integers("video_shape", video_shape, "(21, 30, 52)")
+
+
+def _three_positive_integers(name: str, value: Sequence[int], example: str) -> tuple[int, int, int]:
+    try:
+        sizes = tuple(value)
+        valid = len(sizes) == 3 and all(int(size) == size and size >= 1 for size in sizes)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{name}={value!r} must be three positive integers, for example {name}={example}.")
+    return sizes
