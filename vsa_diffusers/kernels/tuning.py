@@ -1,0 +1,117 @@
+"""How the kernels are launched: a small table per architecture, looked up from shapes alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..torch_impl import Problem
+
+LAYOUTS = ("direct", "tiled", "descriptor")
+# A copy of key and value above this many bytes is made for half of the heads at a time.
+WHOLE_COPY_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the sparse kernel runs.
+
+    Args:
+        layout: where it reads key and value: `"direct"` from the inputs, `"tiled"` from a copy in tile order,
+            `"descriptor"` from that copy through tensor descriptors (compute capability 9.0 or later).
+        warps, stages: warps of a program, and buffers of its main loop's pipeline.
+        keys: keys of one step, at most; a power of two.
+    """
+
+    layout: str = "direct"
+    warps: int = 4
+    stages: int = 2
+    keys: int = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs: the sparse kernel's launch, and what the other kernels need to know of the device."""
+
+    attend: Launch
+    heads: int  # heads that go through all kernels at a time
+    select_programs: int
+    select_precision: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the table is looked up by. `capability` is (0, 0) where it is not a CUDA device."""
+
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 4
+    descriptors: bool = False
+
+
+# By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
+_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
+    9: (
+        (64, Launch("descriptor", 4, 3), Launch("direct", 4, 3)),
+        (128, Launch("descriptor", 4, 2), Launch("direct", 4, 2)),
+        (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
+    ),
+    0: (
+        (128, Launch("tiled", 4, 2), Launch("direct", 4, 2)),
+        (256, Launch("tiled", 8, 2, 32), Launch("direct", 8, 2, 32)),
+    ),
+}
+_TABLE[10] = _TABLE[9]
+# A list that visits fewer keys than this does not repay the copy in tile order.
+LONG_LIST_KEYS = 2048
+
+
+def plan(query: torch.Tensor, problem: Problem, device: Device, launch: Launch | None = None) -> Plan:
+    """The plan for `query` `[B, S, H, D]`; `launch` overrides the table's."""
+    batch, _, heads, dim = query.shape
+    launch = launch or table_launch(query, problem, device)
+    copy_bytes = 2 * batch * problem.grid.num_tokens * heads * dim * query.element_size()
+    if launch.layout != "direct" and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
+        heads = -(-heads // 2)
+    precision = "tf32x3" if device.capability >= (8, 0) else "ieee"
+    return Plan(launch, heads, 4 * device.processors, precision)
+
+
+def table_launch(query: torch.Tensor, problem: Problem, device: Device) -> Launch:
+    """The table's choice, fitted to wide tiles, 32-bit inputs and what the device can do."""
+    dim, capacity = query.shape[-1], problem.grid.tile_capacity
+    rows = _TABLE.get(device.capability[0], _TABLE[0])
+    long, short = next(launches for most, *launches in rows if dim <= most)
+    long_list = problem.top_k * capacity >= LONG_LIST_KEYS
+    launch = long if long_list or _frame_span(query, problem) >= 2**31 else short
+    if launch.layout == "descriptor" and not can_describe(query, device):
+        launch = replace(launch, layout="tiled")
+    if query.element_size() == 4:
+        return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=32)
+    if capacity > 64:
+        launch = replace(launch, warps=8, stages=min(launch.stages, 2))
+    return launch
+
+
+def can_describe(query: torch.Tensor, device: Device) -> bool:
+    """Whether rows of `query`'s head_dim can be read through tensor descriptors on this device."""
+    return device.descriptors and query.shape[-1] * query.element_size() % 16 == 0
+
+
+@functools.lru_cache(maxsize=64)
+def device_of(index: int) -> Device:
+    """What the table needs to know of a CUDA or HIP device."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(processors=properties.multi_processor_count)
+    capability = torch.cuda.get_device_capability(index)
+    describes = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    return Device(capability, properties.multi_processor_count, describes and capability >= (9, 0))
+
+
+def _frame_span(query: torch.Tensor, problem: Problem) -> int:
+    """Elements between a tile's first and last token, which the direct layout counts in 32 bits."""
+    _, height, width = problem.grid.video_shape
+    return problem.grid.block_size[0] * height * width * query.stride(1)
