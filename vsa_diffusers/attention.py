@@ -177,9 +177,7 @@ def _(query, key, value, gate, context_mask, video_shape, block_size, top_k, *_)
 @torch.library.custom_op(
     "vsa_diffusers::attention_backward",
     mutates_args=(),
-    schema="(Tensor grad_output, "
-    + _ARGUMENTS.format("Tensor indices, ")
-    + ") -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_output, " + _ARGUMENTS.format("Tensor indices, ") + ") -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(grad_output, query, key, value, gate, context_mask, indices, *numbers):
     grads = torch_impl.backward(grad_output, query, key, value, gate, context_mask, indices, _problem(*numbers))

@@ -111,7 +111,7 @@ def select_tiles(mean_query: torch.Tensor, mean_key: torch.Tensor, scale: float,
         mean_query, mean_key: pooled `[B, H, N, D]`.
 
     Returns:
-        int32 `[B, H, N, top_k]`, ascending along the last axis, so that neighbouring query tiles walk the keys together.
+        int32 `[B, H, N, top_k]`, ascending, so that neighbouring query tiles walk the keys together.
     """
     batch, heads, num_tiles, _ = mean_query.shape
     rows = max(1, MIN_CHUNK_BYTES // (4 * batch * heads * num_tiles))
@@ -159,8 +159,8 @@ class _Tiled:
         rows = self.index[tiles]
         query = self.query.index_select(1, rows.flatten()).unflatten(1, rows.shape).movedim(3, 2)
         flat = self._rows(selected)
-        tiles = (x.index_select(0, flat) for x in (self.key_tiles, self.value_tiles))
-        return query, *tiles, self.extra_key, self.extra_value
+        key_tiles, value_tiles = (x.index_select(0, flat) for x in (self.key_tiles, self.value_tiles))
+        return query, key_tiles, value_tiles, self.extra_key, self.extra_value
 
     def scatter(self, grads, selected, grad_key, grad_value, grad_extra_key, grad_extra_value) -> None:
         """Add a chunk's gradients to those of the tiles and extra keys they were gathered from."""
@@ -198,13 +198,11 @@ class _Tiled:
 
     def coarse(self) -> torch.Tensor:
         """Attention between tiles, `[B, H, N, D]` in fp32 (fp64 for fp64 inputs)."""
-        return F.scaled_dot_product_attention(
-            self.mean_query, self.mean_key, self.mean_value, scale=self.problem.scale
-        )
+        return F.scaled_dot_product_attention(self.mean_query, self.mean_key, self.mean_value, scale=self.problem.scale)
 
     def _bias(self, selected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive mask `[B * H * c, 1, 1, keys]`: empty slots, padded context, and pooled tiles already selected."""
-        batch, heads, count, top_k = selected.shape
+        batch, heads, count, _ = selected.shape
         partial = self.problem.grid.padding > 0
         if not partial and self.extra_bias is None:
             return None
@@ -242,7 +240,7 @@ class _Tiled:
         return torch.cat(means, 2)
 
     def _tiles(self, x: torch.Tensor) -> torch.Tensor:
-        batch, _, heads, dim = x.shape
+        batch, _, heads, _ = x.shape
         tiles = x.index_select(1, self.index.flatten()).transpose(1, 2)
         return tiles.reshape(batch * heads * self.problem.grid.num_tiles, -1)
 
