@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .attention import video_sparse_attention as video_sparse_attention
     from .config import VSA_DEFAULT as VSA_DEFAULT
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from .models import VSAAttnProcessor as VSAAttnProcessor
     from .pipeline import disable_vsa as disable_vsa
     from .pipeline import enable_vsa as enable_vsa
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "VSAAttnProcessor": "models",
@@ -29,7 +29,18 @@ _HOMES = {
     "save_gates": "gates",
     "video_sparse_attention": "attention",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "VSA_DEFAULT",
+    "VSAAttnProcessor",
+    "VSAConfig",
+    "__version__",
+    "add_gate_compress",
+    "disable_vsa",
+    "enable_vsa",
+    "load_gates",
+    "save_gates",
+    "video_sparse_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import torch_impl
+from . import torch_backward, torch_impl
 from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, num_selected_tiles
 
 COMBINES = ("gate", "sum", "sparse", "merge")
@@ -198,12 +198,10 @@ def _(query, key, value, gate, context_mask, video_shape, block_size, top_k, *_)
 @torch.library.custom_op(
     "vsa_diffusers::attention_backward",
     mutates_args=(),
-    schema="(Tensor grad_output, "
-    + _ARGUMENTS.format("Tensor indices, ")
-    + ") -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_output, " + _ARGUMENTS.format("Tensor indices, ") + ") -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(grad_output, query, key, value, gate, context_mask, indices, *numbers):
-    grads = torch_impl.backward(grad_output, query, key, value, gate, context_mask, indices, _problem(*numbers))
+    grads = torch_backward.backward(grad_output, query, key, value, gate, context_mask, indices, _problem(*numbers))
     return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 

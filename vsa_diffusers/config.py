@@ -163,7 +163,7 @@ def _pattern_form(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     patterns = {}
     for pattern, values in config.items():
         if not isinstance(values, Mapping):
-            raise ValueError(f"config[{pattern!r}]={values!r} must be a dict, for example {{'enable': False}}.")
+            raise TypeError(f"config[{pattern!r}]={values!r} must be a dict, for example {{'enable': False}}.")
         _check_keys(f"config[{pattern!r}]", values, ["method", "enable", *_PATTERN_KEYS])
         check_choice(f"config[{pattern!r}]['method']", values.get("method", "vsa"), ["vsa"])
         patterns[pattern] = {_PATTERN_KEYS[key]: value for key, value in values.items() if key in _PATTERN_KEYS}

@@ -60,7 +60,7 @@ def save_gates(transformer: torch.nn.Module, path: str | os.PathLike[str]) -> Pa
     Raises:
         ValueError: there are no gates.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, attn in _video_modules(transformer).items():
         gate = getattr(attn, GATE, None)
         if gate is not None:
@@ -142,7 +142,7 @@ def _video_modules(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
 def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, torch.Tensor]]:
     for file in _files(path_or_repo):
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():
+            for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
                 if f".{GATE}." in key:
                     yield key, tensors.get_tensor(key)
 

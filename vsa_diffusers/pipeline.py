@@ -112,7 +112,8 @@ class ShapeHook:
             inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
             self.state.video_shape = self.family.read_grid(transformer, inputs)
         if self.pipe is not None:
-            self.state.dense_step = is_dense_step(self.pipe().scheduler, self.dense_steps)
+            pipe = self.pipe()
+            self.state.dense_step = pipe is not None and is_dense_step(pipe.scheduler, self.dense_steps)
 
 
 def is_dense_step(scheduler: Any, dense_steps: float) -> bool:
@@ -143,7 +144,9 @@ class _Plan:
         configs = {name: settle_combine(each, modules[name], name) for name, each in configs.items()}
         shapes = {each.video_shape for each in configs.values()}
         if len(shapes) > 1:
-            raise ValueError(f"config sets different values of video_shape in one transformer: {sorted(map(str, shapes))}.")
+            raise ValueError(
+                f"config sets different values of video_shape in one transformer: {sorted(map(str, shapes))}."
+            )
         shared = config if isinstance(config, VSAConfig) else VSAConfig(video_shape=next(iter(shapes), None))
         if shared.dense_steps and not hasattr(getattr(pipe, "scheduler", None), "step_index"):
             what = type(getattr(pipe, "scheduler", pipe)).__name__

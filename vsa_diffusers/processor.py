@@ -38,6 +38,7 @@ class FamilyAttnProcessor:
 
     stock: type
     """The processor that diffusers gives such a module, able to serve every call to its class."""
+    __call__: Callable[..., torch.Tensor]
     surplus: str | None = None
     """Where tokens beyond the grid sit in this family's sequence: "before", "after", or None if there are none."""
 
@@ -51,7 +52,7 @@ class FamilyAttnProcessor:
 
     @classmethod
     def stand_in(cls, config: VSAConfig, attn: torch.nn.Module, state: VideoState) -> FamilyAttnProcessor:
-        """A processor for a module whose place in the transformer is unknown: only the token count tells it is video."""
+        """For a module whose place in the transformer is unknown: only the number of tokens tells that it is video."""
         processor = cls(settle_combine(config, attn), cls.stock(), state, strict=cls.surplus is None)
         processor.surplus = None
         return processor
@@ -73,37 +74,52 @@ class FamilyAttnProcessor:
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
-    def is_sparse(self, sequence: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether this call can be sparse. If it cannot, the reason is logged, once per reason.
+    def sparse_shape(self, sequence: int, attention_mask: torch.Tensor | None) -> tuple[int, int, int] | None:
+        """The video shape if this call can be sparse. If it cannot, `None`, and the reason is logged, once per reason.
 
         Raises:
             ValueError: the user's own `video_shape` does not match the `sequence` tokens.
         """
+        reason = self._why_dense(sequence, attention_mask)
+        if reason is None:
+            return self.state.video_shape
+        if not torch.compiler.is_compiling() and reason not in self._logged:
+            self._logged.add(reason)
+            level = logging.INFO if self.state.dense_step else logging.WARNING
+            logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
+        return None
+
+    def _why_dense(self, sequence: int, attention_mask: torch.Tensor | None) -> str | None:
         if self.state.dense_step:
-            return self._dense("this denoising step is one of dense_steps", logging.INFO)
+            return "this denoising step is one of dense_steps"
         if attention_mask is not None:
-            return self._dense("the call has an attention mask")
+            return "the call has an attention mask"
         if self._parallel_config is not None:
-            return self._dense("context parallelism splits the sequence")
+            return "context parallelism splits the sequence"
         shape = self.state.video_shape
         if shape is None:
-            return self._dense("the video shape could not be read from the transformer's inputs; pass video_shape=")
+            return "the video shape could not be read from the transformer's inputs; pass video_shape="
         tokens = math.prod(shape)
         if tokens == sequence or (tokens < sequence and self.surplus is not None):
-            return True
+            return None
         mismatch = f"video_shape={shape} has {tokens} tokens, but the attention sees {sequence}"
         if self.strict:
             raise ValueError(
                 f"{self.name or 'attention'}: {mismatch}; pass the (T, H, W) grid after patchification, or leave "
                 "video_shape out of enable_vsa(), which then reads it from the transformer's inputs."
             )
-        return self._dense(mismatch)
+        return mismatch
 
     def attend(
-        self, attn: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor
+        self,
+        attn: torch.nn.Module,
+        shape: tuple[int, int, int],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor,
     ) -> torch.Tensor:
-        """Sparse attention of `[batch, sequence, heads, head_dim]`, gated by a projection of `hidden` if so configured."""
-        shape = self.state.video_shape
+        """Sparse attention of `[batch, sequence, heads, head_dim]`; the gate, if any, is projected from `hidden`."""
         surplus = query.shape[1] - math.prod(shape)
         gate = None
         if self.config.combine == "gate":
@@ -121,12 +137,6 @@ class FamilyAttnProcessor:
             context_tokens=(surplus, 0) if self.surplus == "before" else (0, surplus),
             implementation=self.config.implementation,
         )
-
-    def _dense(self, reason: str, level: int = logging.WARNING) -> bool:
-        if not torch.compiler.is_compiling() and reason not in self._logged:
-            self._logged.add(reason)
-            logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
-        return False
 
 
 def settle_combine(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:

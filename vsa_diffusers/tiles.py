@@ -73,7 +73,7 @@ def check_top_k(top_k: int | None, top_k_ratio: float) -> None:
     if top_k is not None and (int(top_k) != top_k or top_k < 1):
         raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
     if not isinstance(top_k_ratio, (int, float)) or not 0 < top_k_ratio <= 1:
-        raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, for example 0.2.")
+        raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, such as 0.2.")
 
 
 def check_block_size(block_size: Sequence[int]) -> tuple[int, int, int]:
@@ -100,10 +100,10 @@ def check_video_shape(video_shape: Sequence[int] | None) -> tuple[int, int, int]
 
 def _three_positive_integers(name: str, value: Sequence[int], example: str) -> tuple[int, int, int]:
     try:
-        sizes = tuple(value)
-        valid = len(sizes) == 3 and all(int(size) == size and size >= 1 for size in sizes)
+        first, second, third = value
+        valid = all(int(size) == size and size >= 1 for size in value)
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise ValueError(f"{name}={value!r} must be three positive integers, for example {name}={example}.")
-    return sizes
+    return first, second, third

@@ -1,10 +1,10 @@
 """Video Sparse Attention in PyTorch: runs anywhere, skips the work of unselected tiles, bounds its memory.
 
-Query tiles are handled a chunk at a time: the tokens of the selected tiles are gathered into one key row per query
-tile, and `scaled_dot_product_attention` does the rest, accumulating in fp32. The backward pass recomputes each chunk.
+Query tiles are handled a chunk at a time: the tokens of the selected tiles are gathered into one row of keys per query
+tile, and `scaled_dot_product_attention` does the rest, accumulating in fp32.
 
-Shapes: B batch, H heads, S tokens, D head_dim, N tiles, C tile capacity, K selected tiles, E extra keys (context
-tokens, and in "merge" mode the pooled tiles).
+Shapes: B batch, H heads, S tokens, D head_dim, N tiles, C tile capacity, K selected tiles, c tiles of a chunk,
+R = B * H * c rows, E extra keys (context tokens, and in "merge" mode the pooled tiles), L = K * C + E keys of a row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,18 @@ class Problem:
 
     @property
     def video(self) -> slice:
+        """The video tokens of the sequence."""
         return slice(self.before, self.before + self.grid.num_tokens)
+
+    @property
+    def has_coarse(self) -> bool:
+        """Whether the coarse branch is added to the sparse one."""
+        return self.combine in ("gate", "sum")
+
+    @property
+    def num_context(self) -> int:
+        """Context tokens on both sides."""
+        return self.before + self.after
 
 
 def forward(
@@ -46,62 +57,29 @@ def forward(
     problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, S, H, D]` and the selected tiles `[B, H, N, K]` (int32, ascending)."""
-    tiled = _Tiled(query, key, value, context_mask, problem)
+    tiled = Tiled(query, key, value, context_mask, problem)
     indices = select_tiles(tiled.mean_query, tiled.mean_key, problem.scale, problem.top_k)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     for tiles in tiled.chunks():
-        tokens, valid = tiled.tokens(tiles)
-        rows = tiled.attend(tiles, indices[:, :, tiles], *tiled.gather(tiles, indices[:, :, tiles]))
-        output.index_copy_(1, tokens, rows[:, valid].to(output.dtype))
-    if problem.combine in ("gate", "sum"):
-        _add_coarse(output, tiled.coarse(), gate, tiled)
-    if problem.before or problem.after:
-        _context_rows(output, query, key, value, context_mask, problem)
-    return output, indices
-
-
-def backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor | None,
-    context_mask: torch.Tensor | None,
-    indices: torch.Tensor,
-    problem: Problem,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value and gate. Which tiles are selected is not differentiated, as published."""
-    with torch.enable_grad():
-        query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
-        gate = gate.detach().requires_grad_() if gate is not None else None
-        tiled = _Tiled(query, key, value, context_mask, problem)
-        leaves = tiled.leaves()
-    grads = [torch.zeros_like(leaf, dtype=_accumulator(leaf.dtype)) for leaf in leaves]
-    grad_query = torch.zeros_like(query)
-    for tiles in tiled.chunks():
-        tokens, valid = tiled.tokens(tiles)
         selected = indices[:, :, tiles]
-        with torch.enable_grad():
-            parts = [x.detach().requires_grad_() for x in tiled.gather(tiles, selected)]
-            rows = tiled.attend(tiles, selected, *parts)[:, valid]
-            part_grads = torch.autograd.grad(rows, parts, grad_output[:, tokens].to(rows.dtype))
-        grad_query[:, tokens] += part_grads[0].movedim(2, 3).flatten(1, 2)[:, valid].to(query.dtype)
-        tiled.scatter(grads, selected, *part_grads[1:])
-    with torch.enable_grad():
-        outputs, output_grads = list(leaves), [g.to(x.dtype) for g, x in zip(grads, leaves, strict=True)]
-        if problem.combine in ("gate", "sum"):
-            coarse = _spread(tiled.coarse(), tiled)
-            outputs.append(coarse if gate is None else coarse * gate[:, problem.video])
-            output_grads.append(grad_output[:, problem.video].to(outputs[-1].dtype))
-        if problem.before or problem.after:
-            context = _context_attention(query, key, value, context_mask, problem)
-            outputs.append(context)
-            output_grads.append(_context_of(grad_output, problem))
-        inputs = [query, key, value] + ([gate] if gate is not None else [])
-        input_grads = list(torch.autograd.grad(outputs, inputs, output_grads, allow_unused=True))
-    input_grads[0] = grad_query if input_grads[0] is None else input_grads[0] + grad_query
-    input_grads = [torch.zeros_like(x) if g is None else g for g, x in zip(input_grads, inputs, strict=True)]
-    return input_grads[0], input_grads[1], input_grads[2], input_grads[3] if gate is not None else None
+        rows = F.scaled_dot_product_attention(
+            tiled.tokens(query, tiles)[:, None],
+            tiled.row_keys(tiled.key_tiles, tiled.extra_key, selected)[:, None],
+            tiled.row_keys(tiled.value_tiles, tiled.extra_value, selected)[:, None],
+            attn_mask=tiled.bias(selected, query.dtype),
+            scale=problem.scale,
+        )
+        tiled.put_tokens(output, rows, tiles)
+    if problem.has_coarse:
+        _add_coarse(output, gate, tiled)
+    if problem.num_context:
+        mask = context_key_mask(key, context_mask, problem)
+        rows = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (context_of(query, problem), key, value)), attn_mask=mask, scale=problem.scale
+        ).transpose(1, 2)
+        output[:, : problem.before] = rows[:, : problem.before]
+        output[:, problem.video.stop :] = rows[:, problem.before :]
+    return output, indices
 
 
 def select_tiles(mean_query: torch.Tensor, mean_key: torch.Tensor, scale: float, top_k: int) -> torch.Tensor:
@@ -111,24 +89,30 @@ def select_tiles(mean_query: torch.Tensor, mean_key: torch.Tensor, scale: float,
         mean_query, mean_key: pooled `[B, H, N, D]`.
 
     Returns:
-        int32 `[B, H, N, top_k]`, ascending along the last axis, so that neighbouring query tiles walk the keys together.
+        int32 `[B, H, N, top_k]`, ascending, so that neighbouring query tiles walk the keys together.
     """
     batch, heads, num_tiles, _ = mean_query.shape
     rows = max(1, MIN_CHUNK_BYTES // (4 * batch * heads * num_tiles))
-    keys = mean_key.detach().transpose(-1, -2)
+    keys = mean_key.transpose(-1, -2)
     chunks = []
-    for part in mean_query.detach().split(rows, dim=2):
+    for part in mean_query.split(rows, dim=2):
         chosen = (part @ keys * scale).topk(top_k, dim=-1, sorted=False).indices
         chunks.append(chosen.sort(dim=-1).values.to(torch.int32))
     return torch.cat(chunks, dim=2)
 
 
-class _Tiled:
+class Tiled:
     """The inputs cut into tiles: key and value copied in tile order, the means, and the extra keys of every row."""
 
-    def __init__(self, query, key, value, context_mask, problem: Problem):
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context_mask: torch.Tensor | None,
+        problem: Problem,
+    ):
         self.problem, grid = problem, problem.grid
-        self.query = query
         index = grid.token_index(query.device)  # [N, C]
         self.valid = index >= 0
         # An empty slot reads its tile's first token: finite, and masked out of every softmax.
@@ -137,92 +121,74 @@ class _Tiled:
         self.mean_query, self.mean_key, self.mean_value = (self._means(x) for x in (query, key, value))
         self.key_tiles, self.value_tiles = (self._tiles(x) for x in (key, value))  # [B * H * N, C * D]
         self.extra_key, self.extra_value, self.extra_bias = self._extra(key, value, context_mask)
-        tile_bytes = key.shape[0] * key.shape[2] * key.shape[3] * key.element_size() * 2
-        per_tile = tile_bytes * (problem.top_k * grid.tile_capacity + self.extra_key.shape[2])
-        budget = max(MIN_CHUNK_BYTES, tile_bytes * grid.num_tokens // 16)
-        self.chunk = max(1, budget // per_tile)
-
-    def leaves(self) -> list[torch.Tensor]:
-        return [self.key_tiles, self.value_tiles, self.extra_key, self.extra_value]
+        token_bytes = key.shape[0] * key.shape[2] * key.shape[3] * key.element_size() * 2
+        per_tile = token_bytes * (problem.top_k * grid.tile_capacity + self.extra_key.shape[2])
+        budget = max(MIN_CHUNK_BYTES, token_bytes * grid.num_tokens // 16)
+        self._chunk = max(1, budget // per_tile)
 
     def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.problem.grid.num_tiles, self.chunk):
-            yield slice(start, min(start + self.chunk, self.problem.grid.num_tiles))
+        """Ranges of query tiles whose gathered keys are about a sixteenth of key and value, or one tile."""
+        for start in range(0, self.problem.grid.num_tiles, self._chunk):
+            yield slice(start, min(start + self._chunk, self.problem.grid.num_tiles))
 
-    def tokens(self, tiles: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequence positions of the valid tokens of these tiles, and the slots (flattened) that hold them."""
-        valid = self.valid[tiles].flatten()
-        return self.index[tiles].flatten()[valid], valid
-
-    def gather(self, tiles: slice, selected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query `[B, c, H, C, D]`, key and value tiles `[B * H * c * K, C * D]`, extra key and value, of one chunk."""
+    def tokens(self, x: torch.Tensor, tiles: slice) -> torch.Tensor:
+        """The tokens of a chunk's tiles: `[B, S, H, D]` to `[R, C, D]`; empty slots repeat a valid token."""
         rows = self.index[tiles]
-        query = self.query.index_select(1, rows.flatten()).unflatten(1, rows.shape).movedim(3, 2)
-        flat = self._rows(selected)
-        tiles = (x.index_select(0, flat) for x in (self.key_tiles, self.value_tiles))
-        return query, *tiles, self.extra_key, self.extra_value
+        return x.index_select(1, rows.flatten()).unflatten(1, rows.shape).movedim(3, 1).flatten(0, 2)
 
-    def scatter(self, grads, selected, grad_key, grad_value, grad_extra_key, grad_extra_value) -> None:
-        """Add a chunk's gradients to those of the tiles and extra keys they were gathered from."""
-        flat = self._rows(selected)
-        grads[0].index_add_(0, flat, grad_key.to(grads[0].dtype))
-        grads[1].index_add_(0, flat, grad_value.to(grads[1].dtype))
-        grads[2] += grad_extra_key
-        grads[3] += grad_extra_value
+    def put_tokens(self, x: torch.Tensor, rows: torch.Tensor, tiles: slice) -> None:
+        """The inverse of `tokens`: write the valid slots of `rows` into `x` `[B, S, H, D]`."""
+        batch, _, heads, dim = x.shape
+        valid = self.valid[tiles].flatten()
+        rows = rows.reshape(batch, heads, -1, dim)[:, :, valid].transpose(1, 2)
+        x.index_copy_(1, self.index[tiles].flatten()[valid], rows.to(x.dtype))
 
-    def _rows(self, selected: torch.Tensor) -> torch.Tensor:
+    def selected_rows(self, selected: torch.Tensor) -> torch.Tensor:
         """Rows of `key_tiles` that hold the selected tiles `[B, H, c, K]`, flattened."""
         batch, heads = selected.shape[:2]
         offset = torch.arange(batch * heads, device=selected.device).reshape(batch, heads, 1, 1)
         return (selected + offset * self.problem.grid.num_tiles).flatten()
 
-    def attend(self, tiles: slice, selected, query, key_tiles, value_tiles, extra_key, extra_value) -> torch.Tensor:
-        """Exact attention of a chunk's query tokens over their rows of keys: `[B, c * C, H, D]`."""
-        batch, count, heads, capacity, dim = query.shape
-        rows, top_k = batch * heads * count, selected.shape[-1]
+    def row_keys(self, tiles: torch.Tensor, extra: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Keys or values that each query tile of a chunk sees, `[R, L, D]`: its selected tiles, then the extra ones."""
+        batch, heads, count, _ = selected.shape
+        dim = extra.shape[-1]
+        rows = tiles.index_select(0, self.selected_rows(selected)).reshape(batch * heads * count, -1, dim)
+        if not extra.shape[2]:
+            return rows
+        extra = extra[:, :, None].expand(-1, -1, count, -1, -1).reshape(batch * heads * count, -1, dim)
+        return torch.cat([rows, extra], 1)
 
-        def row_keys(tiles: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-            tiles = tiles.reshape(rows, 1, top_k * capacity, dim)
-            if not extra.shape[2]:
-                return tiles
-            return torch.cat([tiles, extra[:, :, None].expand(-1, -1, count, -1, -1).reshape(rows, 1, -1, dim)], 2)
-
-        output = F.scaled_dot_product_attention(
-            query.transpose(1, 2).reshape(rows, 1, capacity, dim),
-            row_keys(key_tiles, extra_key),
-            row_keys(value_tiles, extra_value),
-            attn_mask=self._bias(selected, query.dtype),
-            scale=self.problem.scale,
-        )
-        return output.reshape(batch, heads, count, capacity, dim).permute(0, 2, 3, 1, 4).flatten(1, 2)
-
-    def coarse(self) -> torch.Tensor:
-        """Attention between tiles, `[B, H, N, D]` in fp32 (fp64 for fp64 inputs)."""
-        return F.scaled_dot_product_attention(
-            self.mean_query, self.mean_key, self.mean_value, scale=self.problem.scale
-        )
-
-    def _bias(self, selected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask `[B * H * c, 1, 1, keys]`: empty slots, padded context, and pooled tiles already selected."""
-        batch, heads, count, top_k = selected.shape
-        partial = self.problem.grid.padding > 0
-        if not partial and self.extra_bias is None:
+    def bias(self, selected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask `[R, 1, 1, L]`: empty slots, padded context, and pooled tiles already selected."""
+        batch, heads, count, _ = selected.shape
+        if self.problem.grid.padding == 0 and self.extra_bias is None:
             return None
         slots = torch.zeros(self.valid.shape, device=selected.device, dtype=dtype).masked_fill_(~self.valid, -math.inf)
         bias = [slots[selected.long()].flatten(3)]
-        if self.extra_key.shape[2]:
+        if self.extra_bias is not None:
             extra = self.extra_bias.to(dtype)[:, None, None].expand(batch, heads, count, -1).contiguous()
             if self.problem.combine == "merge":
-                start = extra.shape[-1] - self.problem.grid.num_tiles
-                extra.scatter_(-1, selected.long() + start, -math.inf)
+                extra.scatter_(-1, selected.long() + self.problem.num_context, -math.inf)
             bias.append(extra)
         return torch.cat(bias, -1).reshape(batch * heads * count, 1, 1, -1)
+
+    def coarse(self) -> torch.Tensor:
+        """Attention between tiles, `[B, H, N, D]` in fp32 (fp64 for fp64 inputs)."""
+        return F.scaled_dot_product_attention(self.mean_query, self.mean_key, self.mean_value, scale=self.problem.scale)
+
+    def spread(self, per_tile: torch.Tensor) -> torch.Tensor:
+        """Give every video token its tile's value: `[B, H, N, D]` to `[B, T*H*W, H, D]`."""
+        tile = torch.arange(len(self.index), device=self.index.device)[:, None].expand_as(self.index)
+        tile_of_token = torch.empty(self.problem.grid.num_tokens, device=tile.device, dtype=torch.long)
+        tile_of_token[(self.index - self.problem.before)[self.valid]] = tile[self.valid]
+        return per_tile.transpose(1, 2).index_select(1, tile_of_token)
 
     def _extra(self, key, value, context_mask):
         """Keys that every query tile sees: context tokens, then (merge) one pooled key per tile of weight its size."""
         problem = self.problem
-        keys, values = ([_context_of(x, problem).transpose(1, 2)] for x in (key, value))
-        bias = torch.zeros(key.shape[0], problem.before + problem.after, device=key.device, dtype=self.mean_key.dtype)
+        keys, values = ([context_of(x, problem).transpose(1, 2)] for x in (key, value))
+        bias = torch.zeros(key.shape[0], problem.num_context, device=key.device, dtype=self.mean_key.dtype)
         if context_mask is not None:
             bias = bias.masked_fill(~context_mask, -math.inf)
         if problem.combine == "merge":
@@ -234,7 +200,7 @@ class _Tiled:
 
     def _means(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over each tile's valid tokens, `[B, H, N, D]`, accumulated in fp32."""
-        weight = (self.valid / self.sizes[:, None]).to(_accumulator(x.dtype))
+        weight = self.valid.to(accumulator(x.dtype)) / self.sizes[:, None]
         means = []
         for index, share in zip(self.index.split(64), weight.split(64), strict=True):
             tokens = x.index_select(1, index.flatten()).unflatten(1, index.shape).to(weight.dtype)
@@ -242,52 +208,35 @@ class _Tiled:
         return torch.cat(means, 2)
 
     def _tiles(self, x: torch.Tensor) -> torch.Tensor:
-        batch, _, heads, dim = x.shape
+        batch, _, heads, _ = x.shape
         tiles = x.index_select(1, self.index.flatten()).transpose(1, 2)
         return tiles.reshape(batch * heads * self.problem.grid.num_tiles, -1)
 
 
-def _spread(coarse: torch.Tensor, tiled: _Tiled) -> torch.Tensor:
-    """Give every video token its tile's coarse result: `[B, H, N, D]` to `[B, T*H*W, H, D]`."""
-    tile_of_token = torch.empty(tiled.problem.grid.num_tokens, device=coarse.device, dtype=torch.long)
-    tile = torch.arange(coarse.shape[2], device=coarse.device)[:, None].expand_as(tiled.index)
-    tile_of_token[(tiled.index - tiled.problem.before)[tiled.valid]] = tile[tiled.valid]
-    return coarse.transpose(1, 2)[:, tile_of_token]
-
-
-def _add_coarse(output, coarse, gate, tiled: _Tiled) -> None:
-    video = tiled.problem.video
-    for batch in range(output.shape[0]):
-        spread = _spread(coarse[batch : batch + 1], tiled)
-        if gate is not None:
-            spread *= gate[batch : batch + 1, video]
-        output[batch : batch + 1, video] += spread
-
-
-def _context_of(x: torch.Tensor, problem: Problem) -> torch.Tensor:
+def context_of(x: torch.Tensor, problem: Problem) -> torch.Tensor:
     """The context tokens of `[B, S, ...]`: those before and those after the video tokens."""
     return torch.cat([x[:, : problem.before], x[:, problem.video.stop :]], 1)
 
 
-def _context_attention(query, key, value, context_mask, problem: Problem) -> torch.Tensor:
-    """Dense attention of the context queries over all valid keys, `[B, before + after, H, D]`."""
-    mask = None
-    if context_mask is not None:
-        mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
-        mask[:, : problem.before] = context_mask[:, : problem.before]
-        mask[:, problem.video.stop :] = context_mask[:, problem.before :]
-        mask = mask[:, None, None]
-    rows = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (_context_of(query, problem), key, value)), attn_mask=mask, scale=problem.scale
-    )
-    return rows.transpose(1, 2)
+def context_key_mask(key: torch.Tensor, context_mask: torch.Tensor | None, problem: Problem) -> torch.Tensor | None:
+    """Keys that a context query may see, bool `[B, 1, 1, S]`, or `None` for all."""
+    if context_mask is None:
+        return None
+    mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+    mask[:, : problem.before] = context_mask[:, : problem.before]
+    mask[:, problem.video.stop :] = context_mask[:, problem.before :]
+    return mask[:, None, None]
 
 
-def _context_rows(output, query, key, value, context_mask, problem: Problem) -> None:
-    rows = _context_attention(query, key, value, context_mask, problem)
-    output[:, : problem.before] = rows[:, : problem.before]
-    output[:, problem.video.stop :] = rows[:, problem.before :]
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _add_coarse(output: torch.Tensor, gate: torch.Tensor | None, tiled: Tiled) -> None:
+    coarse, video = tiled.coarse(), tiled.problem.video
+    for item in range(output.shape[0]):
+        spread = tiled.spread(coarse[item : item + 1])
+        if gate is not None:
+            spread *= gate[item : item + 1, video]
+        output[item : item + 1, video] += spread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,9 @@ class LTXVSAProcessor(FamilyAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if encoder_hidden_states is not None or not self.is_sparse(hidden_states.shape[1], attention_mask):
+        is_self = encoder_hidden_states is None
+        shape = self.sparse_shape(hidden_states.shape[1], attention_mask) if is_self else None
+        if shape is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
@@ -34,16 +35,16 @@ class LTXVSAProcessor(FamilyAttnProcessor):
             query = transformer_ltx.apply_rotary_emb(query, image_rotary_emb)
             key = transformer_ltx.apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        output = self.attend(attn, query, key, value, hidden_states).flatten(2)
+        output = self.attend(attn, shape, query, key, value, hidden_states).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
 
 def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid | None:
     """The latent extents that the pipelines pass; some pass only coordinates, or extents of 1, with other tokens."""
-    grid = inputs.get("num_frames"), inputs.get("height"), inputs.get("width")
-    if None in grid or math.prod(grid) != inputs["hidden_states"].shape[1]:
+    frames, height, width = inputs.get("num_frames"), inputs.get("height"), inputs.get("width")
+    if frames is None or height is None or width is None:
         return None
-    return grid
+    return (frames, height, width) if frames * height * width == inputs["hidden_states"].shape[1] else None
 
 
 FAMILY = Family(

@@ -37,11 +37,9 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
     ) -> torch.Tensor:
         perturbation = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
         perturbation = {name: value for name, value in perturbation.items() if value is not None}
-        if (
-            encoder_hidden_states is not None
-            or bool(all_perturbed)
-            or not self.is_sparse(hidden_states.shape[1], attention_mask)
-        ):
+        not_sparse = encoder_hidden_states is not None or bool(all_perturbed)
+        shape = None if not_sparse else self.sparse_shape(hidden_states.shape[1], attention_mask)
+        if shape is None:
             rotary = (query_rotary_emb, key_rotary_emb)
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *rotary, **perturbation)
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -51,7 +49,8 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
             query = rotate(query, query_rotary_emb)
             key = rotate(key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
         heads = (attn.heads, -1)
-        output = self.attend(attn, *(x.unflatten(2, heads) for x in (query, key, value)), hidden_states).flatten(2)
+        query, key, heads_of_value = (x.unflatten(2, heads) for x in (query, key, value))
+        output = self.attend(attn, shape, query, key, heads_of_value, hidden_states).flatten(2)
         if perturbation_mask is not None:
             output = torch.lerp(value, output, perturbation_mask)
         if attn.to_gate_logits is not None:

@@ -22,7 +22,9 @@ class WanVSAProcessor(FamilyAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if encoder_hidden_states is not None or not self.is_sparse(hidden_states.shape[1], attention_mask):
+        is_self = encoder_hidden_states is None
+        shape = self.sparse_shape(hidden_states.shape[1], attention_mask) if is_self else None
+        if shape is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -32,7 +34,7 @@ class WanVSAProcessor(FamilyAttnProcessor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = apply_rotary_emb(query, *rotary_emb), apply_rotary_emb(key, *rotary_emb)
-        output = self.attend(attn, query, key, value, hidden_states).flatten(2)
+        output = self.attend(attn, shape, query, key, value, hidden_states).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
 
