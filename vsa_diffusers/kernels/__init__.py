@@ -1,5 +1,5 @@
 """The Triton implementation: pool, select, attend."""
 
-from .forward import forward, why_not
+from .run import forward, why_not
 
 __all__ = ["forward", "why_not"]

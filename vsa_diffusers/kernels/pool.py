@@ -28,8 +28,10 @@ class Pooled(NamedTuple):
 def _pool_one(
     source,
     mean,
+    proxies,
     proxy,
     rows,
+    copy,
     tokens,
     row,
     size,
@@ -44,10 +46,10 @@ def _pool_one(
     x = tl.load(source + tokens.to(tl.int64)[:, None] * stride_s + dim[None, :], mask, other=0.0)  # [SLOTS, BLOCK_D]
     average = tl.sum(x.to(tl.float32), 0) / size
     tl.store(mean + dim, average, dim < HEAD_DIM)
-    if proxy is not None:
-        tl.store(proxy + dim, average.to(proxy.dtype.element_ty), dim < HEAD_DIM)
+    if proxies is not None:
+        tl.store(proxies + proxy + dim, average.to(proxies.dtype.element_ty), dim < HEAD_DIM)
     if rows is not None:
-        tl.store(rows + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
+        tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
 
 
 @triton.jit(
@@ -106,21 +108,21 @@ def pool_kernel(
     copy = place * video_t * video_h * video_w * HEAD_DIM
     mean = means + which * copies + summary * HEAD_DIM
     item = item.to(tl.int64)
+    head = head.to(tl.int64)
     if which == 0:
-        source = query + item * query_b + head.to(tl.int64) * query_h
-        _pool_one(source, mean, None, None, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
+        source = query + item * query_b + head * query_h
+        _pool_one(source, mean, None, 0, None, 0, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
     elif which == 1:
-        source = key + item * key_b + head.to(tl.int64) * key_h
-        proxy = None if proxies is None else proxies + summary * HEAD_DIM
-        line = None if rows is None else rows + copy
-        _pool_one(source, mean, proxy, line, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D)
+        source = key + item * key_b + head * key_h
+        at = summary * HEAD_DIM
+        _pool_one(source, mean, proxies, at, rows, copy, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D)
     else:
-        source = value + item * value_b + head.to(tl.int64) * value_h
-        proxy = None if proxies is None else proxies + copies + summary * HEAD_DIM
-        line = None if rows is None else rows + lines + copy
-        _pool_one(source, mean, proxy, line, tokens, row, size, value_s, SLOTS, HEAD_DIM, BLOCK_D)
+        source = value + item * value_b + head * value_h
+        at = copies + summary * HEAD_DIM
+        copy += lines
+        _pool_one(source, mean, proxies, at, rows, copy, tokens, row, size, value_s, SLOTS, HEAD_DIM, BLOCK_D)
 
 
 def pool(

@@ -163,8 +163,9 @@ def select_kernel(
         row = first + lane
         mean_query = means + place * length
         mean_key = mean_query + batch_heads.to(tl.int64) * length
-        at = row[:, None] * HEAD_DIM + dim[None, :]
-        q = tl.load(mean_query + at, (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM), other=0.0)  # [M, D]
+        own = row[:, None] * HEAD_DIM + dim[None, :]
+        own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+        q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
         highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -185,27 +186,25 @@ def select_kernel(
                 acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
                 highest = new_highest
         if coarse is not None:
-            at = row[:, None] * HEAD_DIM + dim[None, :]
-            mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-            tl.store(coarse + place * length + at, acc / total[:, None], mask)
+            tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
         tl.debug_barrier()  # the scores were written by other threads of this program than read them
-        column = tl.arange(0, KEYS)
+        key = tl.arange(0, KEYS)
         for part in range(0, BLOCK_M, ROWS):
-            row = first + part + tl.arange(0, ROWS)
+            line = first + part + tl.arange(0, ROWS)
             if first + part < num_tiles:
-                at = (part + tl.arange(0, ROWS))[:, None] * KEYS + column[None, :]
-                valid = tl.broadcast_to(column[None, :] < num_tiles, (ROWS, KEYS))
-                kept = _top_k(tl.load(workspace + at, valid, other=0.0), valid, top_k, ROWS)
-                line = place * num_tiles + row
-                owner = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + row) * top_k
+                lane_at = (part + tl.arange(0, ROWS))[:, None] * KEYS + key[None, :]
+                valid = tl.broadcast_to(key[None, :] < num_tiles, (ROWS, KEYS))
+                kept = _top_k(tl.load(workspace + lane_at, valid, other=0.0), valid, top_k, ROWS)
+                entry = place * num_tiles + line
+                owner = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
                 _write_lists(
                     kept,
-                    column,
-                    row < num_tiles,
+                    key,
+                    line < num_tiles,
                     owner,
-                    starts + line * top_k,
-                    tail + line * (tail_width * 2) if PARTIAL else None,
-                    counts + line * 2 if PARTIAL else None,
+                    starts + entry * top_k,
+                    tail + entry * (tail_width * 2) if PARTIAL else None,
+                    counts + entry * 2 if PARTIAL else None,
                     tail_width,
                     top_k,
                     video_t,
@@ -224,8 +223,8 @@ def select_kernel(
                 if kept_bits is not None:
                     words = tl.reshape(kept.to(tl.int32), (ROWS, KEYS // 32, 32)) << tl.arange(0, 32)[None, None, :]
                     word = tl.arange(0, KEYS // 32)
-                    at = line[:, None] * (KEYS // 32) + word[None, :]
-                    tl.store(kept_bits + at, tl.sum(words, 2), (row < num_tiles)[:, None] & (word[None, :] >= 0))
+                    bits_at = entry[:, None] * (KEYS // 32) + word[None, :]
+                    tl.store(kept_bits + bits_at, tl.sum(words, 2), (line < num_tiles)[:, None] & (word[None, :] >= 0))
         tl.debug_barrier()  # the next block's scores take the same rows
 
 

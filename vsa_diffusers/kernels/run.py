@@ -46,7 +46,7 @@ def forward(
     gate = None if gate is None else _dense_rows(gate)
     context_mask = None if context_mask is None else context_mask.contiguous()
     batch, sequence, heads, dim = query.shape
-    device = Device() if query.device.type == "cpu" else device_of(query.device.index)
+    device = Device() if INTERPRETED else device_of(query.device.index)
     chosen = plan(query, problem, device, launch)
     tiled = chosen.attend.layout != "direct"
     output = query.new_empty((batch, sequence, heads, dim))
