@@ -46,9 +46,13 @@ def _step(q, k, v, highest, total, acc, scale, bias, PRECISION: tl.constexpr):
 def _rows(base, offset, mask, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `[K_N, BLOCK_D]` that begin at `base + offset`; `mask` is `None` where every row exists."""
     at = base + offset[:, None] + dim[None, :]
-    if mask is None:
-        return tl.load(at) if HEAD_DIM == BLOCK_D else tl.load(at, dim[None, :] < HEAD_DIM, other=0.0)
-    return tl.load(at, mask[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
+    if mask is not None:
+        x = tl.load(at, mask[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        x = tl.load(at, dim[None, :] < HEAD_DIM, other=0.0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @triton.jit(

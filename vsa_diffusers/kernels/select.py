@@ -19,6 +19,7 @@ from .geometry import tile_box, tile_row
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
+SCORES_PER_THREAD = 16
 
 
 class Lists(NamedTuple):
@@ -248,7 +249,7 @@ def select(
     tiled: bool,
     programs: int,
     precision: str,
-    num_warps: int = 4,
+    stages: int = 2,
 ) -> Lists:
     """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks.
 
@@ -260,8 +261,9 @@ def select(
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, triton.next_power_of_2(num_tiles))
+    num_warps = 4 if keys <= 1024 else 8 if keys <= 4096 else 16
     block_m = 16 if num_tiles <= 1024 else 32
-    rows = max(1, min(block_m, (32 * 32 * num_warps) // keys))
+    rows = max(1, min(block_m, SCORES_PER_THREAD * 32 * num_warps // keys))
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     programs = min(programs, -(-num_tiles // block_m) * batch * heads)
@@ -304,5 +306,6 @@ def select(
         GROUP=GROUP,
         PRECISION=precision,
         num_warps=num_warps,
+        num_stages=stages,
     )
     return lists
