@@ -162,7 +162,7 @@ def attend_kernel(
     at_query = query + item * query_b + head * query_h + tokens[:, None] * query_s + dim[None, :]
     q = tl.load(at_query, dim_mask, other=0.0)  # [M, BLOCK_D]
     # The factor goes onto the fp32 logits; its sign goes onto q, so that the highest logit is the highest product.
-    q = tl.where(scale < 0, -q, q).to(q.dtype)
+    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
     scale = tl.abs(scale)
     key += item * key_b + head * key_h
     value += item * value_b + head * value_h
@@ -185,14 +185,14 @@ def attend_kernel(
         full_tiles = top_k
         groups = 0
     if HAS_CONTEXT:
-        listed = tl.where(in_context, 0, full_tiles)
+        listed_tiles = tl.where(in_context, 0, full_tiles)
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
     starts += line * top_k
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
         index = step // STEPS
         inside = step % STEPS * BLOCK_N + column
         if HAS_CONTEXT:
-            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed, other=0))
+            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
         else:
             start = tl.load(starts + index)
         exists = inside < TILE if RAGGED else None

@@ -61,7 +61,7 @@ def forward(
         i, s = (x if whole else x[:, part] for x in (indices, lse))
         pooled = pool(q, k, v, problem, tiled=tiled)
         lists = select(
-            pooled.means, i, problem, tiled=tiled, programs=chosen.select_programs, precision=chosen.select_precision
+            pooled.means, i, problem, tiled=tiled, programs=chosen.select_programs, precision=chosen.precision
         )
         attend(q, k, v, g, context_mask, pooled, lists, o, s, problem, chosen.attend)
     return output, indices, lse

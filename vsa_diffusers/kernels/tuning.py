@@ -39,7 +39,7 @@ class Plan:
     attend: Launch
     heads: int  # heads that go through all kernels at a time
     select_programs: int
-    select_precision: str
+    precision: str  # of the coarse scores
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,18 @@ _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
         (128, Launch("descriptor", 4, 2), Launch("direct", 4, 2)),
         (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
-    0: (
+    8: (
         (128, Launch("tiled", 4, 2), Launch("direct", 4, 2)),
         (256, Launch("tiled", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
+    0: (  # 64 KB of shared memory
+        (64, Launch("tiled", 4, 2), Launch("direct", 4, 2)),
+        (128, Launch("tiled", 4, 2, 32), Launch("direct", 4, 2, 32)),
+        (256, Launch("tiled", 8, 1, 32), Launch("direct", 8, 1, 32)),
+    ),
 }
 _TABLE[10] = _TABLE[9]
+_TABLE[12] = _TABLE[8]
 # A list that visits fewer keys than this does not repay the copy in tile order.
 LONG_LIST_KEYS = 2048
 
@@ -89,7 +95,7 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device) -> Launc
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
     if query.element_size() == 4:
-        return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=32)
+        return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
     return launch
