@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vsa_diffusers.kernels import attend, pool, run, select
-from vsa_diffusers.kernels.tuning import Device, Launch
+from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, Device, Launch
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 from vsa_diffusers.torch_impl import Problem
 
@@ -53,7 +53,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self):
-        return 0
+        return hash(self.target)  # compiled kernels are remembered by device
 
     def get_current_stream(self, device):
         return 0
@@ -72,7 +72,7 @@ def target_of(name: int | str) -> GPUTarget:
 def device_of(name: int | str) -> Device:
     if isinstance(name, str):
         return Device(processors=304)
-    return Device((name // 10, name % 10), 132, descriptors=name >= 90)
+    return Device((name // 10, name % 10), 132, descriptors=HAS_DESCRIPTORS and name >= 90)
 
 
 @contextlib.contextmanager

@@ -372,4 +372,5 @@ def attend(
         HAS_CONTEXT=context > 0,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        **({} if launch.registers is None else {"maxnreg": launch.registers}),
     )

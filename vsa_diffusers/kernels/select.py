@@ -19,7 +19,7 @@ from .geometry import tile_box, tile_row
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
-SCORES_PER_THREAD = 16
+SCORES_PER_THREAD = 8
 
 
 class Lists(NamedTuple):
@@ -261,8 +261,8 @@ def select(
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, triton.next_power_of_2(num_tiles))
-    num_warps = 4 if keys <= 1024 else 8 if keys <= 4096 else 16
-    block_m = 16 if num_tiles <= 1024 else 32
+    num_warps = 4 if keys <= 512 and dim <= 128 else 8 if keys <= 4096 else 16
+    block_m = 16 if num_tiles <= 1024 or dim > 128 else 32
     rows = max(1, min(block_m, SCORES_PER_THREAD * 32 * num_warps // keys))
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
@@ -297,7 +297,7 @@ def select(
         HEAD_DIM=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_M=block_m,
-        BLOCK_N=32,
+        BLOCK_N=32 if dim <= 128 else 16,
         ROWS=rows,
         KEYS=keys,
         TILED=tiled,

@@ -10,6 +10,7 @@ import torch
 
 from ..torch_impl import Problem
 
+HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
 LAYOUTS = ("direct", "tiled", "descriptor")
 # A copy of key and value above this many bytes is made for half of the heads at a time.
 WHOLE_COPY_BYTES = 2**28
@@ -24,12 +25,14 @@ class Launch:
             `"descriptor"` from that copy through tensor descriptors (compute capability 9.0 or later).
         warps, stages: warps of a program, and buffers of its main loop's pipeline.
         keys: keys of one step, at most; a power of two.
+        registers: most registers of a thread, so that more programs share a processor (CUDA only).
     """
 
     layout: str = "direct"
     warps: int = 4
     stages: int = 2
     keys: int = 64
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,7 @@ def device_of(index: int) -> Device:
     if torch.version.hip:
         return Device(processors=properties.multi_processor_count)
     capability = torch.cuda.get_device_capability(index)
-    describes = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-    return Device(capability, properties.multi_processor_count, describes and capability >= (9, 0))
+    return Device(capability, properties.multi_processor_count, HAS_DESCRIPTORS and capability >= (9, 0))
 
 
 def _frame_span(query: torch.Tensor, problem: Problem) -> int:
