@@ -176,7 +176,9 @@ _ARGUMENTS = (
 
 
 @torch.library.custom_op(
-    "vsa_diffusers::attention", mutates_args=(), schema=f"({_ARGUMENTS.format('')}, str implementation) -> (Tensor, Tensor)"
+    "vsa_diffusers::attention",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS.format('')}, str implementation) -> (Tensor, Tensor)",
 )
 def _forward_op(query, key, value, gate, context_mask, *numbers):
     *numbers, implementation = numbers
