@@ -236,7 +236,7 @@ def _runs_triton(implementation: str, query: torch.Tensor, problem: torch_impl.P
     """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
     if implementation == "torch" or (implementation == "auto" and not AUTO_MAY_CHOOSE_TRITON):
         return False
-    reason = "Triton is not installed; install it with `pip install triton`, or choose \"torch\"."
+    reason = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
     if importlib.util.find_spec("triton") is not None:
         from . import kernels
 

@@ -25,8 +25,8 @@ from checks import (
     check,
     expected,
 )
-from oracle import relative_error
 
+from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import attend, forward, pool, select, tuning
 from vsa_diffusers.tiles import TileGrid
@@ -113,9 +113,7 @@ def test_offsets_beyond_31_bits(combine, layout):
     sizes = valid.sum(1)
     last = slice(batch - 1, batch), slice(None), slice(heads - 1, heads)
     q, k, v, g = (x[last][0, :, 0].double() for x in (query, key, value, gate))
-    mean_q, mean_k, mean_v = (
-        (x[token_of.clamp_min(0)] * valid[..., None]).sum(1) / sizes[:, None] for x in (q, k, v)
-    )
+    mean_q, mean_k, mean_v = ((x[token_of.clamp_min(0)] * valid[..., None]).sum(1) / sizes[:, None] for x in (q, k, v))
     for tile in (0, 7, grid.num_tiles // 2, grid.num_tiles - 1):
         rows = token_of[tile][valid[tile]]
         kept = indices[-1, -1, tile].long()

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from oracle import relative_error, tile_numbers
 
+from oracle import relative_error, tile_numbers
 from vsa_diffusers.kernels import forward
 from vsa_diffusers.kernels.tuning import Launch
 from vsa_diffusers.tiles import TileGrid

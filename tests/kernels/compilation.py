@@ -159,9 +159,7 @@ def main() -> None:
         name = int(target[3:]) if target.startswith("sm_") else target
         for head_dim in args.head_dims:
             for combine in args.combines:
-                for label, kernel in compile_forward(
-                    name, head_dim=head_dim, combine=combine, launch=launch
-                ).items():
+                for label, kernel in compile_forward(name, head_dim=head_dim, combine=combine, launch=launch).items():
                     print(head_dim, combine, report(label, name, kernel), flush=True)
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from checks import (
     CONTEXT_CASES,
     DIM_CASES,
@@ -17,8 +16,9 @@ from checks import (
     check,
     check_indices,
 )
-from oracle import relative_error
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, tuning
 from vsa_diffusers.tiles import TileGrid

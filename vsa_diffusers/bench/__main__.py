@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     for shape in shapes:
         mine = list(_measure_shape(shape, device, implementations, args))
-        report.print_table(mine, f"{shape.name}: {shape.tokens} tokens, {shape.batch} x {shape.heads} x {shape.head_dim}")
+        report.print_table(
+            mine, f"{shape.name}: {shape.tokens} tokens, {shape.batch} x {shape.heads} x {shape.head_dim}"
+        )
         rows += mine
         if args.json is not None:
             args.json.write_text(json.dumps({"machine": _machine(device), "rows": rows}, indent=1))
@@ -69,10 +72,13 @@ def _measure_shape(shape: Shape, device: str, implementations: list[str], args: 
             continue
         fastest = min(fastest, result.ms)
         yield _row(shape, name, None, result, result.ms, args.backward)
-    calls = [
-        (f"{implementation} {combine}", lambda ratio, i=implementation, c=combine: subjects.ours(
-            inputs, shape, ratio, c, i, tuple(args.block_size)
-        ))
+    calls: list[tuple[str, Callable[[float], subjects.Call]]] = [
+        (
+            f"{implementation} {combine}",
+            lambda ratio, i=implementation, c=combine: subjects.ours(
+                inputs, shape, ratio, c, i, tuple(args.block_size)
+            ),
+        )
         for implementation in implementations
         for combine in args.combines
     ]

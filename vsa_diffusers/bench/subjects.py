@@ -77,9 +77,7 @@ class Peer:
     def __call__(self, inputs: list[torch.Tensor], ratio: float) -> torch.Tensor:
         q, k, v, gate = (self._tile(x) for x in inputs)
         top_k = max(1, math.ceil(ratio * self.tiles - 1e-9))
-        out = self.attend(
-            q, k, v, self.sizes, self.sizes, top_k, block_size=(4, 4, 4), compress_attn_weight=gate
-        )
+        out = self.attend(q, k, v, self.sizes, self.sizes, top_k, block_size=(4, 4, 4), compress_attn_weight=gate)
         return out.transpose(1, 2)[:, self.back]
 
     def _tile(self, x: torch.Tensor) -> torch.Tensor:

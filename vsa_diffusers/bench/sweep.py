@@ -86,7 +86,9 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
         mine = sorted((row for row in mine if row["difference"] < 0.02), key=lambda row: row["ms"])
         for row in mine[:3]:
             launch = f"{row['layout']} warps={row['warps']} stages={row['stages']} keys={row['keys']}"
-            lines.append(f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch} registers={row['registers']}")
+            lines.append(
+                f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch} registers={row['registers']}"
+            )
     failed = [row for row in rows if "error" in row or not row.get("difference", 0) < 0.02]
     lines += [f"{len(failed)} of {len(rows)} failed"] + [str(row)[:400] for row in failed[:3]]
     return lines

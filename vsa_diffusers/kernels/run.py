@@ -55,9 +55,7 @@ def forward(
     for first in range(0, heads, chosen.heads):
         part = slice(first, first + chosen.heads)
         whole = chosen.heads == heads
-        q, k, v, g, o = (
-            x if whole or x is None else x[:, :, part] for x in (query, key, value, gate, output)
-        )
+        q, k, v, g, o = (x if whole or x is None else x[:, :, part] for x in (query, key, value, gate, output))
         i, s = (x if whole else x[:, part] for x in (indices, lse))
         pooled = pool(q, k, v, problem, tiled=tiled)
         lists = select(

@@ -36,7 +36,7 @@ class Lists(NamedTuple):
 def _kth_highest(ordered, top_k, ROWS: tl.constexpr):
     """The `top_k`-th highest value of each row of int32 `[ROWS, KEYS]`, settled from the sign bit down."""
     threshold = tl.full((ROWS,), -2147483648, tl.int32)
-    for bit in range(0, 32):
+    for bit in range(32):
         candidate = threshold ^ (tl.full((ROWS,), 1, tl.int32) << (31 - bit))
         above = tl.sum((ordered >= candidate[:, None]).to(tl.int32), 1)
         threshold = tl.where(above >= top_k, candidate, threshold)
