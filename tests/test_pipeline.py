@@ -326,13 +326,25 @@ def test_lora_adapters_act_on_sparse_attention_and_gates():
     torch.testing.assert_close(run(model, WAN, GRID), expected, atol=1e-6, rtol=0)
 
 
-def test_a_compiled_transformer_has_no_graph_break_and_does_not_recompile_for_new_sizes():
+@pytest.fixture
+def counter():
+    """Counts compiled graphs, where the installed diffusers and torch can compile the dense model at all."""
+    torch._dynamo.reset()
+    model = WAN.build()
+    model.compile(backend="eager", fullgraph=True)
+    try:
+        run(model, WAN, GRID)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"the dense model does not compile with these versions: {str(error).splitlines()[0]}")
+    torch._dynamo.reset()
+    return torch._dynamo.testing.CompileCounter()
+
+
+def test_a_compiled_transformer_has_no_graph_break_and_does_not_recompile_for_new_sizes(counter):
     grids = [GRID, (6, 12, 14), (7, 14, 18), (8, 16, 22)]
     model = WAN.build()
     enable_vsa(model, 0.5)
     expected = [run(model, WAN, grid) for grid in grids]
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
     model.compile(backend=counter, fullgraph=True)
     for grid, output in zip(grids, expected, strict=True):
         torch.testing.assert_close(run(model, WAN, grid), output, atol=1e-5, rtol=0)
@@ -340,12 +352,10 @@ def test_a_compiled_transformer_has_no_graph_break_and_does_not_recompile_for_ne
     assert counter.frame_count == 2
 
 
-def test_dense_steps_compile_twice_and_no_more():
+def test_dense_steps_compile_twice_and_no_more(counter):
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = Pipe(transformer=WAN.build(), scheduler=scheduler)
     enable_vsa(pipe, 0.5, dense_steps=2)
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
     scheduler.set_timesteps(12)
     for timestep in scheduler.timesteps:
