@@ -6,10 +6,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+
 from tiny_models import RECIPES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()]
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
+]
 # Small sizes, and the CPU, for what the pages write for a GPU.
 SMALLER = {'"cuda"': '"cpu"', "torch.bfloat16": "torch.float32", "height=480": "height=64", "width=832": "width=96",
            "num_frames=81": "num_frames=17", "num_inference_steps=30": "num_inference_steps=2"}  # fmt: skip
