@@ -42,7 +42,9 @@ def video_sparse_attention(
     the tile means is the coarse branch.
 
     Args:
-        query, key, value: `[batch, sequence, heads, head_dim]`, the same shape, dtype and device.
+        query: `[batch, sequence, heads, head_dim]`.
+        key: of the same shape, dtype and device.
+        value: likewise.
         video_shape: `(T, H, W)`, the grid of video tokens after patchification.
         top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser.
         top_k: number of key tiles to keep, instead of `top_k_ratio`; more than there are means all.
@@ -72,7 +74,7 @@ def video_sparse_attention(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_top_k(top_k, top_k_ratio)
     count = num_selected_tiles(grid.num_tiles, top_k_ratio) if top_k is None else min(top_k, grid.num_tiles)
-    if grid.num_tiles < FEW_TILES and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and grid.num_tiles < FEW_TILES:
         _warn_few_tiles(grid)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     output, _ = _forward_op(
