@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +9,17 @@ import torch
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-from compilation import SHARED_LIMIT, compile_forward, report
-
-from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS
-
 TARGETS = [80, 86, 90, 100, 120, "gfx942"]
 
 
 def _reports(target, **case):
-    return [report(label, target, kernel) for label, kernel in compile_forward(target, **case).items()]
+    """Reports on the kernels of one call, none of which takes more shared memory than there is."""
+    from compilation import SHARED_LIMIT, compile_forward, report
+
+    reports = [report(label, target, kernel) for label, kernel in compile_forward(target, **case).items()]
+    for each in reports:
+        assert each.shared <= SHARED_LIMIT[target], each
+    return reports
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -30,7 +29,6 @@ def test_shipped_configurations_compile_without_spills(target, head_dim, combine
     assert [each.kernel for each in reports] == ["pool", "select", "attend"]
     for each in reports:
         assert not each.spills, each
-        assert each.shared <= SHARED_LIMIT[target], each
 
 
 @pytest.mark.parametrize(
@@ -48,12 +46,15 @@ def test_shipped_configurations_compile_without_spills(target, head_dim, combine
 )
 @pytest.mark.parametrize("target", [86, 90])
 def test_every_kind_of_call_compiles_within_shared_memory(target, case):
-    for each in _reports(target, **case):
-        assert each.shared <= SHARED_LIMIT[target], each
+    assert len(_reports(target, **case)) == 3
 
 
-@pytest.mark.skipif(not HAS_DESCRIPTORS, reason="this Triton has no tensor descriptors")
 def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
+    from compilation import compile_forward
+    from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS
+
+    if not HAS_DESCRIPTORS:
+        pytest.skip("this Triton has no tensor descriptors")
     ptx = compile_forward(90, ratio=0.2)["attend"].asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx

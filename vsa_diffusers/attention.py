@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from . import torch_backward, torch_impl
-from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, num_selected_tiles
+from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, fitting_block_size, num_selected_tiles
 
 COMBINES = ("gate", "sum", "sparse", "merge")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -27,7 +27,7 @@ def video_sparse_attention(
     *,
     top_k_ratio: float = 0.5,
     top_k: int | None = None,
-    block_size: Sequence[int] = (4, 4, 4),
+    block_size: Sequence[int] | str = (4, 4, 4),
     gate: torch.Tensor | None = None,
     combine: str | None = None,
     scale: float | None = None,
@@ -48,7 +48,8 @@ def video_sparse_attention(
         video_shape: `(T, H, W)`, the grid of video tokens after patchification.
         top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser.
         top_k: number of key tiles to keep, instead of `top_k_ratio`; more than there are means all.
-        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all.
+        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all; or `"auto"`, the block of at most
+            64 tokens that wastes least on this video shape (not with a gate, which is trained for one block size).
         gate: `[batch, sequence, heads, head_dim]`, weight of the coarse branch, used as it is (no activation).
         combine: `"gate"`: sparse + gate * coarse. `"sum"`: sparse + coarse. `"sparse"`: sparse alone. `"merge"`: one
             softmax over the selected tiles' tokens and one pooled key per unselected tile with logit
@@ -66,7 +67,11 @@ def video_sparse_attention(
         ValueError, TypeError: an argument is not as described above.
         RuntimeError: `implementation="triton"` cannot run here; the message says why.
     """
-    grid = TileGrid(check_video_shape(video_shape), check_block_size(block_size))
+    video_shape = check_video_shape(video_shape)
+    if isinstance(block_size, str):
+        check_auto_block_size(block_size, "gate" if gate is not None else combine)
+        block_size = fitting_block_size(video_shape)
+    grid = TileGrid(video_shape, check_block_size(block_size))
     before, after = _check_context(query, grid, context_tokens, context_mask)
     combine = _check_tensors(query, key, value, gate, combine)
     if gate is not None:
@@ -99,6 +104,16 @@ def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_auto_block_size(block_size: str, combine: str | None) -> None:
+    """Raise `ValueError` unless a block size given as text is `"auto"` and no gate was trained for another."""
+    check_choice("block_size", block_size, ("auto",))
+    if combine == "gate":
+        raise ValueError(
+            'block_size="auto" does not go with combine="gate": gates are trained for one block size; pass that one, '
+            "for example (4, 4, 4)."
+        )
 
 
 def _check_tensors(query, key, value, gate, combine: str | None) -> str:
@@ -238,7 +253,7 @@ def _runs_triton(implementation: str, query: torch.Tensor, problem: torch_impl.P
     """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
     if implementation == "torch" or (implementation == "auto" and not AUTO_MAY_CHOOSE_TRITON):
         return False
-    reason = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
+    reason: str | None = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
     if importlib.util.find_spec("triton") is not None:
         from . import kernels
 

@@ -1,18 +1,15 @@
 """Small calls of every kind, for compute-sanitizer.
 
+export PYTHONPATH=.:tests:tests/kernels
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
 from checks import JOINT, SHAPE_CASES, Case
-
 from vsa_diffusers.kernels import forward, tuning
 
 SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)

@@ -83,7 +83,7 @@ SHAPE_CASES = [
     Case(video_shape=(6, 5, 8), block_size=(3, 5, 4), top_k=2, combine="merge", layout="tiled", before=2),
     Case(video_shape=(5, 7, 9), block_size=(4, 4, 8), top_k=2, combine="sum"),
     Case(video_shape=(4, 5, 17), block_size=(2, 5, 10), top_k=2, combine="merge", layout="tiled", after=5),
-    Case(video_shape=(5, 7, 3), block_size=(2, 3, 1), top_k=9, combine="merge"),
+    Case(video_shape=(5, 4, 3), block_size=(2, 3, 1), top_k=9, combine="merge", heads=1),
     Case(video_shape=(5, 6, 7), top_k=99, combine="merge"),
     Case(video_shape=(5, 9, 9), block_size=(1, 3, 3), top_k=7, combine="gate", heads=1),
 ]
@@ -95,7 +95,7 @@ CONTEXT_CASES = [
     replace(JOINT, combine="sparse", before=65, after=66, video_shape=(5, 5, 5)),
 ]
 DIM_CASES = [
-    Case(combine="merge" if dim % 64 else "gate", head_dim=dim, dtype=dtype, video_shape=(5, 5, 6), before=2)
+    Case(combine="merge" if dim % 64 else "gate", heads=1, head_dim=dim, dtype=dtype, video_shape=(5, 5, 6), before=2)
     for dim, dtype in (
         (40, torch.float16),
         (64, torch.bfloat16),
@@ -112,7 +112,7 @@ STRIDE_CASES = [
     Case(combine="merge", transposed=True, layout="tiled", after=4, dtype=torch.bfloat16, head_dim=64),
 ]
 SPREAD_CASES = [
-    Case(combine=combine, spread=spread, dtype=dtype, tolerance=tolerance)
+    Case(combine=combine, heads=1, spread=spread, dtype=dtype, tolerance=tolerance)
     for combine in ("gate", "merge")
     for spread, dtype, tolerance in (
         (4.0, torch.bfloat16, None),

@@ -9,6 +9,7 @@ TFLOP/s count the products of valid tokens that the ratio asks for. Without a GP
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,16 +76,14 @@ def _measure_shape(shape: Shape, device: str, implementations: list[str], args: 
     calls: list[tuple[str, Callable[[float], subjects.Call]]] = [
         (
             f"{implementation} {combine}",
-            lambda ratio, i=implementation, c=combine: subjects.ours(
-                inputs, shape, ratio, c, i, tuple(args.block_size)
-            ),
+            functools.partial(_ours, inputs, shape, combine, implementation, args.block_size),
         )
         for implementation in implementations
         for combine in args.combines
     ]
     if subjects.has_peer() and device == "cuda":
         peer = subjects.Peer(shape, device)
-        calls.append(("fastvideo-kernel", lambda ratio: lambda: peer(inputs, ratio)))
+        calls.append(("fastvideo-kernel", lambda ratio: functools.partial(peer, inputs, ratio)))
     for name, make in calls:
         for ratio in args.ratios:
             try:
@@ -93,6 +92,10 @@ def _measure_shape(shape: Shape, device: str, implementations: list[str], args: 
                 print(f"{shape.name}: {name} at {ratio} cannot run: {str(error)[:200]}")
                 continue
             yield _row(shape, name, ratio, result, fastest, args.backward)
+
+
+def _ours(inputs, shape, combine, implementation, block_size, ratio) -> subjects.Call:
+    return subjects.ours(inputs, shape, ratio, combine, implementation, block_size)
 
 
 def _row(shape: Shape, what: str, ratio: float | None, result: Measurement, dense_ms: float, backward: bool):

@@ -57,6 +57,7 @@ def parse(text: str) -> Shape:
     except ValueError:
         names = ", ".join(SHAPES)
         raise ValueError(
-            f"shape {text!r} is neither one of {names} nor batch x heads x T x H x W x head_dim, such as 1x12x21x30x52x128."
+            f"shape {text!r} is neither one of {names} nor batch x heads x T x H x W x head_dim, such as "
+            "1x12x21x30x52x128."
         ) from None
     return Shape(text, batch, heads, (T, H, W), head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,14 @@ def candidates(head_dim: int) -> Iterator[Any]:
     from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
+    forms: list[tuple[int, int, int, int | None]]
     if head_dim > 128:
-        forms = [(8, 2, 32, None), (8, 3, 32, None), (4, 2, 32, None), (8, 2, 64, None)]
+        forms = [
+            (8, 2, 32, None),
+            (8, 3, 32, None),
+            (4, 2, 32, None),
+            (8, 2, 64, None),
+        ]
     else:
         forms = [
             (4, 2, 64, None),
@@ -69,7 +76,7 @@ def sweep(
                         output = forward(*arguments)[0].float()
                         first = right.setdefault(ratio, output)
                         row["difference"] = float((output - first).norm() / first.norm())
-                        row["ms"] = time_ms(lambda arguments=arguments: forward(*arguments), 60)
+                        row["ms"] = time_ms(functools.partial(forward, *arguments), 60)
                     except Exception as error:  # one launch that cannot run must not end the sweep
                         row["error"] = f"{type(error).__name__}: {error}"[:300]
                     rows.append(row)

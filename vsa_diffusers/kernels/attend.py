@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import slot_offset, tile_box
+from .geometry import SIZES, slot_offset, tile_box
 from .pool import Pooled
 from .select import GROUP, Lists
 from .tuning import Launch
@@ -56,8 +56,17 @@ def _rows(base, offset, mask, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit(
-    do_not_specialize=["scale", "indices_b", "heads", "batch_heads", "num_tiles", "top_k", "tail_width", "kept_width"]
-    + ["tokens_before", "tokens_after", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "lse_b"]
+    do_not_specialize=[
+        *SIZES,
+        "scale",
+        "indices_b",
+        "top_k",
+        "tail_width",
+        "kept_width",
+        "tokens_before",
+        "tokens_after",
+        "lse_b",
+    ]
 )
 def attend_kernel(
     query,

@@ -7,6 +7,12 @@ The tokens of a tile are numbered over its valid tokens only: slot s of a tile o
 import triton
 import triton.language as tl
 
+# Arguments whose values must not make variants of a kernel.
+SIZES = (
+    *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
+    *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b"),
+)
+
 
 @triton.jit
 def tile_box(

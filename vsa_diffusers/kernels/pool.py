@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import slot_offset, tile_box, tile_row
+from .geometry import SIZES, slot_offset, tile_box, tile_row
 
 
 class Pooled(NamedTuple):
@@ -52,10 +52,7 @@ def _pool_one(
         tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "batch_heads", "num_tiles", "tokens_before", "video_t", "video_h", "video_w"]
-    + ["tiles_h", "tiles_w"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     query,
     key,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 
@@ -9,7 +11,7 @@ from ..torch_impl import Problem
 from .attend import attend, attend_kernel
 from .pool import pool
 from .select import MAX_TILES, select
-from .tuning import Device, Launch, device_of, plan
+from .tuning import Device, Launch, Plan, device_of, plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -47,22 +49,31 @@ def forward(
     context_mask = None if context_mask is None else context_mask.contiguous()
     batch, sequence, heads, dim = query.shape
     device = Device() if INTERPRETED else device_of(query.device.index)
-    chosen = plan(query, problem, device, launch)
-    tiled = chosen.attend.layout != "direct"
+    chosen = plan(query, problem, device, max(key.stride(1), value.stride(1)), launch)
     output = query.new_empty((batch, sequence, heads, dim))
     indices = query.new_empty((batch, heads, problem.grid.num_tiles, problem.top_k), dtype=torch.int32)
     lse = query.new_empty((batch, heads, sequence), dtype=torch.float32)
-    for first in range(0, heads, chosen.heads):
-        part = slice(first, first + chosen.heads)
-        whole = chosen.heads == heads
-        q, k, v, g, o = (x if whole or x is None else x[:, :, part] for x in (query, key, value, gate, output))
-        i, s = (x if whole else x[:, part] for x in (indices, lse))
-        pooled = pool(q, k, v, problem, tiled=tiled)
-        lists = select(
-            pooled.means, i, problem, tiled=tiled, programs=chosen.select_programs, precision=chosen.precision
-        )
-        attend(q, k, v, g, context_mask, pooled, lists, o, s, problem, chosen.attend)
+    with contextlib.nullcontext() if query.device.type != "cuda" else torch.cuda.device(query.device):
+        for first in range(0, heads, chosen.heads):
+            _some_heads((query, key, value, gate, context_mask), (output, indices, lse), problem, chosen, first)
     return output, indices, lse
+
+
+def _some_heads(inputs, outputs, problem: Problem, chosen: Plan, first: int) -> None:
+    """All three kernels for `chosen.heads` heads from `first` on; what they need in between is freed on return."""
+    *tensors, context_mask = inputs
+    output, indices, lse = outputs
+    if chosen.heads < output.shape[2]:
+        part = slice(first, first + chosen.heads)
+        tensors = [None if x is None else x[:, :, part] for x in tensors]
+        output, indices, lse = output[:, :, part], indices[:, part], lse[:, part]
+    query, key, value, gate = tensors
+    tiled = chosen.attend.layout != "direct"
+    pooled = pool(query, key, value, problem, tiled=tiled)
+    lists = select(
+        pooled.means, indices, problem, tiled=tiled, processors=chosen.processors, precision=chosen.precision
+    )
+    attend(query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:

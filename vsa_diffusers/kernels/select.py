@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import tile_box, tile_row
+from .geometry import SIZES, tile_box, tile_row
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
@@ -112,10 +112,7 @@ def _write_lists(
     tl.store(starts[:, None] + place, tl.broadcast_to(first[None, :], kept.shape), kept)
 
 
-@triton.jit(
-    do_not_specialize=["batch_heads", "heads", "num_tiles", "top_k", "tail_width", "indices_b", "scale"]
-    + ["video_t", "video_h", "video_w", "tiles_h", "tiles_w"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def select_kernel(
     means,
     scores,
@@ -247,7 +244,7 @@ def select(
     problem: Problem,
     *,
     tiled: bool,
-    programs: int,
+    processors: int,
     precision: str,
     stages: int = 2,
 ) -> Lists:
@@ -256,7 +253,7 @@ def select(
     Args:
         means: pooled query, key and value, fp32 `[3, B, H, N, D]`.
         tiled: rows of the tile-ordered copy are meant, not tokens of the sequence.
-        programs: at most this many programs run, each with a workspace of its own.
+        processors: the device's multiprocessors; a few programs run on each, with a workspace of their own.
     """
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
@@ -266,7 +263,7 @@ def select(
     rows = max(1, min(block_m, SCORES_PER_THREAD * 32 * num_warps // keys))
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
-    programs = min(programs, -(-num_tiles // block_m) * batch * heads)
+    programs = min(processors * (4 if num_warps == 4 else 2), -(-num_tiles // block_m) * batch * heads)
     per_tile = (batch, heads, num_tiles)
     lists = Lists(
         starts=indices.new_empty((*per_tile, top_k)),

@@ -41,7 +41,7 @@ class Plan:
 
     attend: Launch
     heads: int  # heads that go through all kernels at a time
-    select_programs: int
+    processors: int
     precision: str  # of the coarse scores
 
 
@@ -78,24 +78,31 @@ _TABLE[12] = _TABLE[8]
 LONG_LIST_KEYS = 2048
 
 
-def plan(query: torch.Tensor, problem: Problem, device: Device, launch: Launch | None = None) -> Plan:
-    """The plan for `query` `[B, S, H, D]`; `launch` overrides the table's."""
+def plan(
+    query: torch.Tensor, problem: Problem, device: Device, token_stride: int, launch: Launch | None = None
+) -> Plan:
+    """The plan for `query` `[B, S, H, D]`, given the elements between two tokens of key or value.
+
+    `launch` overrides the table's.
+    """
     batch, _, heads, dim = query.shape
-    launch = launch or table_launch(query, problem, device)
+    launch = launch or table_launch(query, problem, device, token_stride)
     copy_bytes = 2 * batch * problem.grid.num_tokens * heads * dim * query.element_size()
     if launch.layout != "direct" and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
         heads = -(-heads // 2)
     precision = "tf32x3" if device.capability >= (8, 0) else "ieee"
-    return Plan(launch, heads, 4 * device.processors, precision)
+    return Plan(launch, heads, device.processors, precision)
 
 
-def table_launch(query: torch.Tensor, problem: Problem, device: Device) -> Launch:
+def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_stride: int) -> Launch:
     """The table's choice, fitted to wide tiles, 32-bit inputs and what the device can do."""
     dim, capacity = query.shape[-1], problem.grid.tile_capacity
     rows = _TABLE.get(device.capability[0], _TABLE[0])
     long, short = next(launches for most, *launches in rows if dim <= most)
-    long_list = problem.top_k * capacity >= LONG_LIST_KEYS
-    launch = long if long_list or _frame_span(query, problem) >= 2**31 else short
+    _, height, width = problem.grid.video_shape
+    # The direct layout counts the elements between a tile's first and last token in 32 bits.
+    far = problem.grid.block_size[0] * height * width * token_stride >= 2**31
+    launch = long if far or problem.top_k * capacity >= LONG_LIST_KEYS else short
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
     if query.element_size() == 4:
@@ -118,9 +125,3 @@ def device_of(index: int) -> Device:
         return Device(processors=properties.multi_processor_count)
     capability = torch.cuda.get_device_capability(index)
     return Device(capability, properties.multi_processor_count, HAS_DESCRIPTORS and capability >= (9, 0))
-
-
-def _frame_span(query: torch.Tensor, problem: Problem) -> int:
-    """Elements between a tile's first and last token, which the direct layout counts in 32 bits."""
-    _, height, width = problem.grid.video_shape
-    return problem.grid.block_size[0] * height * width * query.stride(1)
