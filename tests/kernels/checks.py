@@ -94,6 +94,10 @@ CONTEXT_CASES = [
     replace(JOINT, combine="sum", after=0, before=70, layout="tiled", batch=1),
     replace(JOINT, combine="sparse", before=65, after=66, video_shape=(5, 5, 5)),
 ]
+DESCRIPTOR_CASES = [
+    replace(JOINT, layout="descriptor", batch=1),
+    Case(video_shape=(6, 5, 8), block_size=(3, 5, 4), top_k=2, combine="gate", layout="descriptor", before=2, heads=1),
+]
 DIM_CASES = [
     Case(combine="merge" if dim % 64 else "gate", heads=1, head_dim=dim, dtype=dtype, video_shape=(5, 5, 6), before=2)
     for dim, dtype in (

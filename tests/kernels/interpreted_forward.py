@@ -10,6 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from checks import (
     CONTEXT_CASES,
+    DESCRIPTOR_CASES,
     DIM_CASES,
     JOINT,
     MODE_CASES,
@@ -42,6 +43,12 @@ def _bfloat16_products(monkeypatch):
 
 @pytest.mark.parametrize("case", [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES], ids=str)
 def test_every_mode_and_shape_matches_fp64(case):
+    check(case)
+
+
+@pytest.mark.skipif(not tuning.HAS_DESCRIPTORS, reason="this Triton has no tensor descriptors")
+@pytest.mark.parametrize("case", DESCRIPTOR_CASES, ids=str)
+def test_tensor_descriptors_match_fp64(case):
     check(case)
 
 

@@ -20,7 +20,7 @@ from ..torch_impl import Problem
 from .geometry import SIZES, slot_offset, tile_box
 from .pool import Pooled
 from .select import GROUP, Lists
-from .tuning import Launch
+from .tuning import Launch, power_of_two
 
 LN2 = tl.constexpr(math.log(2))
 
@@ -55,19 +55,7 @@ def _rows(base, offset, mask, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
     return x
 
 
-@triton.jit(
-    do_not_specialize=[
-        *SIZES,
-        "scale",
-        "indices_b",
-        "top_k",
-        "tail_width",
-        "kept_width",
-        "tokens_before",
-        "tokens_after",
-        "lse_b",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(
     query,
     key,
@@ -326,9 +314,9 @@ def attend(
     batch, _, heads, dim = query.shape
     grid = problem.grid
     context = problem.before + problem.after
-    block_m = max(16, triton.next_power_of_2(grid.tile_capacity))
+    block_m = power_of_two(grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = power_of_two(dim)
     rows = (None, None) if pooled.rows is None else pooled.rows.unbind(0)
     descriptors = (None, None)
     if launch.layout == "descriptor":

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, slot_offset, tile_box, tile_row
+from .tuning import power_of_two
 
 
 class Pooled(NamedTuple):
@@ -152,9 +153,9 @@ def pool(
         *grid.video_shape,
         *grid.tiles_per_axis[1:],
         *grid.block_size,
-        SLOTS=triton.next_power_of_2(grid.tile_capacity),
+        SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_D=power_of_two(dim),
         num_warps=num_warps,
     )
     return Pooled(means, proxies, rows, log_size)

@@ -8,6 +8,7 @@ Shapes: B batch, H heads of this pass, N tiles, D head_dim, K kept tiles.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, tile_box, tile_row
+from .tuning import power_of_two
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
@@ -226,6 +228,7 @@ def select_kernel(
         tl.debug_barrier()  # the next block's scores take the same rows
 
 
+@functools.lru_cache(maxsize=256)
 def tail_width(problem: Problem) -> int:
     """The most groups that the partial tiles of one list can have; 0 where every tile is full."""
     grid = problem.grid
@@ -257,7 +260,7 @@ def select(
     """
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
-    keys = max(128, triton.next_power_of_2(num_tiles))
+    keys = max(128, power_of_two(num_tiles))
     num_warps = 4 if keys <= 512 and dim <= 128 else 8 if keys <= 4096 else 16
     block_m = 16 if num_tiles <= 1024 or dim > 128 else 32
     rows = max(1, min(block_m, SCORES_PER_THREAD * 32 * num_warps // keys))
@@ -292,7 +295,7 @@ def select(
         *grid.tiles_per_axis[1:],
         *grid.block_size,
         HEAD_DIM=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
         BLOCK_N=32 if dim <= 128 else 16,
         ROWS=rows,

@@ -112,6 +112,11 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     return launch
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least `number`, and at least 16, the least that a matrix instruction takes."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
 def can_describe(query: torch.Tensor, device: Device) -> bool:
     """Whether rows of `query`'s head_dim can be read through tensor descriptors on this device."""
     return device.descriptors and query.shape[-1] * query.element_size() % 16 == 0
