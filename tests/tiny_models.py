@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import torch
 
+from tiny_models_joint import JOINT_RECIPES
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,6 +42,8 @@ class Recipe:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and (".to_q." in name or ".to_k." in name):
                 parameter.data.mul_(4)
+            if name == "pos_frequencies":
+                parameter.data.normal_()
         return model
 
     def video_shape(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -178,4 +182,5 @@ RECIPES = [
         "ltx2-references", "LTX2VideoTransformer3DModel", LTX2, ltx2_reference_inputs, (1, 1, 1), sparse=2, dense=10,
         tags=("surplus",),
     ),
+    *(Recipe(**fields) for fields in JOINT_RECIPES),
 ]  # fmt: skip

@@ -16,6 +16,13 @@ _MODULE_OF_TRANSFORMER = {
     "WanVACETransformer3DModel": "wan",
     "LTXVideoTransformer3DModel": "ltx",
     "LTX2VideoTransformer3DModel": "ltx2",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "ConsisIDTransformer3DModel": "cogvideox",
+    "MochiTransformer3DModel": "mochi",
+    "EasyAnimateTransformer3DModel": "easyanimate",
 }
 _MODULE_OF_ATTENTION = {"WanAttention": "wan", "LTXAttention": "ltx", "LTX2Attention": "ltx2"}
 
