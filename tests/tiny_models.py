@@ -42,8 +42,9 @@ class Recipe:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and (".to_q." in name or ".to_k." in name):
                 parameter.data.mul_(4)
-            if name == "pos_frequencies":
-                parameter.data.normal_()
+            # Mochi's angles start at zero; Helios's history would drown the video.
+            if name.endswith(("pos_frequencies", "history_key_scale")):
+                parameter.data.normal_(-1)
         return model
 
     def video_shape(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -137,6 +137,46 @@ def ltx_long_inputs(grid):
     return ltx_condition_inputs(grid) | dict(num_frames=1, height=1, width=1, rope_interpolation_scale=(8, 32, 32))
 
 
+def helios_inputs(grid):
+    """History at three resolutions before the video, as the pipelines pass it."""
+    frames, height, width = grid
+    history = {"long": 6, "mid": 2, "short": 2}
+    inputs = dict(
+        hidden_states=torch.randn(2, 4, *grid),
+        timestep=torch.tensor([700, 700]),
+        encoder_hidden_states=torch.randn(2, 9, 16),
+        indices_hidden_states=torch.arange(10, 10 + frames).expand(2, -1),
+    )
+    for name, count in history.items():
+        inputs[f"latents_history_{name}"] = torch.randn(2, 4, count, height, width)
+        inputs[f"indices_latents_history_{name}"] = torch.arange(count).expand(2, -1)
+    return inputs
+
+
+def minimax_h3_inputs(grid, reference=(2, 3, 4), text=7, audio=5):
+    """Packed rows: text, a reference block of another size, audio, and the video."""
+    frames, height, width = grid[0], grid[1] // 2, grid[2] // 2
+    blocks = [
+        torch.stack(torch.meshgrid(*(torch.arange(n) * 0.5 for n in size), indexing="ij"), -1).reshape(-1, 3)
+        for size in (reference, (frames, height, width))
+    ]
+    lengths = [text, len(blocks[0]), audio, len(blocks[1])]
+    tags = torch.repeat_interleave(torch.tensor([1, 0, 2, 0]), torch.tensor(lengths))
+    rows = [(tags == tag).nonzero().flatten() for tag in range(3)]
+    return dict(
+        hidden_states=torch.randn(1, len(rows[0]), 16),
+        audio_hidden_states=torch.randn(1, audio, 6),
+        encoder_hidden_states=torch.randn(1, text, 16),
+        timestep=torch.tensor([0.0, 0.7]),
+        timestep_indices=(torch.arange(len(tags)) >= lengths[0] + lengths[1]).long(),
+        token_tags=tags,
+        position_ids=torch.cat([torch.rand(text, 3), blocks[0], torch.rand(audio, 3), blocks[1] + 7]),
+        video_indices=rows[0],
+        text_indices=rows[1],
+        audio_indices=rows[2],
+    )
+
+
 HUNYUAN = dict(
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=1, num_single_layers=1,
     num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(8, 12, 12),
@@ -168,6 +208,15 @@ EASYANIMATE = dict(
 LTX = dict(
     in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64, num_layers=2,
     caption_channels=16,
+)  # fmt: skip
+HELIOS = dict(
+    num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
+    num_layers=2, rope_dim=(8, 12, 12),
+)  # fmt: skip
+MINIMAX_H3 = dict(
+    num_attention_heads=2, attention_head_dim=32, hidden_size=48, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+    in_channels=4, audio_in_channels=6, text_dim=16, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=16,
+    rope_freq_dim=4,
 )  # fmt: skip
 
 
@@ -208,4 +257,11 @@ JOINT_RECIPES = [
         "ltx-condition", "LTXVideoTransformer3DModel", LTX, ltx_condition_inputs, patch=(1, 1, 1), dense=2, tags=()
     ),
     _recipe("ltx-long", "LTXVideoTransformer3DModel", LTX, ltx_long_inputs, patch=(1, 1, 1), dense=2, tags=()),
+    _recipe("helios", "HeliosTransformer3DModel", HELIOS, helios_inputs, dense=2, tags=("surplus",)),
+    _recipe(
+        "helios-amplified", "HeliosTransformer3DModel",
+        HELIOS | dict(is_amplify_history=True, guidance_cross_attn=False, zero_history_timestep=False), helios_inputs,
+        dense=2, tags=("surplus",),
+    ),
+    _recipe("minimax-h3", "MiniMaxH3Transformer3DModel", MINIMAX_H3, minimax_h3_inputs, dense=1, tags=("surplus",)),
 ]  # fmt: skip

@@ -23,8 +23,17 @@ _MODULE_OF_TRANSFORMER = {
     "ConsisIDTransformer3DModel": "cogvideox",
     "MochiTransformer3DModel": "mochi",
     "EasyAnimateTransformer3DModel": "easyanimate",
+    "HeliosTransformer3DModel": "helios",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
 }
-_MODULE_OF_ATTENTION = {"WanAttention": "wan", "LTXAttention": "ltx", "LTX2Attention": "ltx2"}
+_MODULE_OF_ATTENTION = {
+    "WanAttention": "wan",
+    "LTXAttention": "ltx",
+    "LTX2Attention": "ltx2",
+    "MochiAttention": "mochi",
+    "HeliosAttention": "helios",
+    "MiniMaxH3Attention": "minimax_h3",
+}
 
 
 def supported_transformers() -> list[str]:
