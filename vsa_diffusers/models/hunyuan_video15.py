@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers.models.transformers import transformer_hunyuan_video15
 
 from .family import Family
-from .joint import JointVSAProcessor, square_patch_grid
+from .joint import JointVSAProcessor, square_patch_grid, text_of_text_mask
 
 
 class HunyuanVideo15VSAProcessor(JointVSAProcessor):
     """Stands in for `HunyuanVideo15AttnProcessor2_0`."""
 
     stock = transformer_hunyuan_video15.HunyuanVideo15AttnProcessor2_0
-
-    def split_mask(
-        self, attention_mask: torch.Tensor | None, length: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The model passes the text's own mask; its processor also masks padded text queries, which nobody reads."""
-        return None, None if attention_mask is None else attention_mask.bool()
+    # The processor that this one stands in for also masks padded text queries, which nobody reads.
+    text_mask = staticmethod(text_of_text_mask)
 
 
 FAMILY = Family(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ class JointVSAProcessor(FamilyAttnProcessor):
     """
 
     text_first = False
+    text_mask: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    """From the call's mask and the text's length, bool `[batch, text]`, False where text is padding. Where a family
+    has none, a mask makes the call dense."""
 
     def __call__(
         self,
@@ -29,8 +32,9 @@ class JointVSAProcessor(FamilyAttnProcessor):
         image_rotary_emb: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         length = encoder_hidden_states.shape[1]
-        unknown_mask, text_mask = self.split_mask(attention_mask, length)
-        shape = self.sparse_shape(hidden_states.shape[1], unknown_mask)
+        read_mask = None if attention_mask is None else self.text_mask
+        text_mask = None if read_mask is None else read_mask(attention_mask, length)
+        shape = self.sparse_shape(hidden_states.shape[1], attention_mask if read_mask is None else None)
         if shape is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         query, key, value = project(attn, hidden_states, "to_q", "to_k", "to_v", "norm_q", "norm_k")
@@ -49,12 +53,6 @@ class JointVSAProcessor(FamilyAttnProcessor):
         lengths = [hidden_states.shape[1], length][::order]
         return self.finish(attn, *output.split(lengths, 1)[::order])
 
-    def split_mask(
-        self, attention_mask: torch.Tensor | None, length: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The mask, if it makes the call dense, and otherwise what it says of the text: bool `[batch, length]`."""
-        return attention_mask, None
-
     def rotate(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
         """Rotary embedding of the video stream `[batch, sequence, heads, head_dim]`."""
         return apply_rotary_emb(x, rotary, sequence_dim=1)
@@ -68,6 +66,16 @@ class JointVSAProcessor(FamilyAttnProcessor):
         if getattr(attn, "to_add_out", None) is not None:
             text = attn.to_add_out(text)
         return video, text
+
+
+def text_of_key_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The text's part of a key mask `[batch, 1, 1, video + text]`."""
+    return attention_mask[:, 0, 0, -length:]
+
+
+def text_of_text_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The text's own mask `[batch, text]`."""
+    return attention_mask.bool()
 
 
 def project(attn: torch.nn.Module, hidden: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:

@@ -8,19 +8,14 @@ import torch
 from diffusers.models import attention_processor
 
 from .family import Family
-from .joint import JointVSAProcessor, square_patch_grid
+from .joint import JointVSAProcessor, square_patch_grid, text_of_text_mask
 
 
 class MochiVSAProcessor(JointVSAProcessor):
     """Stands in for `MochiAttnProcessor2_0`, which leaves padded text out, one batch item at a time."""
 
     stock = attention_processor.MochiAttnProcessor2_0
-
-    def split_mask(
-        self, attention_mask: torch.Tensor | None, length: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The model passes the text's own mask."""
-        return None, None if attention_mask is None else attention_mask.bool()
+    text_mask = staticmethod(text_of_text_mask)
 
     def rotate(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
         """Rotate neighbouring pairs by learned angles, `[sequence, heads, head_dim / 2]`."""
