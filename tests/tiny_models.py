@@ -53,10 +53,14 @@ class Recipe:
 
 def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
     """The model's (video) output on fixed random inputs."""
-    torch.manual_seed(1)
-    inputs = recipe.inputs(grid)
     with torch.no_grad():
-        output = model(**inputs, return_dict=False)[0]
+        return run_with_gradients(model, recipe, grid)
+
+
+def run_with_gradients(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+    """As `run`, for training."""
+    torch.manual_seed(1)
+    output = model(**recipe.inputs(grid), return_dict=False)[0]
     return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
 
 

@@ -177,6 +177,42 @@ def minimax_h3_inputs(grid, reference=(2, 3, 4), text=7, audio=5):
     )
 
 
+def motif_inputs(grid):
+    return dict(
+        hidden_states=torch.randn(2, 9, *grid),
+        timestep=torch.tensor([700, 700]),
+        encoder_hidden_states=torch.randn(2, 9, 16),
+        encoder_attention_mask=TEXT,
+        image_embeds=torch.randn(2, 5, 20),
+    )
+
+
+def cosmos3_inputs(grid, text=7, sound=5):
+    """One video whose first frame is given, after the text and before the sound."""
+    frames, height, width = grid[0], grid[1] // 2, grid[2] // 2
+    area, video = height * width, frames * height * width
+    places = torch.arange(text + video + sound)
+    return dict(
+        input_ids=torch.randint(0, 20, (text,)),
+        text_indexes=places[:text],
+        position_ids=torch.randint(0, 30, (3, len(places))),
+        und_len=text,
+        sequence_length=len(places),
+        vision_tokens=[torch.randn(1, 4, *grid)],
+        vision_token_shapes=[(frames, height, width)],
+        vision_sequence_indexes=places[text : text + video],
+        vision_mse_loss_indexes=places[text + area : text + video],
+        vision_timesteps=torch.full((video - area,), 700.0),
+        vision_noisy_frame_indexes=[torch.arange(1, frames)],
+        sound_tokens=[torch.randn(6, sound)],
+        sound_token_shapes=[(sound, 1, 1)],
+        sound_sequence_indexes=places[text + video :],
+        sound_mse_loss_indexes=places[text + video :],
+        sound_timesteps=torch.full((sound,), 700.0),
+        sound_noisy_frame_indexes=[torch.arange(sound)],
+    )
+
+
 HUNYUAN = dict(
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=1, num_single_layers=1,
     num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(8, 12, 12),
@@ -217,6 +253,15 @@ MINIMAX_H3 = dict(
     num_attention_heads=2, attention_head_dim=32, hidden_size=48, num_layers=2, num_refiner_layers=1, ffn_dim=32,
     in_channels=4, audio_in_channels=6, text_dim=16, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=16,
     rope_freq_dim=4,
+)  # fmt: skip
+MOTIF = dict(
+    in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=1, num_single_layers=2,
+    num_decoder_layers=1, text_embed_dim=16, image_embed_dim=20, rope_axes_dim=(8, 12, 12),
+    enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
+)  # fmt: skip
+COSMOS3 = dict(
+    head_dim=32, hidden_size=48, intermediate_size=32, latent_channel=4, num_attention_heads=4, num_hidden_layers=2,
+    num_key_value_heads=2, patch_latent_dim=16, rope_axes_dim=(6, 5, 5), vocab_size=20, sound_gen=True, sound_dim=6,
 )  # fmt: skip
 
 
@@ -264,4 +309,14 @@ JOINT_RECIPES = [
         dense=2, tags=("surplus",),
     ),
     _recipe("minimax-h3", "MiniMaxH3Transformer3DModel", MINIMAX_H3, minimax_h3_inputs, dense=1, tags=("surplus",)),
+    _recipe(
+        "motif-video", "MotifVideoTransformer3DModel", MOTIF, motif_inputs, sparse=3, dense=2,
+        tags=("legacy", "decoder"),
+    ),
+    _recipe("cosmos3", "Cosmos3OmniTransformer", COSMOS3, cosmos3_inputs, tags=("surplus", "cosmos3")),
+    _recipe(
+        "cosmos3-nemotron", "Cosmos3OmniTransformer",
+        COSMOS3 | dict(hidden_act="relu2", qk_norm_for_text=False, use_und_k_norm_for_gen=True), cosmos3_inputs,
+        tags=("surplus", "cosmos3"),
+    ),
 ]  # fmt: skip

@@ -138,7 +138,8 @@ class FamilyAttnProcessor:
         gate = None
         if self.config.combine == "gate":
             gate = attn.to_gate_compress(hidden).unflatten(-1, query.shape[2:])
-            gate = F.pad(gate, (0, 0, 0, 0, before, query.shape[1] - before - gate.shape[1]))
+            if gate.shape != query.shape:
+                gate = F.pad(gate, (0, 0, 0, 0, before, query.shape[1] - before - gate.shape[1]))
         if surplus and text_mask is not None:
             text_mask = torch.cat(
                 [text_mask[:, :before], text_mask.new_ones(len(text_mask), surplus), text_mask[:, before:]], 1

@@ -25,6 +25,8 @@ _MODULE_OF_TRANSFORMER = {
     "EasyAnimateTransformer3DModel": "easyanimate",
     "HeliosTransformer3DModel": "helios",
     "MiniMaxH3Transformer3DModel": "minimax_h3",
+    "MotifVideoTransformer3DModel": "motif_video",
+    "Cosmos3OmniTransformer": "cosmos3",
 }
 _MODULE_OF_ATTENTION = {
     "WanAttention": "wan",
@@ -33,6 +35,7 @@ _MODULE_OF_ATTENTION = {
     "MochiAttention": "mochi",
     "HeliosAttention": "helios",
     "MiniMaxH3Attention": "minimax_h3",
+    "Cosmos3PackedMoTAttention": "cosmos3",
 }
 
 

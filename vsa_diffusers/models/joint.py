@@ -49,7 +49,7 @@ class JointVSAProcessor(FamilyAttnProcessor):
         streams = [(query, key, value), text][::order]
         query, key, value = (torch.cat(parts, 1) for parts in zip(*streams, strict=True))
         around = (length, 0) if self.text_first else (0, length)
-        output = self.attend(attn, shape, query, key, value, hidden_states, around, text_mask).flatten(2)
+        output = self.attend(attn, shape, query, key, value, hidden_states, text=around, text_mask=text_mask).flatten(2)
         lengths = [hidden_states.shape[1], length][::order]
         return self.finish(attn, *output.split(lengths, 1)[::order])
 
