@@ -7,8 +7,11 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from PIL import Image
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import BatchEncoding, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from oracle import relative_error
 from tiny_models import RECIPES
@@ -304,10 +307,112 @@ def helios_pyramid():
     return pipe, helios_prompt() | dict(pyramid_num_inference_steps_list=[1, 1, 1])
 
 
+def ltx2_parts():
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=8, block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,),
+        upsample_factor=(1,), patch_size=1, patch_size_t=1,
+    )  # fmt: skip
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=None, resolution=32, latent_channels=2,
+        mid_block_add_attention=False, mel_bins=16,
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=1, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None, connector_rope_base_seq_len=32,
+    )  # fmt: skip
+    return dict(
+        transformer=transformer("ltx2.3"), vae=vae, audio_vae=audio_vae, connectors=connectors,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None, vocoder=None,
+    )  # fmt: skip
+
+
+def ltx2_prompt():
+    """Guided in every way, so that calls have different batch sizes; a keyframe beside the first frame."""
+    mask = torch.ones(1, 6, dtype=torch.long)
+    return dict(
+        prompt_embeds=torch.randn(1, 6, 16), prompt_attention_mask=mask, negative_prompt_embeds=torch.randn(1, 6, 16),
+        negative_prompt_attention_mask=mask, height=32, width=32, num_frames=5, num_inference_steps=1,
+        spatio_temporal_guidance_blocks=[1],
+        conditions=[LTX2VideoCondition(frames=IMAGE, index=index, crf=0) for index in (0, 3)],
+    )  # fmt: skip
+
+
+def ltx2_condition():
+    return diffusers.LTX2ConditionPipeline(**ltx2_parts()), ltx2_prompt()
+
+
+def ltx2_in_context():
+    """An in-context reference without a mask of its own."""
+    reference = LTX2ReferenceCondition(frames=VIDEO[:2])
+    return diffusers.LTX2InContextPipeline(**ltx2_parts()), ltx2_prompt() | dict(reference_conditions=[reference])
+
+
+def motif_parts(**rest):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    return dict(
+        transformer=transformer("motif-video"), vae=vae, guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None,
+    ) | rest  # fmt: skip
+
+
+def motif_prompt():
+    mask = torch.tensor([[1] * 5 + [0] * 4])
+    return dict(
+        prompt_embeds=torch.randn(1, 9, 16), prompt_attention_mask=mask, negative_prompt_embeds=torch.randn(1, 9, 16),
+        negative_prompt_attention_mask=mask, height=96, width=96, num_frames=17, num_inference_steps=2,
+    )  # fmt: skip
+
+
+def motif_video():
+    return diffusers.MotifVideoPipeline(**motif_parts()), motif_prompt()
+
+
+def motif_video_image():
+    pipe = diffusers.MotifVideoImage2VideoPipeline(**motif_parts(feature_extractor=None))
+    return pipe, motif_prompt() | dict(image=IMAGE, prompt=None)
+
+
+class Tokenizer:
+    """As much of a tokenizer as Cosmos 3 asks for: one token per word."""
+
+    eos_token_id = 1
+
+    def convert_tokens_to_ids(self, token):
+        return 2
+
+    def apply_chat_template(self, conversations, **_):
+        return BatchEncoding(
+            {"input_ids": [3 + len(word) for each in conversations for word in each["content"].split()]}
+        )
+
+
+def cosmos3():
+    torch.manual_seed(0)
+    model = transformer("cosmos3", latent_channel=16, patch_latent_dim=64, vocab_size=40)
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipe = diffusers.Cosmos3OmniPipeline(
+        transformer=model, text_tokenizer=Tokenizer(), vae=vae, scheduler=diffusers.UniPCMultistepScheduler(),
+        enable_safety_checker=False,
+    )  # fmt: skip
+    return pipe, dict(
+        prompt="A small boat", image=IMAGE, height=96, width=96, num_frames=17, num_inference_steps=2,
+        use_system_prompt=False,
+    )  # fmt: skip
+
+
 CASES = [
     hunyuan_video, hunyuan_video_concat, hunyuan_video_replace, hunyuan_skyreels, framepack, hunyuan_video15,
     hunyuan_video15_image, cogvideox, cogvideox15_image, cogvideox_video, cogvideox_control, consisid, mochi,
-    easyanimate, easyanimate_inpaint, ltx_condition, ltx_long, helios, helios_pyramid,
+    easyanimate, easyanimate_inpaint, ltx_condition, ltx_long, helios, helios_pyramid, ltx2_condition,
+    ltx2_in_context, motif_video, motif_video_image, cosmos3,
 ]  # fmt: skip
 
 
