@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import torch
 
+from tiny_models_video import VIDEO_RECIPES
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -22,6 +24,8 @@ class Recipe:
         patch: latent cells per token along each axis.
         sparse: number of video self-attention modules.
         dense: number of other attention modules.
+        tags: what some tests have to know.
+        projections: names of the query, key and value projections.
     """
 
     name: str
@@ -32,13 +36,16 @@ class Recipe:
     sparse: int
     dense: int
     tags: tuple[str, ...] = field(default=())
+    projections: tuple[str, str, str] = ("to_q", "to_k", "to_v")
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(0)
         model = getattr(diffusers, self.cls)(**self.config).eval()
         # Larger query and key projections than at initialisation, so that attention is not nearly uniform.
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and (".to_q." in name or ".to_k." in name):
+            if parameter.ndim >= 2 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)  # zero-initialised branches would hide what attention does
+            if name.endswith(tuple(f".{projection}.weight" for projection in self.projections[:2])):
                 parameter.data.mul_(4)
         return model
 
@@ -46,13 +53,17 @@ class Recipe:
         return tuple(extent // patch for extent, patch in zip(grid, self.patch, strict=True))
 
 
-def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+def call(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
     """The model's (video) output on fixed random inputs."""
     torch.manual_seed(1)
-    inputs = recipe.inputs(grid)
-    with torch.no_grad():
-        output = model(**inputs, return_dict=False)[0]
+    output = model(**recipe.inputs(grid), return_dict=False)[0]
     return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
+
+
+def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The same without gradients."""
+    with torch.no_grad():
+        return call(model, recipe, grid)
 
 
 WAN = dict(
@@ -178,4 +189,5 @@ RECIPES = [
         "ltx2-references", "LTX2VideoTransformer3DModel", LTX2, ltx2_reference_inputs, (1, 1, 1), sparse=2, dense=10,
         tags=("surplus",),
     ),
+    *(Recipe(**fields) for fields in VIDEO_RECIPES),
 ]  # fmt: skip

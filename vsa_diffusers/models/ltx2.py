@@ -22,6 +22,7 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
 
     # Reference and keyframe tokens of the conditioning pipelines follow the video tokens.
     surplus = "after"
+    only_video = False
     stock = transformer_ltx2.LTX2PerturbedAttnProcessor
 
     def __call__(
@@ -74,4 +75,6 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=LTX2VSAProcessor,
     read_grid=read_grid,
+    checkpoints=("Lightricks/LTX-2", "diffusers/LTX-2.3-Diffusers", "Lightricks/LTX-2.5-Diffusers"),
+    stays_dense="cross-attention, audio, audio to video and back; reference tokens attend densely",
 )
