@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,11 @@ class Recipe:
             if name.endswith(tuple(f".{projection}.weight" for projection in self.projections[:2])):
                 parameter.data.mul_(4)
         return model
+
+    def is_available(self) -> bool:
+        """Whether the installed diffusers has this class, in this configuration."""
+        cls = getattr(diffusers, self.cls, None)
+        return cls is not None and self.config.keys() <= inspect.signature(cls.__init__).parameters.keys()
 
     def video_shape(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
         return tuple(extent // patch for extent, patch in zip(grid, self.patch, strict=True))
@@ -121,8 +127,6 @@ def ltx2_inputs(grid, audio=11):
         audio_encoder_hidden_states=torch.randn(2, 6, 16),
         timestep=torch.tensor([[500.0], [500.0]]).expand(2, tokens),
         audio_timestep=torch.tensor([500.0, 500.0]),
-        sigma=torch.tensor([0.5, 0.5]),
-        audio_sigma=torch.tensor([0.5, 0.5]),
         encoder_attention_mask=torch.ones(2, 6),
         audio_encoder_attention_mask=torch.ones(2, 6),
         num_frames=grid[0],
@@ -136,7 +140,11 @@ def ltx2_inputs(grid, audio=11):
 def ltx23_inputs(grid):
     """Spatio-temporal guidance on the first block, for the second batch item only, as LTX-2.3 pipelines ask for it."""
     return ltx2_inputs(grid) | dict(
-        spatio_temporal_guidance_blocks=[0], perturbation_mask=torch.tensor([1.0, 0.0]), use_cross_timestep=True
+        spatio_temporal_guidance_blocks=[0],
+        perturbation_mask=torch.tensor([1.0, 0.0]),
+        use_cross_timestep=True,
+        sigma=torch.tensor([0.5, 0.5]),
+        audio_sigma=torch.tensor([0.5, 0.5]),
     )
 
 
@@ -162,7 +170,7 @@ LTX2 = dict(
     audio_cross_attention_dim=32,
 )  # fmt: skip
 
-RECIPES = [
+ALL_RECIPES = [
     Recipe("wan", "WanTransformer3DModel", WAN, wan_inputs, (1, 2, 2), sparse=2, dense=2),
     Recipe(
         "wan-i2v", "WanTransformer3DModel", WAN | dict(in_channels=9, image_dim=20, added_kv_proj_dim=64),
@@ -191,3 +199,4 @@ RECIPES = [
     ),
     *(Recipe(**fields) for fields in VIDEO_RECIPES),
 ]  # fmt: skip
+RECIPES = [recipe for recipe in ALL_RECIPES if recipe.is_available()]

@@ -1,6 +1,7 @@
 """Recipes of the families whose self-attention sees video tokens only."""
 
 import importlib
+import importlib.util
 import types
 
 import torch
@@ -16,8 +17,9 @@ ALLEGRO_HEAD_DIM = 24
 
 # Cosmos resizes its padding mask with torchvision, which has no build for every torch: this does the same.
 if not is_torchvision_available():
-    for module in ("transformers.transformer_cosmos", "controlnets.controlnet_cosmos"):
-        importlib.import_module(f"diffusers.models.{module}").transforms = types.SimpleNamespace(
+    modules = ("diffusers.models.transformers.transformer_cosmos", "diffusers.models.controlnets.controlnet_cosmos")
+    for module in filter(importlib.util.find_spec, modules):
+        importlib.import_module(module).transforms = types.SimpleNamespace(
             functional=types.SimpleNamespace(resize=lambda mask, size, interpolation: F.interpolate(mask, size)),
             InterpolationMode=types.SimpleNamespace(NEAREST=None),
         )

@@ -108,6 +108,8 @@ class ShapeHook:
         self.dense_steps = config.dense_steps
         self.pipe = weakref.ref(pipe) if config.dense_steps else None
 
+    # The step counter changes at every call: compiled, it would be a new graph for every step.
+    @torch.compiler.disable
     def __call__(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.video_shape is None:
             inputs = dict(zip(self.parameters, args, strict=False)) | kwargs

@@ -23,6 +23,19 @@ class VideoState:
         self.video_shape = video_shape
         self.dense_step = dense_step
 
+    # Kept as the shape of an empty tensor: torch.compile makes sizes of tensors dynamic, but bakes in numbers.
+    @property
+    def video_shape(self) -> tuple[int, int, int] | None:
+        """`(T, H, W)`, or `None` if the transformer's inputs did not tell."""
+        if self._grid is None:
+            return None
+        frames, height, width = self._grid.shape
+        return frames, height, width
+
+    @video_shape.setter
+    def video_shape(self, video_shape: tuple[int, int, int] | None) -> None:
+        self._grid = None if video_shape is None else torch.empty(1).expand(video_shape)
+
 
 class FamilyAttnProcessor:
     """Base of one small processor per attention shape. Subclasses project, call `attend`, and finish.

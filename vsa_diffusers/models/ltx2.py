@@ -23,7 +23,8 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
     # Reference and keyframe tokens of the conditioning pipelines follow the video tokens.
     surplus = "after"
     only_video = False
-    stock = transformer_ltx2.LTX2PerturbedAttnProcessor
+    # The perturbed processor serves unperturbed calls too; diffusers before LTX-2.3 has only the other.
+    stock = getattr(transformer_ltx2, "LTX2PerturbedAttnProcessor", transformer_ltx2.LTX2AudioVideoAttnProcessor)
 
     def __call__(
         self,
@@ -54,7 +55,7 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
         output = self.attend(attn, shape, query, key, heads_of_value, hidden_states).flatten(2)
         if perturbation_mask is not None:
             output = torch.lerp(value, output, perturbation_mask)
-        if attn.to_gate_logits is not None:
+        if getattr(attn, "to_gate_logits", None) is not None:
             weight = 2 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             output = (output.unflatten(2, heads) * weight.unsqueeze(-1)).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
