@@ -165,7 +165,7 @@ class _Plan:
         originals = {}
         for name, config in self.configs.items():
             attn = self.modules[name]
-            originals[name] = original = _stock(attn)
+            originals[name] = original = getattr(attn, "processor", None) or _OwnForward(attn)
             strict = config.video_shape is not None
             _put(attn, self.family.processor(config, original, self.state, name, strict))
         handle = self.transformer.register_forward_pre_hook(self.hook, with_kwargs=True)
@@ -190,12 +190,20 @@ def _remove(transformer: torch.nn.Module) -> None:
     delattr(transformer, _INSTALLATION)
 
 
-def _stock(attn: torch.nn.Module) -> Any:
-    """What serves the module's dense calls: its processor, or its own `forward` if it has none."""
-    if hasattr(attn, "processor"):
-        return attn.processor
-    forward = attn.forward
-    return lambda attn, *args, **kwargs: forward(*args, **kwargs)
+class _OwnForward:
+    """Serves the dense calls of a module that has no processor; the sparse one stands in front of its `forward`."""
+
+    def __init__(self, attn: torch.nn.Module):
+        # Offloading hooks, for example, set a forward on the instance.
+        self.hooked = vars(attn).get("forward")
+
+    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.hooked(*args, **kwargs) if self.hooked else type(attn).forward(attn, *args, **kwargs)
+
+    def restore(self, attn: torch.nn.Module) -> None:
+        del attn.forward
+        if self.hooked:
+            attn.forward = self.hooked
 
 
 def _put(attn: torch.nn.Module, processor: Any) -> None:
@@ -206,8 +214,8 @@ def _put(attn: torch.nn.Module, processor: Any) -> None:
 
 
 def _take_away(attn: torch.nn.Module, original: Any) -> None:
-    if not hasattr(attn, "processor"):
-        del attn.forward
+    if isinstance(original, _OwnForward):
+        original.restore(attn)
     # A processor that somebody set since then is theirs to keep.
     elif getattr(attn.processor, "original", None) is original:
         attn.processor = original

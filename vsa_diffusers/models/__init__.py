@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +89,7 @@ def register_transformer(
 
     Args:
         transformer: the class, or its name; subclasses are served too.
-        modules: pattern (`fnmatch`) of the names of the video self-attention modules.
+        modules: names of the video self-attention modules, where `*` stands for one part between dots.
         video_shape: from the transformer and its forward's arguments by name, the grid `(T, H, W)` after
             patchification, or `None` where they do not tell. Without it, `enable_vsa` needs its `video_shape=`.
         project: `project(attn, hidden_states, *args, **kwargs)` returns query, key and value, each
@@ -107,7 +107,7 @@ def register_transformer(
     _registered[transformer] = Family(
         name=name,
         transformers=(name,),
-        modules=fnmatch.translate(modules),
+        modules=re.escape(modules).replace(r"\*", r"[^.]+"),
         processor=processor or plain_processor(project),
         read_grid=video_shape or (lambda transformer, inputs: None),
     )

@@ -43,8 +43,18 @@ class Family:
     trained_gates: tuple[str, ...] = ()
 
     def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        """The video self-attention modules by name, in the order of the transformer's blocks."""
-        return {name: module for name, module in transformer.named_modules() if re.fullmatch(self.modules, name)}
+        """The video self-attention modules by name, in the order of the transformer's blocks.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = {name: module for name, module in transformer.named_modules() if re.fullmatch(self.modules, name)}
+        if not found:
+            raise ValueError(
+                f"{type(transformer).__name__} has no module whose name matches {self.modules!r}, where its video "
+                "self-attention should be; correct the pattern given to register_transformer."
+            )
+        return found
 
 
 def patchified_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:

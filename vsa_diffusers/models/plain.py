@@ -34,7 +34,7 @@ class PlainVSAProcessor(FamilyAttnProcessor):
         obstacle = None
         if given and not self.takes_arguments:
             obstacle = "the call has more arguments than hidden_states; pass register_transformer a project function"
-        shape = self.sparse_shape(hidden_states.shape[1], None, obstacle)
+        shape = self.sparse_shape(hidden_states.shape[1], kwargs.get("attention_mask"), obstacle)
         if shape is None:
             return self.original(attn, hidden_states, *args, **kwargs)
         query, key, value = self.project(attn, hidden_states, *args, **kwargs)
