@@ -21,23 +21,13 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_classes_exist_and_the_error_gives_the_reason(name):
-    assert hasattr(diffusers, name)
-    transformer = type(name, (nn.Module,), {})()
+def test_refused_classes_are_named_with_the_reason(name):
+    cls = getattr(diffusers, name)
+    transformer = cls.__new__(cls)  # its weights do not matter
     pipe = types.SimpleNamespace(components={"transformer": transformer, "vae": nn.Identity()})
-    for call in (enable_vsa, add_gate_compress):
+    for call, argument in ((enable_vsa, transformer), (enable_vsa, pipe), (add_gate_compress, transformer)):
         with pytest.raises(ValueError, match=f"^{name} cannot use Video Sparse Attention: it"):
-            call(transformer)
-    with pytest.raises(ValueError, match=f"^{name} cannot use Video Sparse Attention: it"):
-        enable_vsa(pipe)
-
-
-def test_the_refused_transformer_itself_is_refused():
-    latte = diffusers.LatteTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, cross_attention_dim=16
-    )
-    with pytest.raises(ValueError, match=r"^LatteTransformer3DModel .* no layer attends over the 3D grid"):
-        enable_vsa(latte)
+            call(argument)
 
 
 def test_skyreels_runs_dense_in_its_causal_mode_and_says_why(caplog):
@@ -92,5 +82,5 @@ def test_a_shared_attention_class_is_refused_with_the_way_out():
     recipe, model = build("allegro")
     for attn in find_family(model).video_modules(model).values():
         attn.processor = VSAAttnProcessor(top_k_ratio=0.2, video_shape=(4, 8, 8))
-    with pytest.raises(ValueError, match=r"attn=Attention does not tell .* VSAAttnProcessor.for_transformer"):
+    with pytest.raises(ValueError, match=r"attn=Attention does not tell .*VSAAttnProcessor.for_transformer"):
         run(model, recipe, GRID)
