@@ -20,7 +20,7 @@ def build(name):
     return recipe, recipe.build()
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [name for name in REFUSED if hasattr(diffusers, name)])
 def test_refused_classes_are_named_with_the_reason(name):
     cls = getattr(diffusers, name)
     transformer = cls.__new__(cls)  # its weights do not matter
