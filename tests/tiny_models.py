@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import diffusers
 import torch
 
 from tiny_models_joint import JOINT_RECIPES
+from tiny_models_video import VIDEO_RECIPES
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Recipe:
         patch: latent cells per token along each axis.
         sparse: number of video self-attention modules.
         dense: number of other attention modules.
+        tags: what some tests have to know.
+        projections: names of the query, key and value projections.
     """
 
     name: str
@@ -34,34 +38,41 @@ class Recipe:
     sparse: int
     dense: int
     tags: tuple[str, ...] = field(default=())
+    projections: tuple[str, str, str] = ("to_q", "to_k", "to_v")
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(0)
         model = getattr(diffusers, self.cls)(**self.config).eval()
         # Larger query and key projections than at initialisation, so that attention is not nearly uniform.
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and (".to_q." in name or ".to_k." in name):
+            if parameter.ndim >= 2 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)  # zero-initialised branches would hide what attention does
+            if name.endswith(tuple(f".{projection}.weight" for projection in self.projections[:2])):
                 parameter.data.mul_(4)
-            # Mochi's angles start at zero; Helios's history would drown the video.
-            if name.endswith(("pos_frequencies", "history_key_scale")):
+            if name.endswith("history_key_scale"):  # Helios's history would drown the video
                 parameter.data.normal_(-1)
         return model
+
+    def is_available(self) -> bool:
+        """Whether the installed diffusers has this class, in this configuration."""
+        cls = getattr(diffusers, self.cls, None)
+        return cls is not None and self.config.keys() <= inspect.signature(cls.__init__).parameters.keys()
 
     def video_shape(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
         return tuple(extent // patch for extent, patch in zip(grid, self.patch, strict=True))
 
 
-def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+def call(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
     """The model's (video) output on fixed random inputs."""
-    with torch.no_grad():
-        return run_with_gradients(model, recipe, grid)
-
-
-def run_with_gradients(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
-    """As `run`, for training."""
     torch.manual_seed(1)
     output = model(**recipe.inputs(grid), return_dict=False)[0]
     return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
+
+
+def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The same without gradients."""
+    with torch.no_grad():
+        return call(model, recipe, grid)
 
 
 WAN = dict(
@@ -119,8 +130,6 @@ def ltx2_inputs(grid, audio=11):
         audio_encoder_hidden_states=torch.randn(2, 6, 16),
         timestep=torch.tensor([[500.0], [500.0]]).expand(2, tokens),
         audio_timestep=torch.tensor([500.0, 500.0]),
-        sigma=torch.tensor([0.5, 0.5]),
-        audio_sigma=torch.tensor([0.5, 0.5]),
         encoder_attention_mask=torch.ones(2, 6),
         audio_encoder_attention_mask=torch.ones(2, 6),
         num_frames=grid[0],
@@ -134,7 +143,11 @@ def ltx2_inputs(grid, audio=11):
 def ltx23_inputs(grid):
     """Spatio-temporal guidance on the first block, for the second batch item only, as LTX-2.3 pipelines ask for it."""
     return ltx2_inputs(grid) | dict(
-        spatio_temporal_guidance_blocks=[0], perturbation_mask=torch.tensor([1.0, 0.0]), use_cross_timestep=True
+        spatio_temporal_guidance_blocks=[0],
+        perturbation_mask=torch.tensor([1.0, 0.0]),
+        use_cross_timestep=True,
+        sigma=torch.tensor([0.5, 0.5]),
+        audio_sigma=torch.tensor([0.5, 0.5]),
     )
 
 
@@ -183,7 +196,7 @@ LTX2 = dict(
     audio_cross_attention_dim=32,
 )  # fmt: skip
 
-RECIPES = [
+ALL_RECIPES = [
     Recipe("wan", "WanTransformer3DModel", WAN, wan_inputs, (1, 2, 2), sparse=2, dense=2),
     Recipe(
         "wan-i2v", "WanTransformer3DModel", WAN | dict(in_channels=9, image_dim=20, added_kv_proj_dim=64),
@@ -215,4 +228,6 @@ RECIPES = [
         dense=10, tags=("surplus",),
     ),
     *(Recipe(**fields) for fields in JOINT_RECIPES),
+    *(Recipe(**fields) for fields in VIDEO_RECIPES),
 ]  # fmt: skip
+RECIPES = [recipe for recipe in ALL_RECIPES if recipe.is_available()]

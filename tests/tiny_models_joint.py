@@ -265,8 +265,8 @@ COSMOS3 = dict(
 )  # fmt: skip
 
 
-def _recipe(name, cls, config, inputs, patch=(1, 2, 2), sparse=2, dense=0, tags=("legacy",)):
-    return dict(
+def _recipe(name, cls, config, inputs, *, patch=(1, 2, 2), sparse=2, dense=0, tags=("legacy",), **rest):
+    return rest | dict(
         name=name, cls=cls, config=config, inputs=inputs, patch=patch, sparse=sparse, dense=dense, tags=tags
     )  # fmt: skip
 
@@ -295,8 +295,8 @@ JOINT_RECIPES = [
     _recipe("cogvideox-5b", "CogVideoXTransformer3DModel", COGVIDEOX_5B, cogvideox_5b_inputs),
     _recipe("cogvideox-1.5", "CogVideoXTransformer3DModel", COGVIDEOX15, cogvideox15_inputs, patch=(2, 2, 2)),
     _recipe("consisid", "ConsisIDTransformer3DModel", CONSISID, consisid_inputs),
-    _recipe("mochi", "MochiTransformer3DModel", MOCHI, mochi_inputs),
-    _recipe("mochi-empty-prompt", "MochiTransformer3DModel", MOCHI, mochi_empty_prompt_inputs),
+    _recipe("mochi", "MochiTransformer3DModel", MOCHI, mochi_inputs, tags=()),
+    _recipe("mochi-empty-prompt", "MochiTransformer3DModel", MOCHI, mochi_empty_prompt_inputs, tags=()),
     _recipe("easyanimate", "EasyAnimateTransformer3DModel", EASYANIMATE, easyanimate_inputs),
     _recipe(
         "ltx-condition", "LTXVideoTransformer3DModel", LTX, ltx_condition_inputs, patch=(1, 1, 1), dense=2, tags=()
@@ -311,12 +311,14 @@ JOINT_RECIPES = [
     _recipe("minimax-h3", "MiniMaxH3Transformer3DModel", MINIMAX_H3, minimax_h3_inputs, dense=1, tags=("surplus",)),
     _recipe(
         "motif-video", "MotifVideoTransformer3DModel", MOTIF, motif_inputs, sparse=3, dense=2,
-        tags=("legacy", "decoder"),
+        tags=("decoder",),
     ),
-    _recipe("cosmos3", "Cosmos3OmniTransformer", COSMOS3, cosmos3_inputs, tags=("surplus", "cosmos3")),
+    _recipe("cosmos3", "Cosmos3OmniTransformer", COSMOS3, cosmos3_inputs, tags=("surplus",),
+        projections=("add_q_proj", "add_k_proj", "add_v_proj")),
     _recipe(
         "cosmos3-nemotron", "Cosmos3OmniTransformer",
         COSMOS3 | dict(hidden_act="relu2", qk_norm_for_text=False, use_und_k_norm_for_gen=True), cosmos3_inputs,
-        tags=("surplus", "cosmos3"),
+        tags=("surplus",),
+        projections=("add_q_proj", "add_k_proj", "add_v_proj"),
     ),
 ]  # fmt: skip

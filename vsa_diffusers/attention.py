@@ -69,7 +69,7 @@ def video_sparse_attention(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_top_k(top_k, top_k_ratio)
     count = num_selected_tiles(grid.num_tiles, top_k_ratio) if top_k is None else min(top_k, grid.num_tiles)
-    if grid.num_tiles < FEW_TILES and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and grid.num_tiles < FEW_TILES:
         _warn_few_tiles(grid)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     output, _ = _forward_op(

@@ -1,4 +1,4 @@
-"""Attention processors: what every family shares, and `VSAAttnProcessor` for `set_attn_processor`."""
+"""What the attention processors of all families share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import video_sparse_attention
-from .config import VSAConfig, make_config
-from .tiles import check_video_shape
+from .config import VSAConfig
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +23,19 @@ class VideoState:
     def __init__(self, video_shape: tuple[int, int, int] | None = None, dense_step: bool = False):
         self.video_shape = video_shape
         self.dense_step = dense_step
+
+    # Kept as the shape of an empty tensor: torch.compile makes sizes of tensors dynamic, but bakes in numbers.
+    @property
+    def video_shape(self) -> tuple[int, int, int] | None:
+        """`(T, H, W)`, or `None` if the transformer's inputs did not tell."""
+        if self._grid is None:
+            return None
+        frames, height, width = self._grid.shape
+        return frames, height, width
+
+    @video_shape.setter
+    def video_shape(self, video_shape: tuple[int, int, int] | None) -> None:
+        self._grid = None if video_shape is None else torch.empty(1).expand(video_shape)
 
 
 class FamilyAttnProcessor:
@@ -42,6 +54,8 @@ class FamilyAttnProcessor:
     __call__: Callable[..., Any]
     surplus: str | None = None
     """Where tokens beyond the grid sit in this family's video stream: "before", "after", or None if there are none."""
+    only_video: bool = True
+    """Whether the modules' class attends within the video only; in some families text or audio layers share it."""
 
     def __init__(self, config: VSAConfig, original: Any, state: VideoState, name: str = "", strict: bool = False):
         self.config = config
@@ -54,7 +68,8 @@ class FamilyAttnProcessor:
     @classmethod
     def stand_in(cls, config: VSAConfig, attn: torch.nn.Module, state: VideoState) -> FamilyAttnProcessor:
         """For a module whose place in the transformer is unknown: only the number of tokens tells that it is video."""
-        processor = cls(settle_combine(config, attn), cls.stock(), state, strict=cls.surplus is None)
+        strict = cls.only_video and cls.surplus is None
+        processor = cls(settle_combine(config, attn), cls.stock(), state, strict=strict)
         processor.surplus = None
         return processor
 
@@ -75,17 +90,20 @@ class FamilyAttnProcessor:
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
-    def sparse_shape(self, sequence: int, attention_mask: torch.Tensor | None) -> tuple[int, int, int] | None:
+    def sparse_shape(
+        self, sequence: int, attention_mask: torch.Tensor | None, obstacle: str | None = None
+    ) -> tuple[int, int, int] | None:
         """The video shape if this call can be sparse. If it cannot, `None`, and the reason is logged, once per reason.
 
         Args:
             sequence: number of tokens in the video stream, without a text stream that `attend` gets as `text`.
             attention_mask: the call's mask, unless it becomes the `text_mask` of `attend`.
+            obstacle: the family's own reason why this call cannot be sparse, if there is one.
 
         Raises:
             ValueError: the user's own `video_shape` does not match the `sequence` tokens.
         """
-        reason = self._why_dense(sequence, attention_mask)
+        reason = obstacle or self._why_dense(sequence, attention_mask)
         if reason is None:
             return self.state.video_shape
         if not torch.compiler.is_compiling() and reason not in self._logged:
@@ -176,84 +194,3 @@ def settle_combine(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
         return config
     trained = gate is not None and any(bool(p.detach().any()) for p in gate.parameters())
     return replace(config, combine="gate" if trained else "merge")
-
-
-_resolvers: list[Callable[[type], type[FamilyAttnProcessor] | None]] = []
-
-
-def resolve_attention_with(resolver: Callable[[type], type[FamilyAttnProcessor] | None]) -> None:
-    """Let `VSAAttnProcessor` ask `resolver` which family processor serves an attention class."""
-    _resolvers.append(resolver)
-
-
-class VSAAttnProcessor:
-    """Video Sparse Attention for `transformer.set_attn_processor`, one instance for all modules or one per module.
-
-    Video self-attention becomes sparse; cross-attention and audio run the model's stock processor. The video shape is
-    fixed: `enable_vsa` is the way to have it read from the transformer's inputs. In LTX-2, whose audio layers use the
-    same class as its video layers, the number of tokens tells them apart.
-
-    Args:
-        config: a `VSAConfig`; `fields` (such as `top_k_ratio=0.2, video_shape=(21, 30, 52)`) are its fields.
-
-    Raises:
-        ValueError: `video_shape` is missing, or a field is wrong; when called, tokens do not match `video_shape`, or
-            the attention class is not supported.
-    """
-
-    def __init__(self, config: VSAConfig | None = None, **fields: Any):
-        self.config = make_config(config, fields)
-        self.state = VideoState(check_video_shape(self.config.video_shape))
-        self._per_module: dict[torch.nn.Module, FamilyAttnProcessor] = {}
-        self._dense_settings: dict[str, Any] = {"_attention_backend": None, "_parallel_config": None}
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self._dense_settings["_attention_backend"]
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self._set_dense("_attention_backend", backend)
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self._dense_settings["_parallel_config"]
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self._set_dense("_parallel_config", config)
-
-    def _set_dense(self, name: str, value: Any) -> None:
-        self._dense_settings[name] = value
-        for processor in self._per_module.values():
-            setattr(processor, name, value)
-
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *rotary_embeddings: Any,
-        perturbation_mask: torch.Tensor | None = None,
-        all_perturbed: bool | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        # LTX-2 passes on only the keyword arguments that it finds named in this signature.
-        perturbation = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
-        kwargs |= {name: value for name, value in perturbation.items() if value is not None}
-        processor = self._per_module.get(attn) or self._add(attn)
-        return processor(attn, hidden_states, encoder_hidden_states, attention_mask, *rotary_embeddings, **kwargs)
-
-    def _add(self, attn: torch.nn.Module) -> FamilyAttnProcessor:
-        family_processor = next(filter(None, (resolver(type(attn)) for resolver in _resolvers)), None)
-        if family_processor is None:
-            raise ValueError(
-                f"attn={type(attn).__name__} is not an attention class that VSAAttnProcessor knows; use "
-                "enable_vsa(pipe), or set processors for the video self-attention modules only."
-            )
-        processor = family_processor.stand_in(self.config, attn, self.state)
-        for name, value in self._dense_settings.items():
-            setattr(processor, name, value)
-        self._per_module[attn] = processor
-        return processor

@@ -39,4 +39,13 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=CogVideoXVSAProcessor,
     read_grid=read_grid,
+    checkpoints=(
+        "THUDM/CogVideoX-2b",
+        "THUDM/CogVideoX-5b",
+        "THUDM/CogVideoX-5b-I2V",
+        "THUDM/CogVideoX1.5-5B",
+        "alibaba-pai/CogVideoX-Fun-V1.1-5b-Pose",
+        "BestWishYsh/ConsisID-preview",
+    ),
+    stays_dense="text attends densely; ConsisID's face attention",
 )

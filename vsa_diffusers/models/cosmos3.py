@@ -72,4 +72,7 @@ FAMILY = Family(
     modules=r"layers\.\d+\.self_attn",
     processor=Cosmos3VSAProcessor,
     read_grid=read_grid,
+    query_projection="add_q_proj",
+    checkpoints=("nvidia/Cosmos3-Nano",),
+    stays_dense="the text's causal attention; sound and action tokens attend densely",
 )

@@ -21,4 +21,10 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=EasyAnimateVSAProcessor,
     read_grid=square_patch_grid,
+    checkpoints=(
+        "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers",
+        "alibaba-pai/EasyAnimateV5.1-12b-zh-InP-diffusers",
+        "alibaba-pai/EasyAnimateV5.1-12b-zh-Control-diffusers",
+    ),
+    stays_dense="text attends densely",
 )

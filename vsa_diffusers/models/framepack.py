@@ -19,4 +19,6 @@ FAMILY = Family(
     modules=r"(single_)?transformer_blocks\.\d+\.attn",
     processor=FramepackVSAProcessor,
     read_grid=square_patch_grid,
+    checkpoints=("lllyasviel/FramePackI2V_HY",),
+    stays_dense="token refiner; text, image and history tokens attend densely",
 )

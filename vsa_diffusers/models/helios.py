@@ -52,4 +52,6 @@ FAMILY = Family(
     modules=r"blocks\.\d+\.attn1",
     processor=HeliosVSAProcessor,
     read_grid=patchified_grid,
+    checkpoints=("BestWishYsh/Helios-Base",),
+    stays_dense="cross-attention; history tokens attend densely",
 )

@@ -21,4 +21,10 @@ FAMILY = Family(
     modules=r"(single_)?transformer_blocks\.\d+\.attn",
     processor=HunyuanVideoVSAProcessor,
     read_grid=square_patch_grid,
+    checkpoints=(
+        "hunyuanvideo-community/HunyuanVideo",
+        "hunyuanvideo-community/HunyuanVideo-I2V",
+        "Skywork/SkyReels-V1-Hunyuan-I2V",
+    ),
+    stays_dense="token refiner; text attends densely",
 )

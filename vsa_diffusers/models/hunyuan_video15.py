@@ -22,4 +22,9 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn",
     processor=HunyuanVideo15VSAProcessor,
     read_grid=square_patch_grid,
+    checkpoints=(
+        "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+        "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
+    ),
+    stays_dense="token refiner; text and image tokens attend densely",
 )

@@ -58,4 +58,5 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=LTXVSAProcessor,
     read_grid=read_grid,
+    checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.5"),
 )

@@ -22,7 +22,9 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
 
     # Reference and keyframe tokens of the conditioning pipelines follow the video tokens.
     surplus = "after"
-    stock = transformer_ltx2.LTX2PerturbedAttnProcessor
+    only_video = False
+    # The perturbed processor serves unperturbed calls too; diffusers before LTX-2.3 has only the other.
+    stock = getattr(transformer_ltx2, "LTX2PerturbedAttnProcessor", transformer_ltx2.LTX2AudioVideoAttnProcessor)
 
     def __call__(
         self,
@@ -53,7 +55,7 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
         output = self.attend(attn, shape, query, key, heads_of_value, hidden_states).flatten(2)
         if perturbation_mask is not None:
             output = torch.lerp(value, output, perturbation_mask)
-        if attn.to_gate_logits is not None:
+        if getattr(attn, "to_gate_logits", None) is not None:
             weight = 2 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             output = (output.unflatten(2, heads) * weight.unsqueeze(-1)).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
@@ -87,4 +89,6 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=LTX2VSAProcessor,
     read_grid=read_grid,
+    checkpoints=("Lightricks/LTX-2", "diffusers/LTX-2.3-Diffusers", "Lightricks/LTX-2.5-Diffusers"),
+    stays_dense="cross-attention, audio, audio to video and back; reference tokens attend densely",
 )

@@ -65,4 +65,6 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn",
     processor=MiniMaxH3VSAProcessor,
     read_grid=read_grid,
+    checkpoints=("MiniMaxAI/MiniMax-H3",),
+    stays_dense="token refiner; text, audio and reference tokens attend densely",
 )

@@ -30,4 +30,6 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=MochiVSAProcessor,
     read_grid=square_patch_grid,
+    checkpoints=("genmo/mochi-1-preview",),
+    stays_dense="text attends densely",
 )

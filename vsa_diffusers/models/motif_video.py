@@ -44,4 +44,6 @@ FAMILY = Family(
     modules=r"(single_)?transformer_blocks\.\d+\.attn",
     processor=MotifVideoVSAProcessor,
     read_grid=square_patch_grid,
+    checkpoints=("Motif-Technologies/Motif-Video-2B",),
+    stays_dense="cross-attention; text and image tokens attend densely",
 )

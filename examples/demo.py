@@ -1,0 +1,194 @@
+"""One prompt, made dense and with Video Sparse Attention: what it costs, and how close it is.
+
+    python examples/demo.py [--prompt TEXT] [--ratios 0.3 --ratios 0.125] [--output DIRECTORY]
+
+Uses the tiny Wan model beside this file, on the GPU if there is one. Writes `side_by_side.mp4`, `contact_sheet.png` and
+`results.json`, and prints a table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import imageio.v3 as imageio
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import typer
+from diffusers import WanPipeline
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from vsa_diffusers import disable_vsa, enable_vsa
+from vsa_diffusers.tiles import TileGrid, num_selected_tiles
+
+MODEL = Path(__file__).parent / "tiny_wan"
+BLOCK_SIZE = (4, 4, 4)
+
+
+@dataclass
+class Result:
+    """One video, and what it took. Seconds are those of all denoising steps together; PSNR (dB) and SSIM against dense."""
+
+    label: str
+    ratio: float | None
+    kept_tiles: int
+    seconds: float
+    speedup: float
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+def main(
+    prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
+    ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.5, 0.2],  # noqa: B006
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
+    output: Annotated[Path, typer.Option(help="Where to write the video, the picture and the numbers.")] = Path(
+        "demo_output"
+    ),
+    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.")] = MODEL,
+) -> None:
+    """Make one video dense and with Video Sparse Attention, side by side."""
+    console = Console()
+    recommended = json.loads((model / "recommended.json").read_text())
+    call = {name: value for name, value in recommended.items() if name != "seed"}
+    call |= {"prompt": prompt or call["prompt"], "num_inference_steps": steps or call["num_inference_steps"]}
+    seed = recommended["seed"] if seed is None else seed
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = WanPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
+    console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')
+
+    videos, results = [], []
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        tasks = [progress.add_task(name_of(ratio), total=call["num_inference_steps"] + 1) for ratio in (None, *ratios)]
+        generate(pipe, call | {"num_inference_steps": 1}, seed)  # the first call of all is slower
+        for task, ratio in zip(tasks, (None, *ratios), strict=True):
+            if ratio is not None:
+                enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE)
+            latents, seconds = generate(pipe, call, seed, lambda task=task: progress.advance(task))
+            videos.append(decode(pipe, latents))
+            disable_vsa(pipe)
+            progress.advance(task)
+            kept = grid.num_tiles if ratio is None else num_selected_tiles(grid.num_tiles, ratio)
+            speedup = results[0].seconds / seconds if results else 1.0
+            results.append(Result(name_of(ratio), ratio, kept, seconds, speedup))
+            if ratio is not None:
+                results[-1].psnr, results[-1].ssim = closeness(videos[-1], videos[0])
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_video(output / "side_by_side.mp4", videos)
+    write_contact_sheet(output / "contact_sheet.png", videos, results, call["prompt"])
+    numbers = {"device": device, "tokens": grid.num_tokens, "tiles": grid.num_tiles, "padding": grid.padding}
+    numbers |= {"call": call, "seed": seed, "results": [asdict(result) for result in results]}
+    (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    console.print(table_of(results, grid))
+    console.print(f"Left to right in {output / 'side_by_side.mp4'}: {', '.join(result.label for result in results)}.")
+    console.print(f"Frames beside each other: {output / 'contact_sheet.png'}. Numbers: {output / 'results.json'}.")
+
+
+def name_of(ratio: float | None) -> str:
+    """How a run is called in the table and the pictures."""
+    return "dense" if ratio is None else f"VSA {ratio:g}"
+
+
+def video_shape(pipe: WanPipeline, call: dict) -> tuple[int, int, int]:
+    """The token grid (T, H, W) of a call to the pipeline."""
+    frames = (call["num_frames"] - 1) // pipe.vae_scale_factor_temporal + 1
+    extents = (frames, call["height"] // pipe.vae_scale_factor_spatial, call["width"] // pipe.vae_scale_factor_spatial)
+    t, h, w = (extent // patch for extent, patch in zip(extents, pipe.transformer.config.patch_size, strict=True))
+    return t, h, w
+
+
+def generate(pipe: WanPipeline, call: dict, seed: int, on_step=lambda: None) -> tuple[torch.Tensor, float]:
+    """Latents of one video, and the seconds that it took."""
+
+    def callback(pipe, step, timestep, tensors):
+        on_step()
+        return tensors
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    synchronize()
+    start = time.perf_counter()
+    latents = pipe(**call, generator=generator, output_type="latent", callback_on_step_end=callback).frames
+    synchronize()
+    return latents, time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def decode(pipe: WanPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Frames `[frames, 3, height, width]` in 0 to 1, as `WanPipeline` decodes them."""
+    shape = (1, pipe.vae.config.z_dim, 1, 1, 1)
+    mean, std = (torch.tensor(x, device=latents.device).view(shape) for x in
+                 (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))  # fmt: skip
+    latents = (latents.float() * std + mean).to(pipe.vae.dtype)
+    video = pipe.vae.decode(latents, return_dict=False)[0]
+    return pipe.video_processor.postprocess_video(video, output_type="pt")[0].float().cpu()
+
+
+def closeness(video: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """PSNR in dB and SSIM of one video against another; identical videos have a PSNR of infinity."""
+    psnr = peak_signal_noise_ratio(video, reference, data_range=1.0)
+    ssim = structural_similarity_index_measure(video, reference, data_range=1.0)
+    return float(psnr), float(ssim)
+
+
+def write_video(path: Path, videos: list[torch.Tensor]) -> None:
+    """All videos side by side, 16 frames per second."""
+    frames = torch.cat(videos, dim=3).permute(0, 2, 3, 1).mul(255).round().byte().numpy()
+    imageio.imwrite(path, frames, plugin="FFMPEG", fps=16, macro_block_size=8)
+
+
+def write_contact_sheet(path: Path, videos: list[torch.Tensor], results: list[Result], prompt: str) -> None:
+    """Six frames of each video, one row per video."""
+    matplotlib.use("agg")
+    picks = np.linspace(0, len(videos[0]) - 1, 6).round().astype(int)
+    figure, axes = plt.subplots(len(videos), len(picks), figsize=(12, 2.2 * len(videos)), squeeze=False)
+    for row, video, result in zip(axes, videos, results, strict=True):
+        for axis, frame in zip(row, picks, strict=True):
+            axis.imshow(video[frame].permute(1, 2, 0).numpy())
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if video is videos[0]:
+                axis.set_title(f"frame {frame}", fontsize=9)
+        row[0].set_ylabel(f"{result.label}\n{result.seconds:.1f} s", fontsize=10)
+    figure.suptitle(prompt)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table_of(results: list[Result], grid: TileGrid) -> Table:
+    """The numbers for a person to read."""
+    title = f"{grid.num_tokens} tokens {grid.video_shape}, {grid.num_tiles} tiles of {grid.tile_capacity}, "
+    table = Table(title=f"{title}{grid.padding:.0%} padding")
+    for heading in ("", "tiles kept", "denoising, s", "times dense", "PSNR, dB", "SSIM"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for each in results:
+        psnr = "" if each.psnr is None else "identical" if math.isinf(each.psnr) else f"{each.psnr:.1f}"
+        ssim = "" if each.ssim is None else f"{each.ssim:.3f}"
+        kept = f"{each.kept_tiles} of {grid.num_tiles}"
+        table.add_row(each.label, kept, f"{each.seconds:.1f}", f"{each.speedup:.2f}x", psnr, ssim)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
