@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
+from tiny_models_context import CONTEXT_RECIPES
 from tiny_models_joint import JOINT_RECIPES
 from tiny_models_video import VIDEO_RECIPES
 
@@ -227,7 +228,6 @@ ALL_RECIPES = [
         "ltx2-coordinates", "LTX2VideoTransformer3DModel", LTX2, ltx2_coordinate_inputs, (1, 1, 1), sparse=2,
         dense=10, tags=("surplus",),
     ),
-    *(Recipe(**fields) for fields in JOINT_RECIPES),
-    *(Recipe(**fields) for fields in VIDEO_RECIPES),
+    *(Recipe(**fields) for fields in [*JOINT_RECIPES, *CONTEXT_RECIPES, *VIDEO_RECIPES]),
 ]  # fmt: skip
 RECIPES = [recipe for recipe in ALL_RECIPES if recipe.is_available()]

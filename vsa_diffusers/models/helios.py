@@ -40,7 +40,7 @@ class HeliosVSAProcessor(FamilyAttnProcessor):
             key = transformer_helios.apply_rotary_emb_transposed(key, rotary_emb)
         if attn.is_amplify_history:
             history = hidden_states.shape[1] - original_context_length
-            factor = 1 + torch.sigmoid(attn.history_key_scale) * (attn.max_scale - 1)  # [1] or [heads]
+            factor = 1 + torch.sigmoid(attn.history_key_scale).type_as(key) * (attn.max_scale - 1)  # [1] or [heads]
             key = torch.cat([key[:, :history] * factor[:, None], key[:, history:]], 1)
         output = self.attend(attn, shape, query, key, value, hidden_states).flatten(2).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
