@@ -130,6 +130,23 @@ def ltx2_in_context():
     return pipeline("LTX2InContextPipeline")(**ltx2_parts()), ltx2_prompt() | dict(reference_conditions=[reference])
 
 
+def ltx2_dfr():
+    """Keyframe slots after the video, and coordinates instead of extents."""
+    parts = ltx2_parts() | dict(transformer=transformer("ltx2.3", use_keyframes_abs_pos_embedding=True))
+    pipe = pipeline("LTX2DFRPipeline")(**parts)
+    inputs = ltx2_prompt()
+    names = ("prompt_embeds", "prompt_attention_mask", "height", "width", "conditions")
+    return pipe, {name: inputs[name] for name in names} | dict(num_frames=9, sigmas=[1.0])
+
+
+def ltx2_hdr():
+    module = ltx2_module(".pipeline_ltx2_hdr_lora")
+    pipe = pipeline("LTX2HDRPipeline")(**ltx2_parts())
+    inputs = ltx2_prompt() | dict(reference_conditions=[module.LTX2HDRReferenceCondition(frames=VIDEO[:2])])
+    del inputs["conditions"]
+    return pipe, inputs
+
+
 class Tokenizer:
     """As much of a tokenizer as Cosmos 3 asks for: one token per word."""
 
@@ -165,5 +182,7 @@ CONTEXT_PIPELINES = [
     helios_pyramid,
     ltx2_condition,
     ltx2_in_context,
+    ltx2_dfr,
+    ltx2_hdr,
     cosmos3,
 ]
