@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel
 
 from tiny_models import LTX, LTX2, WAN, Recipe
-from tiny_models_video import ALLEGRO, ANIMATE, COSMOS, COSMOS2, COSMOS_CONTROLNET, KANDINSKY5
+from tiny_models_video import ALLEGRO, COSMOS, COSMOS2, COSMOS_CONTROLNET, KANDINSKY5
 
 SIZE = dict(height=96, width=128)
 SMALL = dict(height=64, width=64)
@@ -107,6 +107,10 @@ def wan_vae():
 
 def flow():
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def flow_map():
+    return diffusers.FlowMapEulerDiscreteScheduler()
 
 
 def unipc():
@@ -268,83 +272,3 @@ def ltx2():
         transformer=transformer("LTX2VideoTransformer3DModel", LTX2), vae=vae.eval(), audio_vae=audio_vae.eval(),
         connectors=connectors.eval(), scheduler=flow(),
     )  # fmt: skip
-
-
-PIPELINES = [
-    PipelineRecipe("WanPipeline", wan(), lambda: TEXT | embeddings()),
-    PipelineRecipe("WanPipeline", wan22(), lambda: TEXT | embeddings(), name="WanPipeline-2.2"),
-    PipelineRecipe("WanImageToVideoPipeline", wan(config=WAN_IMAGE), lambda: TEXT | image_and_text()),
-    PipelineRecipe(
-        "WanImageToVideoPipeline", wan22(WAN16 | dict(in_channels=36)),
-        lambda: TEXT | embeddings() | dict(image=image()),
-        name="WanImageToVideoPipeline-2.2",
-    ),
-    PipelineRecipe("WanVideoToVideoPipeline", wan(), lambda: SIZE | CALL | embeddings() | dict(video=video())),
-    PipelineRecipe(
-        "WanVACEPipeline",
-        wan("WanVACETransformer3DModel", WAN16 | dict(vace_layers=[0, 1], vace_in_channels=96)),
-        lambda: TEXT | embeddings() | dict(video=video(), reference_images=[image()]),
-    ),
-    PipelineRecipe(
-        "WanAnimatePipeline",
-        wan("WanAnimateTransformer3DModel", ANIMATE | dict(in_channels=36, latent_channels=16, out_channels=16)),
-        lambda: SIZE | CALL | image_and_text() | dict(
-            pose_video=video(), face_video=video(), segment_frame_length=17, prev_segment_conditioning_frames=1
-        ),
-    ),
-    PipelineRecipe(
-        "LucyEditPipeline", wan(config=WAN16 | dict(in_channels=32)),
-        lambda: TEXT | embeddings() | dict(video=video()),
-    ),
-    PipelineRecipe("SkyReelsV2Pipeline", wan(SKYREELS), lambda: TEXT | embeddings()),
-    PipelineRecipe(
-        "SkyReelsV2ImageToVideoPipeline", wan(SKYREELS, WAN_IMAGE), lambda: TEXT | image_and_text()
-    ),
-    PipelineRecipe(
-        "SkyReelsV2DiffusionForcingPipeline", wan(SKYREELS), lambda: TEXT | embeddings() | FORCING
-    ),
-    PipelineRecipe(
-        "SkyReelsV2DiffusionForcingImageToVideoPipeline", wan(SKYREELS),
-        lambda: TEXT | embeddings() | FORCING | dict(image=image()),
-    ),
-    PipelineRecipe(
-        "SkyReelsV2DiffusionForcingVideoToVideoPipeline", wan(SKYREELS),
-        lambda: TEXT | embeddings() | FORCING | dict(video=video(5), overlap_history=5, num_frames=21),
-    ),
-    PipelineRecipe(
-        "ChronoEditPipeline", wan("ChronoEditTransformer3DModel", WAN_IMAGE),
-        lambda: TEXT | image_and_text() | dict(enable_temporal_reasoning=True, num_temporal_reasoning_steps=1),
-    ),
-    PipelineRecipe("CosmosTextToWorldPipeline", cosmos1, lambda: TEXT | embeddings()),
-    PipelineRecipe(
-        "CosmosVideoToWorldPipeline", cosmos1_video, lambda: TEXT | embeddings() | dict(image=image())
-    ),
-    PipelineRecipe("Cosmos2TextToImagePipeline", cosmos2(in_channels=16), lambda: PICTURE | embeddings()),
-    PipelineRecipe("Cosmos2VideoToWorldPipeline", cosmos2(), lambda: TEXT | embeddings() | dict(image=image())),
-    PipelineRecipe("Cosmos2_5_PredictBasePipeline", cosmos25(), lambda: TEXT | embeddings()),
-    PipelineRecipe(
-        "Cosmos2_5_TransferPipeline", cosmos25_transfer,
-        lambda: TEXT | embeddings() | dict(controls=video(), num_frames_per_chunk=17),
-    ),
-    PipelineRecipe(
-        "AllegroPipeline", allegro, lambda: TEXT | masked_embeddings() | dict(num_frames=20, negative_prompt=None)
-    ),
-    PipelineRecipe(
-        "AnyFlowPipeline",
-        wan("AnyFlowTransformer3DModel", scheduler=lambda: diffusers.FlowMapEulerDiscreteScheduler()),
-        lambda: TEXT | embeddings(),
-    ),
-    PipelineRecipe("Kandinsky5T2VPipeline", kandinsky5(), lambda: TEXT | kandinsky5_embeddings()),
-    PipelineRecipe(
-        "Kandinsky5I2VPipeline", kandinsky5(image=True), lambda: TEXT | kandinsky5_embeddings() | dict(image=image())
-    ),
-    PipelineRecipe("Kandinsky5T2IPipeline", kandinsky5_picture(), lambda: PICTURE | kandinsky5_embeddings()),
-    PipelineRecipe(
-        "Kandinsky5I2IPipeline", kandinsky5_picture(image=True),
-        lambda: PICTURE | kandinsky5_embeddings() | dict(image=image()),
-    ),
-    PipelineRecipe("LTXPipeline", ltx, lambda: TEXT | SMALL | masked_embeddings()),
-    PipelineRecipe("LTXImageToVideoPipeline", ltx, lambda: TEXT | SMALL | masked_embeddings() | dict(image=image())),
-    PipelineRecipe("LTX2Pipeline", ltx2, lambda: TEXT | TINY | ltx2_embeddings()),
-    PipelineRecipe("LTX2ImageToVideoPipeline", ltx2, lambda: TEXT | TINY | ltx2_embeddings() | dict(image=image(), image_crf=0)),
-]  # fmt: skip
