@@ -36,7 +36,7 @@ BLOCK_SIZE = (4, 4, 4)
 
 @dataclass
 class Result:
-    """One video, and what it took. Seconds are those of all denoising steps together; PSNR (dB) and SSIM against dense."""
+    """One video, and what it took: seconds of all denoising steps; PSNR (dB) and SSIM against the dense video."""
 
     label: str
     ratio: float | None
@@ -52,9 +52,7 @@ def main(
     ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.5, 0.2],  # noqa: B006
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
-    output: Annotated[Path, typer.Option(help="Where to write the video, the picture and the numbers.")] = Path(
-        "demo_output"
-    ),
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
     model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.")] = MODEL,
 ) -> None:
     """Make one video dense and with Video Sparse Attention, side by side."""
@@ -66,7 +64,7 @@ def main(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = WanPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = WanPipeline.from_pretrained(model).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')

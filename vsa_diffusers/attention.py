@@ -40,7 +40,9 @@ def video_sparse_attention(
     the tile means is the coarse branch.
 
     Args:
-        query, key, value: `[batch, sequence, heads, head_dim]`, the same shape, dtype and device.
+        query: `[batch, sequence, heads, head_dim]`.
+        key: of the same shape, dtype and device.
+        value: likewise.
         video_shape: `(T, H, W)`, the grid of video tokens after patchification.
         top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser.
         top_k: number of key tiles to keep, instead of `top_k_ratio`; more than there are means all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -72,7 +73,7 @@ def check_top_k(top_k: int | None, top_k_ratio: float) -> None:
     """Raise `ValueError` unless `top_k` is at least 1 (or None) and `top_k_ratio` in (0, 1]."""
     if top_k is not None and (int(top_k) != top_k or top_k < 1):
         raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
-    if not isinstance(top_k_ratio, (int, float)) or not 0 < top_k_ratio <= 1:
+    if not isinstance(top_k_ratio, Real) or not 0 < top_k_ratio <= 1:
         raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, such as 0.2.")
 
 

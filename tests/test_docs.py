@@ -1,0 +1,54 @@
+"""Every Python block of the README and the docs runs, on a tiny pipeline in place of the one that it names."""
+
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from tiny_models import RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
+]
+# Small sizes, and the CPU, for what the pages write for a GPU.
+SMALLER = {'"cuda"': '"cpu"', "torch.bfloat16": "torch.float32", "height=480": "height=64", "width=832": "width=96",
+           "num_frames=81": "num_frames=17", "num_inference_steps=30": "num_inference_steps=2"}  # fmt: skip
+
+
+def tiny_pipeline(*_, **__):
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    tiny_wan = ROOT / "examples" / "tiny_wan"
+    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    return diffusers.WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(tiny_wan / "tokenizer"),
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=RECIPES[0].build(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run_in_order(page, monkeypatch, tmp_path):
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", tiny_pipeline)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    names = {"torch": torch}
+    for block in blocks:
+        for written, smaller in SMALLER.items():
+            block = block.replace(written, smaller)
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_pages_name_no_file_that_is_missing():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
