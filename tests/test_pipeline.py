@@ -225,7 +225,7 @@ def test_the_processor_alone_needs_a_video_shape_and_checks_it():
 def test_the_processor_refuses_attention_it_does_not_know():
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
     vae.set_attn_processor(VSAAttnProcessor(top_k_ratio=0.2, video_shape=(1, 4, 4)))
-    with pytest.raises(ValueError, match="attn=Attention is not an attention class that VSAAttnProcessor knows"):
+    with pytest.raises(ValueError, match="attn=Attention does not tell VSAAttnProcessor which model family it serves"):
         vae(torch.randn(1, 3, 32, 32))
 
 

@@ -10,6 +10,10 @@ from typing import Any
 import diffusers
 import torch
 
+from tiny_models_context import CONTEXT_RECIPES
+from tiny_models_joint import JOINT_RECIPES
+from tiny_models_video import VIDEO_RECIPES
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -23,6 +27,8 @@ class Recipe:
         patch: latent cells per token along each axis.
         sparse: number of video self-attention modules.
         dense: number of other attention modules.
+        tags: what some tests have to know.
+        projections: names of the query, key and value projections.
     """
 
     name: str
@@ -33,14 +39,19 @@ class Recipe:
     sparse: int
     dense: int
     tags: tuple[str, ...] = field(default=())
+    projections: tuple[str, str, str] = ("to_q", "to_k", "to_v")
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(0)
         model = getattr(diffusers, self.cls)(**self.config).eval()
         # Larger query and key projections than at initialisation, so that attention is not nearly uniform.
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2 and (".to_q." in name or ".to_k." in name):
+            if parameter.ndim >= 2 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)  # zero-initialised branches would hide what attention does
+            if name.endswith(tuple(f".{projection}.weight" for projection in self.projections[:2])):
                 parameter.data.mul_(4)
+            if name.endswith("history_key_scale"):  # Helios's history would drown the video
+                parameter.data.normal_(-1)
         return model
 
     def is_available(self) -> bool:
@@ -52,13 +63,17 @@ class Recipe:
         return tuple(extent // patch for extent, patch in zip(grid, self.patch, strict=True))
 
 
-def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+def call(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
     """The model's (video) output on fixed random inputs."""
     torch.manual_seed(1)
-    inputs = recipe.inputs(grid)
-    with torch.no_grad():
-        output = model(**inputs, return_dict=False)[0]
+    output = model(**recipe.inputs(grid), return_dict=False)[0]
     return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
+
+
+def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The same without gradients."""
+    with torch.no_grad():
+        return call(model, recipe, grid)
 
 
 WAN = dict(
@@ -150,6 +165,29 @@ def ltx2_reference_inputs(grid):
     )
 
 
+def ltx2_coordinate_inputs(grid):
+    """Coordinates instead of extents, of the video and of a keyframe and half-sized reference frames after it."""
+    frames, height, width = grid
+    inputs = ltx2_inputs(grid) | dict(num_frames=None, height=None, width=None)
+    blocks = [(range(frames), 1), ([frames - 2], 1), (range(2), 2)]
+    coords = [
+        torch.stack(
+            torch.meshgrid(
+                torch.tensor([float(t) for t in times]), torch.arange(0.0, height, step),
+                torch.arange(0.0, width, step), indexing="ij",
+            )
+        ).flatten(1)
+        for times, step in blocks
+    ]  # fmt: skip
+    starts = torch.cat(coords, 1)[None, :, :, None].expand(2, 3, -1, 1)
+    tokens = starts.shape[2]
+    return inputs | dict(
+        hidden_states=torch.randn(2, tokens, 8),
+        timestep=torch.full((2, tokens), 500.0),
+        video_coords=torch.cat([starts, starts + 1], -1),
+    )
+
+
 LTX = dict(
     in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64, num_layers=2,
     caption_channels=16,
@@ -186,5 +224,10 @@ ALL_RECIPES = [
         "ltx2-references", "LTX2VideoTransformer3DModel", LTX2, ltx2_reference_inputs, (1, 1, 1), sparse=2, dense=10,
         tags=("surplus",),
     ),
+    Recipe(
+        "ltx2-coordinates", "LTX2VideoTransformer3DModel", LTX2, ltx2_coordinate_inputs, (1, 1, 1), sparse=2,
+        dense=10, tags=("surplus",),
+    ),
+    *(Recipe(**fields) for fields in [*JOINT_RECIPES, *CONTEXT_RECIPES, *VIDEO_RECIPES]),
 ]  # fmt: skip
 RECIPES = [recipe for recipe in ALL_RECIPES if recipe.is_available()]

@@ -9,23 +9,25 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .attention import video_sparse_attention as video_sparse_attention
+    from .attn_processor import VSAAttnProcessor as VSAAttnProcessor
     from .config import VSA_DEFAULT as VSA_DEFAULT
     from .config import VSAConfig as VSAConfig
     from .gates import add_gate_compress as add_gate_compress
     from .gates import load_gates as load_gates
     from .gates import save_gates as save_gates
-    from .models import VSAAttnProcessor as VSAAttnProcessor
+    from .models import register_transformer as register_transformer
     from .pipeline import disable_vsa as disable_vsa
     from .pipeline import enable_vsa as enable_vsa
 
 _HOMES = {
-    "VSAAttnProcessor": "models",
+    "VSAAttnProcessor": "attn_processor",
     "VSAConfig": "config",
     "VSA_DEFAULT": "config",
     "add_gate_compress": "gates",
     "disable_vsa": "pipeline",
     "enable_vsa": "pipeline",
     "load_gates": "gates",
+    "register_transformer": "models",
     "save_gates": "gates",
     "video_sparse_attention": "attention",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "disable_vsa",
     "enable_vsa",
     "load_gates",
+    "register_transformer",
     "save_gates",
     "video_sparse_attention",
 ]

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .models import find_family, supported_transformers
+from .models import require_family
 
 GATES_NAME = "vsa_gates.safetensors"
 GATE = "to_gate_compress"
@@ -21,8 +21,9 @@ GATE = "to_gate_compress"
 def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
     """Add a zero-initialised `to_gate_compress` to every video self-attention that has none.
 
-    A gate is an `nn.Linear` from the input features of `to_q` to `heads * head_dim`, with bias, in the dtype and on the
-    device of the transformer. All zeros means that the coarse branch has no weight until it is trained.
+    A gate is an `nn.Linear` of the query projection's sizes (its input features to `heads * head_dim`), with bias, in
+    the dtype and on the device of the transformer. All zeros means that the coarse branch has no weight until it is
+    trained.
 
     Args:
         transformer: a supported video transformer. Add gates before offloading, casting or `torch.compile`.
@@ -34,15 +35,15 @@ def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
         ValueError: the transformer is not supported.
     """
     added = []
-    for name, attn in _video_modules(transformer).items():
+    family = require_family(transformer)
+    for name, attn in family.video_modules(transformer).items():
         if getattr(attn, GATE, None) is None:
             reference = next(p for p in attn.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
-            gate = torch.nn.Linear(
-                attn.to_q.in_features, attn.to_q.out_features, device=reference.device, dtype=reference.dtype
-            )
+            like = attn.get_submodule(family.query_projection)
+            gate = torch.nn.Linear(like.in_features, like.out_features, device=reference.device, dtype=reference.dtype)
             torch.nn.init.zeros_(gate.weight)
             torch.nn.init.zeros_(gate.bias)
-            attn.add_module(GATE, gate.requires_grad_(attn.to_q.weight.requires_grad).train(attn.training))
+            attn.add_module(GATE, gate.requires_grad_(like.weight.requires_grad).train(attn.training))
             added.append(name)
     return added
 
@@ -61,7 +62,7 @@ def save_gates(transformer: torch.nn.Module, path: str | os.PathLike[str]) -> Pa
         ValueError: there are no gates.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, attn in _video_modules(transformer).items():
+    for name, attn in require_family(transformer).video_modules(transformer).items():
         gate = getattr(attn, GATE, None)
         if gate is not None:
             tensors |= {f"{name}.{GATE}.{key}": value.contiguous() for key, value in gate.state_dict().items()}
@@ -94,7 +95,8 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
         ValueError: no gates found, gates for modules that do not exist, missing ones, or sizes that do not fit; nothing
             was changed then.
     """
-    modules = _video_modules(transformer)
+    family = require_family(transformer)
+    modules = family.video_modules(transformer)
     names = {alias: name for name in modules for alias in (name, name.rpartition(".")[0])}
     found: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
@@ -118,7 +120,7 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
             "To leave those at zero on purpose, call add_gate_compress(transformer) first."
         )
     for name, tensors in found.items():
-        linear = modules[name].to_q
+        linear = modules[name].get_submodule(family.query_projection)
         expected = {"weight": (linear.out_features, linear.in_features), "bias": (linear.out_features,)}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if shapes != expected:
@@ -127,16 +129,6 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
     for name, tensors in found.items():
         modules[name].get_submodule(GATE).load_state_dict(tensors)
     return list(found)
-
-
-def _video_modules(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    family = find_family(transformer)
-    if family is None:
-        raise ValueError(
-            f"transformer={type(transformer).__name__} is not a supported video transformer; supported are: "
-            f"{', '.join(supported_transformers())}. Pass pipe.transformer, not the pipeline."
-        )
-    return family.video_modules(transformer)
 
 
 def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, torch.Tensor]]:

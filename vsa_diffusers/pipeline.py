@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from .config import VSAConfig, module_configs
-from .models import Family, attention_modules, find_family, supported_transformers
+from .models import Family, attention_modules, find_family, refusal, supported_transformers
 from .processor import VideoState, settle_combine
 
 logger = logging.getLogger(__name__)
@@ -164,9 +165,9 @@ class _Plan:
         originals = {}
         for name, config in self.configs.items():
             attn = self.modules[name]
-            originals[name] = attn.processor
+            originals[name] = original = getattr(attn, "processor", None) or _OwnForward(attn)
             strict = config.video_shape is not None
-            attn.processor = self.family.processor(config, attn.processor, self.state, name, strict)
+            _put(attn, self.family.processor(config, original, self.state, name, strict))
         handle = self.transformer.register_forward_pre_hook(self.hook, with_kwargs=True)
         setattr(self.transformer, _INSTALLATION, _Installation(originals, handle))
         dense = [name for name in self.modules if name not in self.configs]
@@ -184,12 +185,40 @@ def _remove(transformer: torch.nn.Module) -> None:
     if installation is None:
         return
     for name, original in installation.originals.items():
-        attn = transformer.get_submodule(name)
-        # A processor that somebody set since then is theirs to keep.
-        if getattr(attn.processor, "original", None) is original:
-            attn.processor = original
+        _take_away(transformer.get_submodule(name), original)
     installation.handle.remove()
     delattr(transformer, _INSTALLATION)
+
+
+class _OwnForward:
+    """Serves the dense calls of a module that has no processor; the sparse one stands in front of its `forward`."""
+
+    def __init__(self, attn: torch.nn.Module):
+        # Offloading hooks, for example, set a forward on the instance.
+        self.hooked = vars(attn).get("forward")
+
+    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.hooked(*args, **kwargs) if self.hooked else type(attn).forward(attn, *args, **kwargs)
+
+    def restore(self, attn: torch.nn.Module) -> None:
+        del attn.forward
+        if self.hooked:
+            attn.forward = self.hooked
+
+
+def _put(attn: torch.nn.Module, processor: Any) -> None:
+    if hasattr(attn, "processor"):
+        attn.processor = processor
+    else:
+        attn.forward = functools.partial(processor, attn)
+
+
+def _take_away(attn: torch.nn.Module, original: Any) -> None:
+    if isinstance(original, _OwnForward):
+        original.restore(attn)
+    # A processor that somebody set since then is theirs to keep.
+    elif getattr(attn.processor, "original", None) is original:
+        attn.processor = original
 
 
 def _transformers(pipe: Any) -> list[tuple[torch.nn.Module, Family]]:
@@ -208,7 +237,8 @@ def _transformers(pipe: Any) -> list[tuple[torch.nn.Module, Family]]:
     if not found:
         names = ", ".join(sorted({type(part).__name__ for part in unwrapped})) or "no modules"
         raise ValueError(
-            f"{type(pipe).__name__} has no supported video transformer (found: {names}); supported are: "
-            f"{', '.join(supported_transformers())}."
+            next(filter(None, map(refusal, unwrapped)), None)
+            or f"{type(pipe).__name__} has no supported video transformer (found: {names}); supported are: "
+            f"{', '.join(supported_transformers())}. Teach your own class with register_transformer."
         )
     return found

@@ -12,6 +12,7 @@ import torch
 from ..processor import FamilyAttnProcessor
 
 Grid = tuple[int, int, int]
+ReadGrid = Callable[[torch.nn.Module, Mapping[str, Any]], Grid | None]
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,43 @@ class Family:
         processor: serves these modules.
         read_grid: from the transformer and its forward's arguments by name, the grid `(T, H, W)`, or `None` where the
             arguments do not tell.
+        query_projection: name of the query's projection in these modules; a gate has its sizes.
+        checkpoints: public checkpoints, for the docs.
+        stays_dense: what is never sparse in this family, for the docs.
+        trained_gates: public checkpoints with trained gates, for the docs.
     """
 
     name: str
     transformers: tuple[str, ...]
     modules: str
     processor: type[FamilyAttnProcessor]
-    read_grid: Callable[[torch.nn.Module, Mapping[str, Any]], Grid | None]
+    read_grid: ReadGrid
+    query_projection: str = "to_q"
+    checkpoints: tuple[str, ...] = ()
+    stays_dense: str = "cross-attention"
+    trained_gates: tuple[str, ...] = ()
 
     def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        """The video self-attention modules by name, in the order of the transformer's blocks."""
-        return {name: module for name, module in transformer.named_modules() if re.fullmatch(self.modules, name)}
+        """The video self-attention modules by name, in the order of the transformer's blocks.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = {name: module for name, module in transformer.named_modules() if re.fullmatch(self.modules, name)}
+        if not found:
+            raise ValueError(
+                f"{type(transformer).__name__} has no module whose name matches {self.modules!r}, where its video "
+                "self-attention should be; correct the pattern given to register_transformer."
+            )
+        return found
 
 
 def patchified_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:
     """Grid of `hidden_states` `[batch, channels, frames, height, width]` cut into `config.patch_size` patches."""
-    extents = inputs["hidden_states"].shape[-3:]
-    t, h, w = (extent // patch for extent, patch in zip(extents, transformer.config.patch_size, strict=True))
+    return patches(inputs["hidden_states"].shape[-3:], transformer.config.patch_size)
+
+
+def patches(extents: tuple[int, ...], patch_size: tuple[int, ...]) -> Grid:
+    """The grid that `(frames, height, width)` latent cells make when cut into patches."""
+    t, h, w = (extent // patch for extent, patch in zip(extents, patch_size, strict=True))
     return t, h, w

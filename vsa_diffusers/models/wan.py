@@ -51,4 +51,19 @@ FAMILY = Family(
     modules=r"(vace_)?blocks\.\d+\.attn1",
     processor=WanVSAProcessor,
     read_grid=patchified_grid,
+    checkpoints=(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        "decart-ai/Lucy-Edit-Dev",
+    ),
+    trained_gates=(
+        "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
+        "FastVideo/FastWan2.1-T2V-14B-Diffusers",
+        "FastVideo/Wan2.1-VSA-T2V-14B-720P-Diffusers",
+    ),
 )

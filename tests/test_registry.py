@@ -1,0 +1,42 @@
+"""The registry of families agrees with itself, with the installed diffusers, and with the documentation."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from tiny_models import ALL_RECIPES
+from vsa_diffusers.models import REFUSED, known_families, supported_transformers
+
+DOCS = Path(__file__).parents[1] / "docs"
+has_every_class = pytest.mark.skipif(
+    not all(hasattr(diffusers, recipe.cls) for recipe in ALL_RECIPES), reason="this diffusers lacks some families"
+)
+
+
+@has_every_class
+def test_every_built_in_class_belongs_to_one_family_and_has_a_recipe():
+    classes = [name for family in known_families() for name in family.transformers]
+    assert len(classes) == len(set(classes))
+    assert set(classes) <= set(supported_transformers())
+    assert not set(classes) & set(REFUSED)
+    assert {recipe.cls for recipe in ALL_RECIPES} == set(classes)
+
+
+@has_every_class
+def test_the_page_of_models_is_current():
+    written = (DOCS / "models.md").read_text()
+    assert runpy.run_path(str(DOCS / "make_models_table.py"))["page"]() == written, "run make_models_table.py --write"
+    assert all(f"`{name}`" in written for name in (*supported_built_ins(), *REFUSED))
+
+
+def supported_built_ins():
+    return [name for family in known_families() for name in family.transformers]
+
+
+def test_the_names_of_the_package_are_there_without_importing_diffusers():
+    code = "import sys, vsa_diffusers; assert 'diffusers' not in sys.modules; vsa_diffusers.register_transformer"
+    subprocess.run([sys.executable, "-c", code], check=True)

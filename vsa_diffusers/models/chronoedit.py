@@ -1,0 +1,15 @@
+"""ChronoEdit. Its pipeline drops to two frames in the middle of the loop, so the grid changes between steps."""
+
+from __future__ import annotations
+
+from .family import Family, patchified_grid
+from .wan import WanVSAProcessor
+
+FAMILY = Family(
+    name="ChronoEdit",
+    transformers=("ChronoEditTransformer3DModel",),
+    modules=r"blocks\.\d+\.attn1",
+    processor=WanVSAProcessor,
+    read_grid=patchified_grid,
+    checkpoints=("nvidia/ChronoEdit-14B-Diffusers",),
+)

@@ -1,0 +1,25 @@
+"""SkyReels-V2. Its causal mode (`num_frame_per_block` above 1) masks self-attention, and such calls run dense."""
+
+from __future__ import annotations
+
+from .family import Family, patchified_grid
+from .wan import WanVSAProcessor
+
+FAMILY = Family(
+    name="SkyReels-V2",
+    transformers=("SkyReelsV2Transformer3DModel",),
+    modules=r"blocks\.\d+\.attn1",
+    processor=WanVSAProcessor,
+    read_grid=patchified_grid,
+    checkpoints=(
+        "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
+        "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
+        "Skywork/SkyReels-V2-I2V-1.3B-540P-Diffusers",
+        "Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
+        "Skywork/SkyReels-V2-I2V-14B-720P-Diffusers",
+        "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+        "Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
+        "Skywork/SkyReels-V2-DF-14B-720P-Diffusers",
+    ),
+    stays_dense="cross-attention; self-attention in the causal mode, which masks it (`num_frame_per_block` above 1)",
+)
