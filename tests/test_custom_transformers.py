@@ -184,6 +184,12 @@ def test_processors_can_be_had_for_modules_that_take_them(tokens):
     torch.testing.assert_close(model(tokens), dense, atol=1e-4, rtol=1e-4)
 
 
+def test_modules_without_a_processor_need_enable_vsa():
+    register_transformer(Transformer, "layers.*", grid)
+    with pytest.raises(ValueError, match="Transformer has video self-attention without a processor; use enable_vsa"):
+        VSAAttnProcessor.for_transformer(Transformer(), video_shape=SHAPE)
+
+
 def test_a_copy_of_an_enabled_model_is_independent(tokens):
     register_transformer(Transformer, "layers.*", grid)
     model = enable_vsa(Transformer(), 0.3, block_size=(2, 4, 4))
