@@ -10,6 +10,8 @@ from typing import Any
 import diffusers
 import torch
 
+from tiny_models_context import CONTEXT_RECIPES
+from tiny_models_joint import JOINT_RECIPES
 from tiny_models_video import VIDEO_RECIPES
 
 
@@ -48,6 +50,8 @@ class Recipe:
                 torch.nn.init.normal_(parameter, std=0.1)  # zero-initialised branches would hide what attention does
             if name.endswith(tuple(f".{projection}.weight" for projection in self.projections[:2])):
                 parameter.data.mul_(4)
+            if name.endswith("history_key_scale"):  # Helios's history would drown the video
+                parameter.data.normal_(-1)
         return model
 
     def is_available(self) -> bool:
@@ -161,6 +165,29 @@ def ltx2_reference_inputs(grid):
     )
 
 
+def ltx2_coordinate_inputs(grid):
+    """Coordinates instead of extents, of the video and of a keyframe and half-sized reference frames after it."""
+    frames, height, width = grid
+    inputs = ltx2_inputs(grid) | dict(num_frames=None, height=None, width=None)
+    blocks = [(range(frames), 1), ([frames - 2], 1), (range(2), 2)]
+    coords = [
+        torch.stack(
+            torch.meshgrid(
+                torch.tensor([float(t) for t in times]), torch.arange(0.0, height, step),
+                torch.arange(0.0, width, step), indexing="ij",
+            )
+        ).flatten(1)
+        for times, step in blocks
+    ]  # fmt: skip
+    starts = torch.cat(coords, 1)[None, :, :, None].expand(2, 3, -1, 1)
+    tokens = starts.shape[2]
+    return inputs | dict(
+        hidden_states=torch.randn(2, tokens, 8),
+        timestep=torch.full((2, tokens), 500.0),
+        video_coords=torch.cat([starts, starts + 1], -1),
+    )
+
+
 LTX = dict(
     in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=32, cross_attention_dim=64, num_layers=2,
     caption_channels=16,
@@ -197,6 +224,10 @@ ALL_RECIPES = [
         "ltx2-references", "LTX2VideoTransformer3DModel", LTX2, ltx2_reference_inputs, (1, 1, 1), sparse=2, dense=10,
         tags=("surplus",),
     ),
-    *(Recipe(**fields) for fields in VIDEO_RECIPES),
+    Recipe(
+        "ltx2-coordinates", "LTX2VideoTransformer3DModel", LTX2, ltx2_coordinate_inputs, (1, 1, 1), sparse=2,
+        dense=10, tags=("surplus",),
+    ),
+    *(Recipe(**fields) for fields in [*JOINT_RECIPES, *CONTEXT_RECIPES, *VIDEO_RECIPES]),
 ]  # fmt: skip
 RECIPES = [recipe for recipe in ALL_RECIPES if recipe.is_available()]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .attention import video_sparse_attention
 from .config import VSAConfig
@@ -50,9 +51,9 @@ class FamilyAttnProcessor:
 
     stock: type
     """The processor that diffusers gives such a module, able to serve every call to its class."""
-    __call__: Callable[..., torch.Tensor]
+    __call__: Callable[..., Any]
     surplus: str | None = None
-    """Where tokens beyond the grid sit in this family's sequence: "before", "after", or None if there are none."""
+    """Where tokens beyond the grid sit in this family's video stream: "before", "after", or None if there are none."""
     only_video: bool = True
     """Whether the modules' class attends within the video only; in some families text or audio layers share it."""
 
@@ -95,8 +96,8 @@ class FamilyAttnProcessor:
         """The video shape if this call can be sparse. If it cannot, `None`, and the reason is logged, once per reason.
 
         Args:
-            sequence: number of tokens that the call attends over.
-            attention_mask: of the call.
+            sequence: number of tokens in the video stream, without a text stream that `attend` gets as `text`.
+            attention_mask: the call's mask, unless it becomes the `text_mask` of `attend`.
             obstacle: the family's own reason why this call cannot be sparse, if there is one.
 
         Raises:
@@ -140,12 +141,27 @@ class FamilyAttnProcessor:
         key: torch.Tensor,
         value: torch.Tensor,
         hidden: torch.Tensor,
+        text: tuple[int, int] = (0, 0),
+        text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sparse attention of `[batch, sequence, heads, head_dim]`; the gate, if any, is projected from `hidden`."""
-        surplus = query.shape[1] - math.prod(shape)
+        """Sparse attention of `[batch, sequence, heads, head_dim]`; the gate, if any, is projected from `hidden`.
+
+        Args:
+            hidden: the video stream `[batch, sequence without text, channels]`, surplus tokens included.
+            text: number of text tokens before and after the video stream in `query`, `key` and `value`.
+            text_mask: bool `[batch, sum(text)]`, False where text is padding.
+        """
+        before, after = text
+        surplus = query.shape[1] - math.prod(shape) - before - after
         gate = None
         if self.config.combine == "gate":
             gate = attn.to_gate_compress(hidden).unflatten(-1, query.shape[2:])
+            if gate.shape != query.shape:
+                gate = F.pad(gate, (0, 0, 0, 0, before, query.shape[1] - before - gate.shape[1]))
+        if surplus and text_mask is not None:
+            text_mask = torch.cat(
+                [text_mask[:, :before], text_mask.new_ones(len(text_mask), surplus), text_mask[:, before:]], 1
+            )
         return video_sparse_attention(
             query,
             key,
@@ -156,7 +172,8 @@ class FamilyAttnProcessor:
             block_size=self.config.block_size,
             gate=gate,
             combine=self.config.combine,
-            context_tokens=(surplus, 0) if self.surplus == "before" else (0, surplus),
+            context_tokens=(before + surplus, after) if self.surplus == "before" else (before, after + surplus),
+            context_mask=text_mask,
             implementation=self.config.implementation,
         )
 

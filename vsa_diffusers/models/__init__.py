@@ -31,11 +31,22 @@ _MODULE_OF_TRANSFORMER = {
     "AllegroTransformer3DModel": "allegro",
     "AnyFlowTransformer3DModel": "anyflow",
     "ChronoEditTransformer3DModel": "chronoedit",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "ConsisIDTransformer3DModel": "cogvideox",
+    "Cosmos3OmniTransformer": "cosmos3",
     "CosmosControlNetModel": "cosmos",
     "CosmosTransformer3DModel": "cosmos",
+    "EasyAnimateTransformer3DModel": "easyanimate",
+    "HeliosTransformer3DModel": "helios",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "Kandinsky5Transformer3DModel": "kandinsky5",
     "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
+    "MochiTransformer3DModel": "mochi",
+    "MotifVideoTransformer3DModel": "motif_video",
     "SkyReelsV2Transformer3DModel": "skyreels_v2",
     "WanAnimateTransformer3DModel": "wan_animate",
     "WanTransformer3DModel": "wan",
@@ -44,14 +55,19 @@ _MODULE_OF_TRANSFORMER = {
 # Attention classes that only one arithmetic uses; `Attention`, which many families share, is not among them.
 _MODULE_OF_ATTENTION = {
     "AnyFlowAttention": "anyflow",
+    "Cosmos3PackedMoTAttention": "cosmos3",
+    "HeliosAttention": "helios",
     "Kandinsky5Attention": "kandinsky5",
     "LTX2Attention": "ltx2",
     "LTXAttention": "ltx",
+    "MiniMaxH3Attention": "minimax_h3",
+    "MochiAttention": "mochi",
+    "MotifVideoAttention": "motif_video",
     "SkyReelsV2Attention": "wan",
     "WanAttention": "wan",
 }
 # Attention classes of supported transformers that are never video self-attention.
-_DENSE_ATTENTION = ("WanAnimateFaceBlockCrossAttention",)
+_DENSE_ATTENTION = ("MotifVideoCrossAttention", "WanAnimateFaceBlockCrossAttention")
 
 REFUSED = {
     "AnyFlowFARTransformer3DModel": (

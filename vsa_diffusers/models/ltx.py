@@ -40,11 +40,16 @@ class LTXVSAProcessor(FamilyAttnProcessor):
 
 
 def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid | None:
-    """The latent extents that the pipelines pass; some pass only coordinates, or extents of 1, with other tokens."""
-    frames, height, width = inputs.get("num_frames"), inputs.get("height"), inputs.get("width")
-    if frames is None or height is None or width is None:
-        return None
-    return (frames, height, width) if frames * height * width == inputs["hidden_states"].shape[1] else None
+    """The latent extents, or the number of different coordinates where pipelines pass those instead.
+
+    The conditioning pipelines add whole latent frames before or after the video's; they count as frames of the grid.
+    """
+    tokens = inputs["hidden_states"].shape[1]
+    coordinates = inputs.get("video_coords")
+    if coordinates is None:
+        return inputs["num_frames"], inputs["height"], inputs["width"]
+    height, width = (axis.unique().numel() for axis in coordinates[0, 1:])
+    return (tokens // (height * width), height, width) if tokens % (height * width) == 0 else None
 
 
 FAMILY = Family(

@@ -62,12 +62,25 @@ class LTX2VSAProcessor(FamilyAttnProcessor):
 
 
 def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid | None:
-    """The latent extents of the video, which every LTX-2 pipeline passes, in patches."""
-    frames, height, width = inputs.get("num_frames"), inputs.get("height"), inputs.get("width")
+    """The latent extents of the video in patches, or what the coordinates say where a pipeline passes only those."""
+    frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
     if frames is None or height is None or width is None:
-        return None
+        return _leading_grid(inputs["video_coords"][0, :, :, 0])
     patch_t, patch = transformer.config.patch_size_t, transformer.config.patch_size
     return frames // patch_t, height // patch, width // patch
+
+
+def _leading_grid(starts: torch.Tensor) -> Grid:
+    """The grid that coordinates `[3, sequence]` begin with, frame by frame and row by row; any other tokens follow."""
+    time, row, _ = starts
+
+    def leading(condition: torch.Tensor) -> int:
+        return int(condition.long().cumprod(0).sum())
+
+    area = leading(time == time[0])
+    width = leading(row[:area] == row[0])
+    frames = time[: len(time) // area * area : area]
+    return 1 + leading(frames.diff() > 0), area // width, width
 
 
 FAMILY = Family(

@@ -1,0 +1,30 @@
+"""EasyAnimate 5.1: text-, image- and control-to-video."""
+
+from __future__ import annotations
+
+from diffusers.models.transformers import transformer_easyanimate
+
+from .family import Family
+from .joint import JointVSAProcessor, square_patch_grid
+
+
+class EasyAnimateVSAProcessor(JointVSAProcessor):
+    """Stands in for `EasyAnimateAttnProcessor2_0`."""
+
+    text_first = True
+    stock = transformer_easyanimate.EasyAnimateAttnProcessor2_0
+
+
+FAMILY = Family(
+    name="EasyAnimate",
+    transformers=("EasyAnimateTransformer3DModel",),
+    modules=r"transformer_blocks\.\d+\.attn1",
+    processor=EasyAnimateVSAProcessor,
+    read_grid=square_patch_grid,
+    checkpoints=(
+        "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers",
+        "alibaba-pai/EasyAnimateV5.1-12b-zh-InP-diffusers",
+        "alibaba-pai/EasyAnimateV5.1-12b-zh-Control-diffusers",
+    ),
+    stays_dense="text attends densely",
+)
