@@ -179,7 +179,7 @@ def test_registration_passes_opcheck(combine):
     query, key, value, gate = (x.requires_grad_() for x in make_inputs((3, 4, 5), batch=2, before=1, after=2))
     mask = torch.ones(2, 3, dtype=torch.bool)
     gate = gate if combine == "gate" else None
-    numbers = ([3, 4, 5], [2, 2, 2], 3, combine, 0.2, 1, 2)
+    numbers = ([3, 4, 5], [2, 2, 2], 3, combine, 0.2, 1, 2, "torch")
     torch.library.opcheck(torch.ops.vsa_diffusers.attention.default, (query, key, value, gate, mask, *numbers))
 
 

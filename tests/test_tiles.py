@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oracle import tile_numbers
-from vsa_diffusers.tiles import TileGrid, check_block_size, check_video_shape, num_selected_tiles
+from vsa_diffusers.tiles import TileGrid, check_block_size, check_video_shape, fitting_block_size, num_selected_tiles
 
 
 @pytest.mark.parametrize("video_shape", [(4, 4, 4), (5, 6, 7), (1, 1, 1), (21, 30, 52), (3, 9, 2)])
@@ -56,3 +56,16 @@ def test_a_missing_video_shape_says_what_to_do():
         check_video_shape(None)
     with pytest.raises(ValueError, match="video_shape="):
         check_video_shape((0, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("video_shape", "block"),
+    [((21, 30, 52), (3, 5, 4)), ((16, 16, 24), (4, 4, 4)), ((1, 30, 52), (1, 8, 8)), ((1, 1, 1), (1, 1, 1))],
+)
+def test_the_fitting_block_wastes_least(video_shape, block):
+    assert fitting_block_size(video_shape) == block
+
+
+@pytest.mark.parametrize("most_tokens", [64, 128])
+def test_the_fitting_block_stays_within_its_tokens(most_tokens):
+    assert math.prod(fitting_block_size((13, 30, 45), most_tokens)) <= most_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from . import torch_backward, torch_impl
-from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, num_selected_tiles
+from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, fitting_block_size, num_selected_tiles
 
 COMBINES = ("gate", "sum", "sparse", "merge")
-IMPLEMENTATIONS = ("auto", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+AUTO_MAY_CHOOSE_TRITON = False  # "auto" is "torch" until the kernels have run on a GPU
 FEW_TILES = 16
 
 
@@ -25,7 +27,7 @@ def video_sparse_attention(
     *,
     top_k_ratio: float = 0.5,
     top_k: int | None = None,
-    block_size: Sequence[int] = (4, 4, 4),
+    block_size: Sequence[int] | str = (4, 4, 4),
     gate: torch.Tensor | None = None,
     combine: str | None = None,
     scale: float | None = None,
@@ -46,7 +48,8 @@ def video_sparse_attention(
         video_shape: `(T, H, W)`, the grid of video tokens after patchification.
         top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser.
         top_k: number of key tiles to keep, instead of `top_k_ratio`; more than there are means all.
-        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all.
+        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all; or `"auto"`, the block of at most
+            64 tokens that wastes least on this video shape (not with a gate, which is trained for one block size).
         gate: `[batch, sequence, heads, head_dim]`, weight of the coarse branch, used as it is (no activation).
         combine: `"gate"`: sparse + gate * coarse. `"sum"`: sparse + coarse. `"sparse"`: sparse alone. `"merge"`: one
             softmax over the selected tiles' tokens and one pooled key per unselected tile with logit
@@ -55,15 +58,20 @@ def video_sparse_attention(
         context_tokens: `(before, after)`, tokens in the sequence that are not on the grid (text, reference frames).
             Every video query attends to all of them exactly; they attend densely to everything.
         context_mask: bool `[batch, before + after]`, False where a context key is padding.
-        implementation: `"auto"`, or `"torch"`, which runs on any device.
+        implementation: `"auto"`; `"triton"`, kernels for CUDA and ROCm devices; or `"torch"`, which runs on any device.
 
     Returns:
         `[batch, sequence, heads, head_dim]`, in the dtype of `query`.
 
     Raises:
         ValueError, TypeError: an argument is not as described above.
+        RuntimeError: `implementation="triton"` cannot run here; the message says why.
     """
-    grid = TileGrid(check_video_shape(video_shape), check_block_size(block_size))
+    video_shape = check_video_shape(video_shape)
+    if isinstance(block_size, str):
+        check_auto_block_size(block_size, "gate" if gate is not None else combine)
+        block_size = fitting_block_size(video_shape)
+    grid = TileGrid(video_shape, check_block_size(block_size))
     before, after = _check_context(query, grid, context_tokens, context_mask)
     combine = _check_tensors(query, key, value, gate, combine)
     if gate is not None:
@@ -75,7 +83,19 @@ def video_sparse_attention(
         _warn_few_tiles(grid)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     output, _ = _forward_op(
-        query, key, value, gate, context_mask, grid.video_shape, grid.block_size, count, combine, scale, before, after
+        query,
+        key,
+        value,
+        gate,
+        context_mask,
+        grid.video_shape,
+        grid.block_size,
+        count,
+        combine,
+        scale,
+        before,
+        after,
+        implementation,
     )
     return output
 
@@ -84,6 +104,16 @@ def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_auto_block_size(block_size: str, combine: str | None) -> None:
+    """Raise `ValueError` unless a block size given as text is `"auto"` and no gate was trained for another."""
+    check_choice("block_size", block_size, ("auto",))
+    if combine == "gate":
+        raise ValueError(
+            'block_size="auto" does not go with combine="gate": gates are trained for one block size; pass that one, '
+            "for example (4, 4, 4)."
+        )
 
 
 def _check_tensors(query, key, value, gate, combine: str | None) -> str:
@@ -163,10 +193,18 @@ _ARGUMENTS = (
 
 
 @torch.library.custom_op(
-    "vsa_diffusers::attention", mutates_args=(), schema=f"({_ARGUMENTS.format('')}) -> (Tensor, Tensor)"
+    "vsa_diffusers::attention",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS.format('')}, str implementation) -> (Tensor, Tensor)",
 )
 def _forward_op(query, key, value, gate, context_mask, *numbers):
-    return torch_impl.forward(query, key, value, gate, context_mask, _problem(*numbers))
+    *numbers, implementation = numbers
+    problem = _problem(*numbers)
+    if _runs_triton(implementation, query, problem):
+        from . import kernels
+
+        return kernels.forward(query, key, value, gate, context_mask, problem)[:2]
+    return torch_impl.forward(query, key, value, gate, context_mask, problem)
 
 
 @_forward_op.register_fake
@@ -193,14 +231,14 @@ def _(grad_output, query, key, value, gate, *_):
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    query, key, value, gate, context_mask, *ctx.numbers = inputs
+    query, key, value, gate, context_mask, *ctx.numbers, _ = inputs
     ctx.save_for_backward(query, key, value, gate, context_mask, output[1])
 
 
 def _backward(ctx, grad_output, _):
     *grads, grad_gate = _backward_op(grad_output, *ctx.saved_tensors, *ctx.numbers)
     gate = grad_gate if ctx.saved_tensors[3] is not None else None
-    return (*grads, gate, *[None] * (1 + len(ctx.numbers)))
+    return (*grads, gate, *[None] * (2 + len(ctx.numbers)))
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -209,3 +247,17 @@ _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 def _problem(video_shape, block_size, top_k, combine, scale, before, after) -> torch_impl.Problem:
     grid = TileGrid(tuple(video_shape), tuple(block_size))
     return torch_impl.Problem(grid, top_k, combine, scale, before, after)
+
+
+def _runs_triton(implementation: str, query: torch.Tensor, problem: torch_impl.Problem) -> bool:
+    """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
+    if implementation == "torch" or (implementation == "auto" and not AUTO_MAY_CHOOSE_TRITON):
+        return False
+    reason: str | None = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
+    if importlib.util.find_spec("triton") is not None:
+        from . import kernels
+
+        reason = kernels.why_not(query, problem.grid.num_tiles)
+    if reason is not None and implementation == "triton":
+        raise RuntimeError(f'implementation="triton": the kernels cannot run here: {reason}')
+    return reason is None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .attention import COMBINES, IMPLEMENTATIONS, check_choice
+from .attention import COMBINES, IMPLEMENTATIONS, check_auto_block_size, check_choice
 from .tiles import check_block_size, check_top_k, check_video_shape
 
 CONFIG_NAME = "vsa_config.json"
@@ -42,7 +42,8 @@ class VSAConfig:
     Args:
         top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser and faster.
         top_k: number of key tiles to keep, instead of `top_k_ratio`.
-        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all.
+        block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all; or `"auto"`, the block that
+            wastes least on each video shape (for modules without trained gates).
         combine: `"gate"`, `"sum"`, `"sparse"`, `"merge"` (see `video_sparse_attention`), or `"auto"`: "gate" where an
             attention module has a `to_gate_compress` that is not all zeros, else "merge".
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs.
@@ -57,7 +58,7 @@ class VSAConfig:
 
     top_k_ratio: float = 0.5
     top_k: int | None = None
-    block_size: tuple[int, int, int] = (4, 4, 4)
+    block_size: tuple[int, int, int] | str = (4, 4, 4)
     combine: str = "auto"
     video_shape: tuple[int, int, int] | None = None
     dense_steps: int | float = 0
@@ -73,7 +74,10 @@ class VSAConfig:
         whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
         if not whole and not (isinstance(steps, float) and 0 <= steps <= 1):
             raise ValueError(f"dense_steps={steps!r} must be a number of steps (int) or a share of them (0.0 to 1.0).")
-        self._set("block_size", check_block_size(self.block_size))
+        if isinstance(self.block_size, str):
+            check_auto_block_size(self.block_size, self.combine)
+        else:
+            self._set("block_size", check_block_size(self.block_size))
         if self.video_shape is not None:
             self._set("video_shape", check_video_shape(self.video_shape))
         self._set("dense_layers", _tuple_of("dense_layers", self.dense_layers, int, "(0, 1, -1)"))

@@ -27,7 +27,7 @@ def enable_vsa(
     pipe: PipelineOrTransformer,
     top_k_ratio: float = 0.5,
     *,
-    block_size: Sequence[int] = (4, 4, 4),
+    block_size: Sequence[int] | str = (4, 4, 4),
     combine: str = "auto",
     video_shape: Sequence[int] | None = None,
     dense_steps: float = 0,
@@ -42,7 +42,7 @@ def enable_vsa(
 
     Args:
         pipe: a pipeline (every video transformer in it, such as `transformer` and `transformer_2`), or a transformer.
-        block_size: `(t, h, w)`, tokens per tile along each axis.
+        block_size: `(t, h, w)`, tokens per tile along each axis, or `"auto"` (see `VSAConfig`).
         combine: how the coarse and the sparse branch become one output; `"auto"` uses trained gates where there are
             some, and otherwise "merge", which needs no training. See `video_sparse_attention`.
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs at every call.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,31 @@ def check_top_k(top_k: int | None, top_k_ratio: float) -> None:
         raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
     if not isinstance(top_k_ratio, Real) or not 0 < top_k_ratio <= 1:
         raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, such as 0.2.")
+
+
+def fitting_block_size(video_shape: Sequence[int], most_tokens: int = 64) -> tuple[int, int, int]:
+    """The block of at most `most_tokens` tokens that costs least on this grid; of equal ones, the most compact.
+
+    A query tile costs `most_tokens` rows however many it has, a key tile its tokens rounded up to 16. Sides are 2 to 8
+    tokens, none more than twice another, but a side may always span its whole axis.
+    """
+    best = None
+    axes = [sorted({*range(2, min(8, extent) + 1), min(extent, 8)}) for extent in check_video_shape(video_shape)]
+    for block in itertools.product(*axes):
+        free = [side for side, extent in zip(block, video_shape, strict=True) if side < extent]
+        if math.prod(block) > most_tokens or (free and max(free) > 2 * min(free)):
+            continue
+        tiles, keys = 0, 0
+        # Along each axis: how many tiles have which extent.
+        counts = [((extent // side, side), (1, extent % side)) for extent, side in zip(video_shape, block, strict=True)]
+        for parts in itertools.product(*counts):
+            size = math.prod(side for _, side in parts)
+            count = math.prod(number for number, _ in parts) if size else 0
+            tiles, keys = tiles + count, keys + count * -(-size // 16) * 16
+        candidate = (tiles * keys, sum(1 / side for side in block), block)
+        best = min(best or candidate, candidate)
+    assert best is not None
+    return best[2]
 
 
 def check_block_size(block_size: Sequence[int]) -> tuple[int, int, int]:

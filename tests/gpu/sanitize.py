@@ -1,0 +1,24 @@
+"""Small calls of every kind, for compute-sanitizer.
+
+export PYTHONPATH=.:tests:tests/kernels
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+"""
+
+from dataclasses import replace
+
+import torch
+
+from checks import JOINT, SHAPE_CASES, Case
+from vsa_diffusers.kernels import forward, tuning
+
+SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)
+
+for base in (SMALL, replace(JOINT, head_dim=64, dtype=torch.bfloat16), SHAPE_CASES[5]):
+    for layout in tuning.LAYOUTS:
+        case = replace(base, layout=layout)
+        query, key, value, gate, mask = case.inputs("cuda")
+        if layout != "descriptor" or tuning.can_describe(query, tuning.device_of(0)):
+            output, _, _ = forward(query, key, value, gate, mask, case.problem, case.launch)
+            torch.cuda.synchronize()
+            print(case, float(output.float().norm()), flush=True)

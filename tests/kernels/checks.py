@@ -1,0 +1,195 @@
+"""Cases for the Triton forward and the check that each one passes, shared by the interpreter and the GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from oracle import relative_error, tile_numbers
+from vsa_diffusers.kernels import forward
+from vsa_diffusers.kernels.tuning import Launch
+from vsa_diffusers.tiles import TileGrid
+from vsa_diffusers.torch_impl import Problem
+
+# (dtype, relative error against fp64)
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `spread` multiplies query and key, so the logits grow with its square."""
+
+    video_shape: tuple[int, int, int] = (5, 6, 7)
+    block_size: tuple[int, int, int] = (4, 4, 4)
+    top_k: int = 3
+    combine: str = "sparse"
+    batch: int = 1
+    heads: int = 2
+    head_dim: int = 32
+    dtype: torch.dtype = torch.float32
+    before: int = 0
+    after: int = 0
+    masked: bool = False
+    spread: float = 1.0
+    layout: str = "direct"
+    transposed: bool = False
+    tolerance: float | None = None
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in vars(self).items() if v != getattr(Case(), k)}
+        return "-".join(f"{k}={v}".replace(" ", "").replace("torch.", "") for k, v in changed.items()) or "default"
+
+    @property
+    def problem(self) -> Problem:
+        grid = TileGrid(self.video_shape, self.block_size)
+        top_k = min(self.top_k, grid.num_tiles)
+        return Problem(grid, top_k, self.combine, self.head_dim**-0.5, self.before, self.after)
+
+    @property
+    def launch(self) -> Launch:
+        wide = self.dtype == torch.float32 or self.head_dim > 128 or math.prod(self.block_size) > 64
+        return Launch(self.layout, *((8, 1, 32) if wide else (4, 2, 64)))
+
+    def inputs(self, device: str = "cpu"):
+        """Query, key, value, gate and context mask; views of wider tensors if `transposed`."""
+        sequence = math.prod(self.video_shape) + self.before + self.after
+        shape = (self.batch, sequence, self.heads, self.head_dim)
+        tensors = [torch.randn(shape, device=device) for _ in range(4)]
+        tensors = [x * self.spread if i < 2 else x for i, x in enumerate(tensors)]
+        tensors = [x.to(self.dtype) for x in tensors]
+        if self.transposed:  # [B, H, S, D] in memory, two of them side by side
+            tensors = [torch.cat([x, x], 3).transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+            tensors = [x[..., : self.head_dim] for x in tensors]
+        mask = None
+        if self.masked:
+            mask = torch.rand(self.batch, self.before + self.after, device=device) > 0.4
+            mask[0] = False
+        gate = tensors[3] if self.combine == "gate" else None
+        return *tensors[:3], gate, mask
+
+
+MODES = ("gate", "sum", "sparse", "merge")
+JOINT = Case(combine="merge", before=3, after=18, masked=True, batch=2)
+
+MODE_CASES = [Case(combine=combine, batch=2, layout=layout) for combine in MODES for layout in ("direct", "tiled")]
+SHAPE_CASES = [
+    Case(video_shape=(4, 8, 8), top_k=2, combine="merge"),
+    Case(video_shape=(5, 5, 9), top_k=5, combine="merge", layout="tiled"),
+    Case(video_shape=(1, 7, 13), top_k=3, combine="gate"),
+    Case(video_shape=(3, 2, 2), top_k=1, combine="gate"),
+    Case(video_shape=(4, 9, 5), block_size=(3, 5, 4), combine="merge"),
+    Case(video_shape=(6, 5, 8), block_size=(3, 5, 4), top_k=2, combine="merge", layout="tiled", before=2),
+    Case(video_shape=(5, 7, 9), block_size=(4, 4, 8), top_k=2, combine="sum"),
+    Case(video_shape=(4, 5, 17), block_size=(2, 5, 10), top_k=2, combine="merge", layout="tiled", after=5),
+    Case(video_shape=(5, 4, 3), block_size=(2, 3, 1), top_k=9, combine="merge", heads=1),
+    Case(video_shape=(5, 6, 7), top_k=99, combine="merge"),
+    Case(video_shape=(5, 9, 9), block_size=(1, 3, 3), top_k=7, combine="gate", heads=1),
+]
+CONTEXT_CASES = [
+    JOINT,
+    replace(JOINT, layout="tiled"),
+    replace(JOINT, combine="gate", before=0, masked=False),
+    replace(JOINT, combine="sum", after=0, before=70, layout="tiled", batch=1),
+    replace(JOINT, combine="sparse", before=65, after=66, video_shape=(5, 5, 5)),
+]
+DESCRIPTOR_CASES = [
+    replace(JOINT, layout="descriptor", batch=1),
+    Case(video_shape=(6, 5, 8), block_size=(3, 5, 4), top_k=2, combine="gate", layout="descriptor", before=2, heads=1),
+]
+DIM_CASES = [
+    Case(combine="merge" if dim % 64 else "gate", heads=1, head_dim=dim, dtype=dtype, video_shape=(5, 5, 6), before=2)
+    for dim, dtype in (
+        (40, torch.float16),
+        (64, torch.bfloat16),
+        (72, torch.bfloat16),
+        (96, torch.float16),
+        (128, torch.bfloat16),
+        (256, torch.bfloat16),
+        (256, torch.float32),
+        (33, torch.float32),
+    )
+]
+STRIDE_CASES = [
+    Case(combine="gate", transposed=True, batch=2),
+    Case(combine="merge", transposed=True, layout="tiled", after=4, dtype=torch.bfloat16, head_dim=64),
+]
+SPREAD_CASES = [
+    Case(combine=combine, heads=1, spread=spread, dtype=dtype, tolerance=tolerance)
+    for combine in ("gate", "merge")
+    for spread, dtype, tolerance in (
+        (4.0, torch.bfloat16, None),
+        (16.0, torch.bfloat16, None),
+        (4.0, torch.float32, 1e-4),
+        (16.0, torch.float32, 1e-3),
+    )
+]
+
+
+def expected(query, key, value, gate, mask, indices, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, S, H, D]` and log-sum-exp `[B, H, S]` in fp64 from dense masks, given the tiles that were kept."""
+    grid, video = problem.grid, problem.video
+    tile = tile_numbers(grid.video_shape, grid.block_size).to(query.device)
+    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
+    batch, _, sequence, _ = q.shape
+    member = torch.nn.functional.one_hot(tile, grid.num_tiles).double()
+    sizes = member.sum(0)
+    pool = (member / sizes).T
+    mean_q, mean_k, mean_v = (pool @ x[:, :, video] for x in (q, k, v))
+    keeps = torch.zeros(*indices.shape[:3], grid.num_tiles, device=query.device).scatter_(3, indices.long(), 1) > 0
+    valid = torch.ones(batch, sequence, dtype=torch.bool, device=query.device)
+    if mask is not None:
+        valid[:, : problem.before] = mask[:, : problem.before]
+        valid[:, video.stop :] = mask[:, problem.before :]
+    allowed = valid[:, None, None, :].expand(batch, q.shape[1], sequence, sequence).clone()
+    allowed[:, :, video, video] = keeps[:, :, tile][..., tile]
+    logits = (problem.scale * q @ k.transpose(-1, -2)).masked_fill(~allowed, -math.inf)
+    if problem.combine == "merge":
+        pooled = torch.full((*logits.shape[:3], grid.num_tiles), -math.inf, dtype=torch.float64, device=query.device)
+        far = problem.scale * q[:, :, video] @ mean_k.transpose(-1, -2) + sizes.log()
+        pooled[:, :, video] = far.masked_fill(keeps[:, :, tile], -math.inf)
+        logits = torch.cat([logits, pooled], -1)
+        v = torch.cat([v, mean_v], 2)
+    output = logits.softmax(-1) @ v
+    if problem.combine in ("gate", "sum"):
+        coarse = ((problem.scale * mean_q @ mean_k.transpose(-1, -2)).softmax(-1) @ mean_v)[:, :, tile]
+        weight = 1.0 if gate is None else gate[:, video].double().transpose(1, 2)
+        output[:, :, video] += weight * coarse
+    return output.transpose(1, 2), logits.logsumexp(-1)
+
+
+def check_indices(query, key, indices, problem: Problem) -> None:
+    """Ascending, distinct, and no tile left out scores higher than one kept by more than fp32 can tell."""
+    grid = problem.grid
+    assert indices.dtype == torch.int32
+    assert indices.shape == (query.shape[0], query.shape[2], grid.num_tiles, problem.top_k)
+    assert indices.min() >= 0
+    assert indices.max() < grid.num_tiles
+    assert (indices.diff(dim=-1) > 0).all()
+    tile = tile_numbers(grid.video_shape, grid.block_size).to(query.device)
+    member = torch.nn.functional.one_hot(tile, grid.num_tiles).double()
+    means = [(member / member.sum(0)).T @ x[:, problem.video].double().transpose(1, 2) for x in (query, key)]
+    scores = problem.scale * means[0] @ means[1].transpose(-1, -2)
+    kept = torch.zeros_like(scores).scatter_(3, indices.long(), 1) > 0
+    lowest = scores.masked_fill(~kept, math.inf).amin(-1)
+    highest = scores.masked_fill(kept, -math.inf).amax(-1)
+    assert (highest - lowest).max() <= 1e-5 * scores.abs().max()
+
+
+def check(case: Case, device: str = "cpu", launch: Launch | None = None) -> None:
+    """Run the case over memory full of NaN and compare everything it returns with fp64."""
+    query, key, value, gate, mask = case.inputs(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        assert query.new_empty(1).isnan().all()
+        output, indices, lse = forward(query, key, value, gate, mask, case.problem, launch or case.launch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    check_indices(query, key, indices, case.problem)
+    right, right_lse = expected(query, key, value, gate, mask, indices, case.problem)
+    tolerance = case.tolerance or TOLERANCES[case.dtype]
+    assert output.dtype == case.dtype
+    assert output.shape == query.shape
+    assert relative_error(output, right) < tolerance
+    assert relative_error(lse, right_lse) < max(tolerance / 10, 2e-6)

@@ -1,0 +1,124 @@
+"""Run by `tests/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from checks import (
+    CONTEXT_CASES,
+    DESCRIPTOR_CASES,
+    DIM_CASES,
+    JOINT,
+    MODE_CASES,
+    SHAPE_CASES,
+    SPREAD_CASES,
+    STRIDE_CASES,
+    Case,
+    check,
+    check_indices,
+)
+from oracle import relative_error
+from vsa_diffusers import video_sparse_attention
+from vsa_diffusers.kernels import forward, run, tuning
+from vsa_diffusers.tiles import TileGrid
+from vsa_diffusers.torch_impl import Problem
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch):
+    """The interpreter keeps bfloat16 as 16-bit integers, and its dot would multiply those."""
+
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+
+
+@pytest.mark.parametrize("case", [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES], ids=str)
+def test_every_mode_and_shape_matches_fp64(case):
+    check(case)
+
+
+@pytest.mark.skipif(not tuning.HAS_DESCRIPTORS, reason="this Triton has no tensor descriptors")
+@pytest.mark.parametrize("case", DESCRIPTOR_CASES, ids=str)
+def test_tensor_descriptors_match_fp64(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", [*DIM_CASES, *STRIDE_CASES, *SPREAD_CASES], ids=str)
+def test_every_head_dimension_dtype_stride_and_scale_matches_fp64(case):
+    check(case)
+
+
+def test_tiles_that_score_alike_are_kept_from_the_left():
+    query = torch.zeros(1, 5 * 6 * 7, 1, 16)
+    value = torch.randn_like(query)
+    problem = Problem(TileGrid((5, 6, 7), (2, 3, 2)), 5, "sparse", 1.0)
+    _, indices, _ = forward(query, query, value, None, None, problem)
+    assert (indices == torch.arange(5)).all()
+
+
+def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
+    case = Case(combine="merge", heads=3, batch=2, layout="tiled", before=2)
+    monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)
+    check(case)
+
+
+def test_one_program_takes_many_blocks_of_query_tiles(monkeypatch):
+    monkeypatch.setattr(run, "Device", functools.partial(tuning.Device, processors=1))
+    query, key, value = (torch.randn(1, 6 * 6 * 4, 3, 16) for _ in range(3))
+    problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25)
+    _, indices, _ = forward(query, key, value, None, None, problem)
+    check_indices(query, key, indices, problem)
+
+
+@pytest.mark.parametrize("combine", ["sparse", "merge"])
+def test_a_ratio_of_one_is_dense_attention(combine):
+    query, key, value = (torch.randn(1, 5 * 6 * 7 + 6, 1, 32) for _ in range(3))
+    output = video_sparse_attention(
+        query,
+        key,
+        value,
+        (5, 6, 7),
+        top_k_ratio=1.0,
+        combine=combine,
+        context_tokens=(2, 4),
+        implementation="triton",
+    )
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (query, key, value)))
+    assert relative_error(output, dense.transpose(1, 2)) < 1e-5
+
+
+def test_a_negative_scale_works():
+    query, key, value = (torch.randn(1, 5 * 6 * 7, 1, 32) for _ in range(3))
+    arguments = {"top_k_ratio": 0.4, "combine": "merge"}
+    output = video_sparse_attention(query, key, value, (5, 6, 7), scale=-0.2, implementation="triton", **arguments)
+    assert relative_error(output, video_sparse_attention(-query, key, value, (5, 6, 7), scale=0.2, **arguments)) < 1e-5
+
+
+def test_gradients_flow_through_the_indices_of_the_forward():
+    case = JOINT
+    grads = []
+    torch.manual_seed(1)
+    query, key, value, _, mask = case.inputs()
+    for implementation in ("triton", "torch"):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        output = video_sparse_attention(
+            *leaves,
+            case.video_shape,
+            top_k=case.top_k,
+            combine=case.combine,
+            context_tokens=(case.before, case.after),
+            context_mask=mask,
+            implementation=implementation,
+        )
+        grads.append(torch.autograd.grad(output.square().sum(), leaves))
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-5

@@ -1,0 +1,62 @@
+"""The kernels compile for GPUs that are not there, spill nothing where it counts, and fit into shared memory."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+TARGETS = [80, 86, 90, 100, 120, "gfx942"]
+
+
+def _reports(target, **case):
+    """Reports on the kernels of one call, none of which takes more shared memory than there is."""
+    from compilation import SHARED_LIMIT, compile_forward, report
+
+    reports = [report(label, target, kernel) for label, kernel in compile_forward(target, **case).items()]
+    for each in reports:
+        assert each.shared <= SHARED_LIMIT[target], each
+    return reports
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("head_dim", "combine"), [(64, "gate"), (128, "merge")])
+def test_shipped_configurations_compile_without_spills(target, head_dim, combine):
+    reports = _reports(target, head_dim=head_dim, combine=combine)
+    assert [each.kernel for each in reports] == ["pool", "select", "attend"]
+    for each in reports:
+        assert not each.spills, each
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"context": (0, 256), "masked": True, "combine": "merge"},
+        {"video_shape": (16, 16, 24), "ratio": 0.1},
+        {"video_shape": (24, 45, 80), "block_size": (3, 5, 4), "combine": "sparse"},
+        {"video_shape": (24, 45, 80), "block_size": (4, 4, 8), "combine": "sum"},
+        {"head_dim": 72, "batch": 2},
+        {"head_dim": 128, "dtype": torch.float32, "context": (3, 0)},
+    ],
+    ids=str,
+)
+def test_every_kind_of_call_compiles_within_shared_memory(case):
+    assert len(_reports(90, **case)) == 3
+
+
+def test_the_widest_heads_fit_into_little_shared_memory():
+    assert len(_reports(86, head_dim=256)) == 3
+
+
+def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
+    from compilation import compile_forward
+    from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS
+
+    if not HAS_DESCRIPTORS:
+        pytest.skip("this Triton has no tensor descriptors")
+    ptx = compile_forward(90, ratio=0.2)["attend"].asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx

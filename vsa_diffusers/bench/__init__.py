@@ -1,0 +1,1 @@
+"""`python -m vsa_diffusers.bench`: Video Sparse Attention beside dense attention on this machine."""

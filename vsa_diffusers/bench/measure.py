@@ -1,0 +1,86 @@
+"""Time, memory, launches and processor time of one call."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Measurement:
+    """Medians. `launches`, `cpu_us`, `extra_bytes` and `kernels` (microseconds by name) are known on GPUs only."""
+
+    ms: float
+    launches: int | None = None
+    cpu_us: float | None = None
+    extra_bytes: int | None = None
+    kernels: dict[str, float] = field(default_factory=dict)
+
+
+def measure(call: Callable[[], object], device: str, rep_ms: int = 100) -> Measurement:
+    """Measure `call` after it has run twice. Extra memory is what it needs beyond what it returns."""
+    for _ in range(2):
+        call()
+    if device == "cpu":
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return Measurement(1e3 * statistics.median(times))
+    result = Measurement(time_ms(call, rep_ms))
+    result.extra_bytes = _extra_bytes(call)
+    result.cpu_us = _cpu_us(call)
+    result.kernels = _kernels(call)
+    result.launches = int(result.kernels.pop("launches"))
+    return result
+
+
+def time_ms(call: Callable[[], object], rep_ms: int = 100) -> float:
+    """Median milliseconds on the GPU, the L2 cache cleared between calls."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=rep_ms // 4, rep=rep_ms, return_mode="median")
+
+
+def _extra_bytes(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    kept = torch.cuda.memory_allocated() - before
+    del result
+    return peak - before - kept
+
+
+def _cpu_us(call: Callable[[], object], calls: int = 10) -> float:
+    """Time to enqueue a call, the least of five runs with an empty queue."""
+    runs = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        runs.append((time.perf_counter() - start) / calls)
+        torch.cuda.synchronize()
+    return 1e6 * min(runs)
+
+
+def _kernels(call: Callable[[], object]) -> dict[str, float]:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    kernels: dict[str, float] = {"launches": len(events)}
+    for event in events:
+        kernels[event.name] = kernels.get(event.name, 0.0) + event.device_time_total
+    return kernels

@@ -1,0 +1,59 @@
+"""Results as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("shape", "what", "ratio", "ms", "TFLOP/s", "x dense", "extra MB", "launches", "CPU us")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One result as the table shows it; what was not measured stays empty."""
+    formats = {"ratio": "{:g}", "ms": "{:.3f}", "tflops": "{:.3g}", "speedup": "{:.2f}", "extra_bytes": "{:.0f}"}
+    values = {**row, "extra_bytes": None if row["extra_bytes"] is None else row["extra_bytes"] / 2**20}
+    names = ("shape", "what", "ratio", "ms", "tflops", "speedup", "extra_bytes", "launches", "cpu_us")
+    formats["cpu_us"] = "{:.0f}"
+    return ["" if values[name] is None else formats.get(name, "{}").format(values[name]) for name in names]
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """A rich table where rich is installed, else aligned text."""
+    lines = [cells(row) for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
+        print(title)
+        for line in [COLUMNS, *lines]:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        return
+    table = Table(title=title)
+    for position, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if position < 2 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=140).print(table)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Speed-up over the fastest dense attention against the ratio, one panel for each shape."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.5), squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        sparse = [row for row in rows if row["shape"] == shape and row["ratio"] is not None]
+        for what in dict.fromkeys(row["what"] for row in sparse):
+            points = sorted((row["ratio"], row["speedup"]) for row in sparse if row["what"] == what)
+            axis.plot(*zip(*points, strict=True), marker="o", label=what)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(title=shape, xlabel="top_k_ratio", ylabel="times dense")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,53 @@
+"""Where the tokens of a tile lie, as Triton helpers. `tiles.py` states the same order for the host.
+
+The tokens of a tile are numbered over its valid tokens only: slot s of a tile of e_t x e_h x e_w tokens is token
+(s // (e_w * e_h), s // e_w % e_h, s % e_w) of it. A tile-ordered copy holds the tiles one after another, unpadded.
+"""
+
+import triton
+import triton.language as tl
+
+# Arguments whose values must not make variants of a kernel.
+SIZES = (
+    *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
+    *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b"),
+)
+
+
+@triton.jit
+def tile_box(
+    tile,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """First token `(t, h, w)` and extents of a tile, or of a vector of tiles."""
+    t = tile // (tiles_w * tiles_h) * BLOCK_T
+    h = tile // tiles_w % tiles_h * BLOCK_H
+    w = tile % tiles_w * BLOCK_W
+    return t, h, w, tl.minimum(BLOCK_T, video_t - t), tl.minimum(BLOCK_H, video_h - h), tl.minimum(BLOCK_W, video_w - w)
+
+
+@triton.jit
+def quotient(slot, extent):
+    """`slot // extent` for slots below 128; the half keeps the rounded quotient clear of whole numbers."""
+    return ((slot.to(tl.float32) + 0.5) / extent).to(tl.int32)
+
+
+@triton.jit
+def slot_offset(slot, extent_h, extent_w, video_h, video_w):
+    """Tokens between a tile's first one and the one in `slot`, in the order of the sequence."""
+    row = quotient(slot, extent_w)
+    frame = quotient(slot, extent_w * extent_h)
+    return (frame * video_h + row - frame * extent_h) * video_w + slot - row * extent_w
+
+
+@triton.jit
+def tile_row(t, h, w, extent_t, extent_h, video_h, video_w):
+    """Row of a tile's first token in the tile-ordered copy: the tokens of all tiles before it."""
+    return t * video_h * video_w + extent_t * (h * video_w + extent_h * w)

@@ -1,0 +1,81 @@
+"""The whole forward in three launches, and the reasons why it cannot run."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+
+from ..torch_impl import Problem
+from .attend import attend, attend_kernel
+from .pool import pool
+from .select import MAX_TILES, select
+from .tuning import Device, Launch, Plan, device_of, plan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
+
+
+def why_not(query: torch.Tensor, num_tiles: int) -> str | None:
+    """Why the Triton kernels cannot take `query` `[B, S, H, D]`, with what to do instead; `None` if they can."""
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
+    if query.dtype not in DTYPES:
+        return f'they take float16, bfloat16 and float32, not {query.dtype}; cast the inputs, or choose "torch".'
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f'they take a head_dim of at most {MAX_HEAD_DIM}, not {query.shape[-1]}; choose "torch".'
+    if num_tiles > MAX_TILES:
+        return f'they take at most {MAX_TILES} tiles, not {num_tiles}; choose a larger block_size, or "torch".'
+    return None
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor | None,
+    context_mask: torch.Tensor | None,
+    problem: Problem,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output `[B, S, H, D]`, selected tiles `[B, H, N, K]` (int32, ascending), log-sum-exp `[B, H, S]` (fp32).
+
+    `launch` overrides the tuning table for the sparse kernel.
+    """
+    query, key, value = (_dense_rows(x) for x in (query, key, value))
+    gate = None if gate is None else _dense_rows(gate)
+    context_mask = None if context_mask is None else context_mask.contiguous()
+    batch, sequence, heads, dim = query.shape
+    device = Device() if INTERPRETED else device_of(query.device.index)
+    chosen = plan(query, problem, device, max(key.stride(1), value.stride(1)), launch)
+    output = query.new_empty((batch, sequence, heads, dim))
+    indices = query.new_empty((batch, heads, problem.grid.num_tiles, problem.top_k), dtype=torch.int32)
+    lse = query.new_empty((batch, heads, sequence), dtype=torch.float32)
+    with contextlib.nullcontext() if query.device.type != "cuda" else torch.cuda.device(query.device):
+        for first in range(0, heads, chosen.heads):
+            _some_heads((query, key, value, gate, context_mask), (output, indices, lse), problem, chosen, first)
+    return output, indices, lse
+
+
+def _some_heads(inputs, outputs, problem: Problem, chosen: Plan, first: int) -> None:
+    """All three kernels for `chosen.heads` heads from `first` on; what they need in between is freed on return."""
+    *tensors, context_mask = inputs
+    output, indices, lse = outputs
+    if chosen.heads < output.shape[2]:
+        part = slice(first, first + chosen.heads)
+        tensors = [None if x is None else x[:, :, part] for x in tensors]
+        output, indices, lse = output[:, :, part], indices[:, part], lse[:, part]
+    query, key, value, gate = tensors
+    tiled = chosen.attend.layout != "direct"
+    pooled = pool(query, key, value, problem, tiled=tiled)
+    lists = select(
+        pooled.means, indices, problem, tiled=tiled, processors=chosen.processors, precision=chosen.precision
+    )
+    attend(query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """The kernels take any strides but one: the elements of a head lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
