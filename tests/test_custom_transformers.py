@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from vsa_diffusers import (
 from vsa_diffusers.models import attention_modules, find_family
 from vsa_diffusers.processor import FamilyAttnProcessor
 
-DOCS = Path(__file__).parents[1] / "docs"
 SHAPE = (4, 8, 12)
 HIDDEN = 24
 
@@ -187,6 +184,12 @@ def test_processors_can_be_had_for_modules_that_take_them(tokens):
     torch.testing.assert_close(model(tokens), dense, atol=1e-4, rtol=1e-4)
 
 
+def test_modules_without_a_processor_need_enable_vsa():
+    register_transformer(Transformer, "layers.*", grid)
+    with pytest.raises(ValueError, match="Transformer has video self-attention without a processor; use enable_vsa"):
+        VSAAttnProcessor.for_transformer(Transformer(), video_shape=SHAPE)
+
+
 def test_a_copy_of_an_enabled_model_is_independent(tokens):
     register_transformer(Transformer, "layers.*", grid)
     model = enable_vsa(Transformer(), 0.3, block_size=(2, 4, 4))
@@ -223,13 +226,3 @@ def test_an_unknown_transformer_is_told_how_to_register():
     register_transformer(Unknown, "layers.*")
     with pytest.raises(ValueError, match="Unknown has no module whose name matches"):
         enable_vsa(Unknown())
-
-
-def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "custom-transformers.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    namespace = {}
-    for block in blocks:
-        exec(block, namespace)
-    assert relative_error(namespace["sparse"].detach(), namespace["dense"].detach()) > 1e-4

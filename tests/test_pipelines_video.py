@@ -2,7 +2,6 @@
 
 import logging
 
-import diffusers
 import pytest
 import torch
 
@@ -128,7 +127,7 @@ PIPELINES = [
 
 @pytest.mark.parametrize(
     "recipe",
-    [recipe for recipe in PIPELINES if hasattr(diffusers, recipe.cls)],
+    [recipe for recipe in PIPELINES if recipe.is_available()],
     ids=lambda recipe: recipe.name or recipe.cls,
 )
 def test_a_whole_call_is_exact_at_ratio_one_and_sparse_below(recipe, caplog):

@@ -48,6 +48,11 @@ class PipelineRecipe:
     arguments: Callable[[], dict[str, Any]]
     name: str | None = None
 
+    def is_available(self) -> bool:
+        """Whether the installed diffusers has this class, with these arguments."""
+        cls = getattr(diffusers, self.cls, None)
+        return cls is not None and self.arguments().keys() <= inspect.signature(cls.__call__).parameters.keys()
+
     def build(self) -> diffusers.DiffusionPipeline:
         torch.manual_seed(0)
         cls = getattr(diffusers, self.cls)
@@ -266,6 +271,7 @@ def ltx2():
     )
     connectors = ltx2_pipelines.LTX2TextConnectors(
         caption_channels=16, text_proj_in_factor=2, connector_rope_base_seq_len=32, rope_double_precision=False,
+        rope_theta=10000.0, causal_temporal_positioning=False,
         **{f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in CONNECTOR.items()},
     )  # fmt: skip
     return dict(

@@ -68,7 +68,11 @@ class VSAAttnProcessor:
         family = require_family(transformer)
         state = VideoState(check_video_shape(config.video_shape))
         modules = attention_modules(transformer)
-        video = [name for name in family.video_modules(transformer) if name in modules]
+        video = list(family.video_modules(transformer))
+        if not modules.keys() >= set(video):
+            raise ValueError(
+                f"{type(transformer).__name__} has video self-attention without a processor; use enable_vsa()."
+            )
         configs = module_configs(config, video, [name for name in modules if name not in video])
         # The processors of an enabled VSA give way to those that they stand in for.
         processors = {name: getattr(attn.processor, "original", attn.processor) for name, attn in modules.items()}
