@@ -62,7 +62,6 @@ _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
         (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
     8: (
-        (64, Launch("tiled", 4, 2), Launch("direct", 4, 2)),
         (128, Launch("tiled", 4, 3, 32), Launch("direct", 4, 3, 32)),
         (256, Launch("tiled", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
