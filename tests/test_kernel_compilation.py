@@ -9,6 +9,11 @@ import torch
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
+from vsa_diffusers.kernels.run import is_recent_triton
+
+if not is_recent_triton():
+    pytest.skip("the kernels need Triton 3.6 or later", allow_module_level=True)
+
 TARGETS = [80, 86, 90, 100, 120, "gfx942"]
 
 

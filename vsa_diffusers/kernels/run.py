@@ -15,11 +15,20 @@ from .tuning import Device, Launch, Plan, device_of, plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+MIN_TRITON = (3, 6)  # the earliest release on which the kernels were checked against fp64
 INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
+
+
+def is_recent_triton() -> bool:
+    """Whether the installed Triton is one that the kernels are known to be right on."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= MIN_TRITON
 
 
 def why_not(query: torch.Tensor, num_tiles: int) -> str | None:
     """Why the Triton kernels cannot take `query` `[B, S, H, D]`, with what to do instead; `None` if they can."""
+    if not is_recent_triton():
+        least = ".".join(map(str, MIN_TRITON))
+        return f'they need Triton {least} or later, not {triton.__version__}; upgrade, or choose "torch".'
     if query.device.type != "cuda" and not INTERPRETED:
         return f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
     if query.dtype not in DTYPES:
