@@ -76,6 +76,16 @@ def run(model: torch.nn.Module, recipe: Recipe, grid: tuple[int, int, int]) -> t
         return call(model, recipe, grid)
 
 
+def diffusers_class(name: str) -> type | None:
+    """A class of diffusers, or `None` where this diffusers, or what it needs for the class, is not installed."""
+    try:
+        return getattr(diffusers, name, None)
+    except RuntimeError as error:
+        if isinstance(error.__cause__, ImportError):
+            return None
+        raise
+
+
 WAN = dict(
     num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
     num_layers=2,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from tiny_models import RECIPES
+from tiny_models import RECIPES, diffusers_class
 
 SIZE = dict(height=128, width=128, num_frames=17, num_inference_steps=2)
 SMALL = dict(height=96, width=96)
@@ -19,7 +19,7 @@ VIDEO = [IMAGE.rotate(5 * angle) for angle in range(9)]
 
 def pipeline(name):
     """A pipeline class of diffusers."""
-    return getattr(diffusers, name, None) or pytest.skip(f"this diffusers has no {name}")
+    return diffusers_class(name) or pytest.skip(f"this diffusers has no {name}")
 
 
 def transformer(recipe, **config):

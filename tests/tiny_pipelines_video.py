@@ -17,7 +17,7 @@ from diffusers.pipelines import ltx2 as ltx2_pipelines
 from PIL import Image
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel
 
-from tiny_models import LTX, LTX2, WAN, Recipe
+from tiny_models import LTX, LTX2, WAN, Recipe, diffusers_class
 from tiny_models_video import ALLEGRO, COSMOS, COSMOS2, COSMOS_CONTROLNET, KANDINSKY5
 
 SIZE = dict(height=96, width=128)
@@ -50,7 +50,7 @@ class PipelineRecipe:
 
     def is_available(self) -> bool:
         """Whether the installed diffusers has this class, with these arguments."""
-        cls = getattr(diffusers, self.cls, None)
+        cls = diffusers_class(self.cls)
         return cls is not None and self.arguments().keys() <= inspect.signature(cls.__call__).parameters.keys()
 
     def build(self) -> diffusers.DiffusionPipeline:
