@@ -1,0 +1,117 @@
+"""The tiny VAE: how it is trained, how good it is, and the latents of captioned clips that it makes."""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from procedural_video import Scene, render, sample_scene
+from tiny_wan_parts import LATENT_CHANNELS, build_vae
+from tiny_wan_training import TrainingRun, autocast, progress_bar
+
+# (side, frames) of the clips that crops are cut from, and how often: the sizes that the transformer trains on.
+CLIP_SIZES = {(256, 61): 0.6, (128, 61): 0.15, (128, 29): 0.15, (64, 29): 0.1}
+
+
+def sample_crop(seed: int, side: int, frames: int, device: torch.device) -> torch.Tensor:
+    """A piece of a random clip, `[3, frames, side, side]`; every other one holds the main object."""
+    rng = random.Random(f"crop-{seed}")
+    scene = sample_scene(seed)
+    clip_side, clip_frames = rng.choices(list(CLIP_SIZES), weights=list(CLIP_SIZES.values()))[0]
+    first = rng.randint(0, clip_frames - frames)
+    corner = _corner(rng, scene, clip_side, side, when=(first + frames / 2) / clip_frames)
+    window = (slice(first, first + frames), *(slice(start, start + side) for start in corner))
+    return render(scene, clip_side, clip_side, clip_frames, device=device, window=window)
+
+
+def _corner(rng: random.Random, scene: Scene, clip_side: int, side: int, when: float) -> tuple[int, int]:
+    """Top and left of the crop."""
+    if rng.random() < 0.5:
+        return rng.randint(0, clip_side - side), rng.randint(0, clip_side - side)
+    body = scene.main
+    x, y = (
+        start + travel * when + rng.uniform(-1.0, 1.0) * body.radius
+        for start, travel in zip(body.start, body.travel, strict=True)
+    )
+    top, left = (round(centre * clip_side - side / 2) for centre in (y, x))
+    return min(max(top, 0), clip_side - side), min(max(left, 0), clip_side - side)
+
+
+def reconstruction_loss(video: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 on pixels and on their differences, which keeps outlines sharp."""
+    loss = F.l1_loss(video, target)
+    for dim in (2, 3, 4):
+        loss = loss + 0.5 * F.l1_loss(video.diff(dim=dim), target.diff(dim=dim))
+    return loss
+
+
+def train_vae(
+    folder: Path,
+    device: torch.device,
+    *,
+    minutes: float,
+    call_minutes: float | None,
+    batch_size: int,
+    crop: int,
+    frames: int,
+    lr: float,
+    kl_weight: float = 5e-4,
+) -> AutoencoderKLWan | None:
+    """Train on crops of freshly rendered clips. Returns the finished VAE, or None when time ran out before."""
+    torch.manual_seed(0)
+    vae = build_vae().to(device)
+    run = TrainingRun(
+        folder, vae, lr=lr, minutes=minutes, call_minutes=call_minutes, adamw_only=("conv_in", "conv_out")
+    )
+    with progress_bar("VAE", run) as report:
+        while not run.out_of_time:
+            seeds = range(run.step * batch_size, (run.step + 1) * batch_size)
+            video = torch.stack([sample_crop(seed, crop, frames, device) for seed in seeds])
+            with autocast(device):
+                posterior = vae.encode(video).latent_dist
+                output = vae.decode(posterior.sample()).sample.float()
+            kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).float().mean()
+            loss = reconstruction_loss(output, video)
+            (loss + kl_weight * kl).backward()
+            run.update()
+            mse = F.mse_loss(output.detach(), video)
+            report(loss=loss.detach(), kl=kl.detach(), psnr=10 * torch.log10(4 / mse))
+    run.save()
+    if not run.finished:
+        return None
+    run.average.copy_to_module()
+    return measure_latents(vae, device)
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, device: torch.device, clips: int = 24) -> AutoencoderKLWan:
+    """Write the latents' mean and standard deviation, per channel, into the VAE's configuration."""
+    latents = torch.cat([encode_scene(vae, sample_scene(seed), 128, 61, device) for seed in range(clips)])
+    flat = latents.float().transpose(0, 1).reshape(LATENT_CHANNELS, -1)
+    vae.register_to_config(
+        latents_mean=[round(value, 4) for value in flat.mean(1).tolist()],
+        latents_std=[round(value, 4) for value in flat.std(1).tolist()],
+    )
+    return vae
+
+
+@torch.no_grad()
+def encode_scene(vae: AutoencoderKLWan, scene: Scene, side: int, frames: int, device: torch.device) -> torch.Tensor:
+    """Latents `[1, channels, 1 + frames // 4, side / 8, side / 8]`, not normalised."""
+    video = render(scene, side, side, frames, device=device)
+    with autocast(device):
+        return vae.encode(video[None]).latent_dist.mode().float()
+
+
+@torch.no_grad()
+def reconstruction_psnr(
+    vae: AutoencoderKLWan, device: torch.device, clips: int, side: int = 256, frames: int = 61
+) -> float:
+    """Mean PSNR in dB, for pixels in 0 to 1, over clips of held-out captions."""
+    scores = []
+    for seed in range(clips):
+        video = render(sample_scene(seed, split="held_out"), side, side, frames, device=device)[None]
+        decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        scores.append(10 * torch.log10(4 / F.mse_loss(decoded, video)))
+    return torch.stack(scores).mean().item()
