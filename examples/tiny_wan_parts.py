@@ -147,7 +147,12 @@ def save_pipeline(folder: Path, vae: AutoencoderKLWan, model: TinyWan) -> None:
         text_encoder=model.text_encoder.cpu(),
         vae=vae.cpu(),
         scheduler=build_scheduler(),
-        transformer=model.transformer.cpu(),
+        # Half the size on disk; without `torch_dtype` it is loaded as fp32 all the same.
+        transformer=model.transformer.cpu().half(),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers 5 writes a class name that 4 does not know; both know this one.
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace(type(model.tokenizer).__name__, "PreTrainedTokenizerFast"))
     (folder / "recommended.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")

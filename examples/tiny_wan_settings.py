@@ -59,7 +59,7 @@ def _gpu(device: torch.device) -> Settings:
     return Settings(
         device=device,
         vae_minutes=6,
-        vae_batch_size=32,
+        vae_batch_size=64,
         vae_crop=64,
         vae_frames=17,
         vae_lr=3e-3,

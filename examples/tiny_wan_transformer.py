@@ -11,7 +11,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from tiny_wan_parts import TinyWan, normalise_latents
 from tiny_wan_training import TrainingRun, autocast, progress_bar
-from tiny_wan_vae import encode_scene
+from tiny_wan_vae import encode_scenes
 from torch import nn
 
 SHARD = 32
@@ -56,7 +56,7 @@ def encode_clips(folder: Path, vae: AutoencoderKLWan, clips: Clips, device: torc
         shard = folder / clips.name / f"{first:06d}.safetensors"
         if not shard.exists():
             scenes = [clips.scene(index) for index in range(first, first + SHARD)]
-            latents = torch.cat([encode_scene(vae, scene, clips.side, clips.frames, device) for scene in scenes])
+            latents = encode_scenes(vae, scenes, clips.side, clips.frames, device)
             partial = shard.with_suffix(".partial")
             save_file({"latents": normalise_latents(vae, latents).half().cpu()}, partial)
             partial.replace(shard)

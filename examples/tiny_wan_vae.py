@@ -57,6 +57,7 @@ def train_vae(
     frames: int,
     lr: float,
     kl_weight: float = 5e-4,
+    measured_clips: int = 24,
 ) -> AutoencoderKLWan | None:
     """Train on crops of freshly rendered clips. Returns the finished VAE, or None when time ran out before."""
     torch.manual_seed(0)
@@ -81,13 +82,13 @@ def train_vae(
     if not run.finished:
         return None
     run.average.copy_to_module()
-    return measure_latents(vae, device)
+    return measure_latents(vae, device, measured_clips)
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKLWan, device: torch.device, clips: int = 24) -> AutoencoderKLWan:
+def measure_latents(vae: AutoencoderKLWan, device: torch.device, clips: int) -> AutoencoderKLWan:
     """Write the latents' mean and standard deviation, per channel, into the VAE's configuration."""
-    latents = torch.cat([encode_scene(vae, sample_scene(seed), 128, 61, device) for seed in range(clips)])
+    latents = encode_scenes(vae, [sample_scene(seed) for seed in range(clips)], 128, 61, device)
     flat = latents.float().transpose(0, 1).reshape(LATENT_CHANNELS, -1)
     vae.register_to_config(
         latents_mean=[round(value, 4) for value in flat.mean(1).tolist()],
@@ -97,11 +98,17 @@ def measure_latents(vae: AutoencoderKLWan, device: torch.device, clips: int = 24
 
 
 @torch.no_grad()
-def encode_scene(vae: AutoencoderKLWan, scene: Scene, side: int, frames: int, device: torch.device) -> torch.Tensor:
-    """Latents `[1, channels, 1 + frames // 4, side / 8, side / 8]`, not normalised."""
-    video = render(scene, side, side, frames, device=device)
-    with autocast(device):
-        return vae.encode(video[None]).latent_dist.mode().float()
+def encode_scenes(
+    vae: AutoencoderKLWan, scenes: list[Scene], side: int, frames: int, device: torch.device
+) -> torch.Tensor:
+    """Latents `[scenes, channels, 1 + frames // 4, side / 8, side / 8]`, not normalised."""
+    at_once = max(1, (2**25 if device.type == "cuda" else 2**22) // (frames * side**2))
+    latents = []
+    for first in range(0, len(scenes), at_once):
+        videos = [render(scene, side, side, frames, device=device) for scene in scenes[first : first + at_once]]
+        with autocast(device):
+            latents.append(vae.encode(torch.stack(videos)).latent_dist.mode().float())
+    return torch.cat(latents)
 
 
 @torch.no_grad()
