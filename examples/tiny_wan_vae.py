@@ -1,14 +1,17 @@
 """The tiny VAE: how it is trained, how good it is, and the latents of captioned clips that it makes."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from procedural_video import Scene, render, sample_scene
 from tiny_wan_parts import LATENT_CHANNELS, build_vae
 from tiny_wan_training import TrainingRun, autocast, progress_bar
+from torch import nn
 
 # (side, frames) of the clips that crops are cut from, and how often: the sizes that the transformer trains on.
 CLIP_SIZES = {(256, 61): 0.6, (128, 61): 0.15, (128, 29): 0.15, (64, 29): 0.1}
@@ -18,7 +21,8 @@ def sample_crop(seed: int, side: int, frames: int, device: torch.device) -> torc
     """A piece of a random clip, `[3, frames, side, side]`; every other one holds the main object."""
     rng = random.Random(f"crop-{seed}")
     scene = sample_scene(seed)
-    clip_side, clip_frames = rng.choices(list(CLIP_SIZES), weights=list(CLIP_SIZES.values()))[0]
+    sizes = {size: weight for size, weight in CLIP_SIZES.items() if size[0] >= side and size[1] >= frames}
+    clip_side, clip_frames = rng.choices(list(sizes), weights=list(sizes.values()))[0]
     first = rng.randint(0, clip_frames - frames)
     corner = _corner(rng, scene, clip_side, side, when=(first + frames / 2) / clip_frames)
     window = (slice(first, first + frames), *(slice(start, start + side) for start in corner))
@@ -36,6 +40,48 @@ def _corner(rng: random.Random, scene: Scene, clip_side: int, side: int, when: f
     )
     top, left = (round(centre * clip_side - side / 2) for centre in (y, x))
     return min(max(top, 0), clip_side - side), min(max(left, 0), clip_side - side)
+
+
+class PresentConv(nn.Module):
+    """A causal 3x3x3 convolution without its past: only the present frame's 3x3 slice exists.
+
+    Time then mixes only where the VAE changes its frame rate. What is learnt on short crops holds for clips of any
+    length, which it does not where thirty frames of history reach every output, and training costs a third.
+    """
+
+    def __init__(self, conv: WanCausalConv3d):
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.detach()[:, :, -1:].clone())
+        self.bias = nn.Parameter(conv.bias.detach().clone())
+
+    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        return F.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
+
+    def with_past(self) -> WanCausalConv3d:
+        """The stock layer that does the same."""
+        conv = WanCausalConv3d(self.weight.shape[1], self.weight.shape[0], 3, padding=1).to(self.weight.device)
+        with torch.no_grad():
+            conv.weight.zero_()[:, :, -1:].copy_(self.weight)
+            conv.bias.copy_(self.bias)
+        return conv
+
+
+def without_past(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The VAE to train, in place."""
+    return _replace(vae, WanCausalConv3d, lambda conv: PresentConv(conv) if conv.kernel_size == (3, 3, 3) else conv)
+
+
+def with_past(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The stock VAE again, in place."""
+    return _replace(vae, PresentConv, PresentConv.with_past)
+
+
+def _replace(vae: AutoencoderKLWan, kind: type, new: Callable[[nn.Module], nn.Module]) -> AutoencoderKLWan:
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, kind):
+            parent, _, child = name.rpartition(".")
+            setattr(vae.get_submodule(parent), child, new(module))
+    return vae
 
 
 def reconstruction_loss(video: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -61,7 +107,7 @@ def train_vae(
 ) -> AutoencoderKLWan | None:
     """Train on crops of freshly rendered clips. Returns the finished VAE, or None when time ran out before."""
     torch.manual_seed(0)
-    vae = build_vae().to(device)
+    vae = without_past(build_vae()).to(device)
     run = TrainingRun(
         folder, vae, lr=lr, minutes=minutes, call_minutes=call_minutes, adamw_only=("conv_in", "conv_out")
     )
@@ -82,7 +128,7 @@ def train_vae(
     if not run.finished:
         return None
     run.average.copy_to_module()
-    return measure_latents(vae, device, measured_clips)
+    return with_past(measure_latents(vae, device, measured_clips))
 
 
 @torch.no_grad()

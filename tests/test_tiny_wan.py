@@ -1,5 +1,6 @@
 """The shipped model loads with stock classes and works; its training can be interrupted."""
 
+import copy
 import itertools
 import json
 import random
@@ -9,7 +10,7 @@ import pytest
 import tiny_wan_parts
 import torch
 from diffusers import WanPipeline
-from procedural_video import descriptions, sample_scene
+from procedural_video import descriptions, render, sample_scene
 from tiny_wan_evaluation import evaluate_pipeline, generate, held_out_captions
 from tiny_wan_parts import TinyWan, build_vae, save_pipeline
 from tiny_wan_settings import Settings
@@ -23,7 +24,7 @@ from tiny_wan_transformer import (
     load_clips,
     train_transformer,
 )
-from tiny_wan_vae import reconstruction_psnr, train_vae
+from tiny_wan_vae import reconstruction_psnr, train_vae, with_past, without_past
 from torch import nn
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny_wan"
@@ -79,6 +80,18 @@ def test_captions_hold_no_unknown_token(pipeline):
 
 def test_vae_reconstructs_a_held_out_clip(pipeline):
     assert reconstruction_psnr(pipeline.vae, CPU, clips=1, side=128, frames=17) > 22
+
+
+def test_vae_is_the_stock_one_with_the_past_left_out(pipeline):
+    video = render(sample_scene(0), 32, 32, 9)[None]
+    trained = without_past(copy.deepcopy(pipeline.vae))
+    with torch.no_grad():
+        latents = pipeline.vae.encode(video).latent_dist.mode()
+        torch.testing.assert_close(trained.encode(video).latent_dist.mode(), latents, atol=1e-4, rtol=1e-4)
+        decoded = pipeline.vae.decode(latents).sample
+        torch.testing.assert_close(trained.decode(latents).sample, decoded, atol=1e-4, rtol=1e-4)
+    restored = with_past(trained)
+    assert all(torch.equal(new, old) for new, old in zip(restored.parameters(), pipeline.vae.parameters(), strict=True))
 
 
 def test_latents_are_normalised(pipeline):
