@@ -13,7 +13,10 @@ import itertools
 import math
 import random
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 
@@ -158,6 +161,30 @@ def _sample_other(rng: random.Random, description: Description, pan: tuple[float
     )
 
 
+class View(NamedTuple):
+    """Which instants, rows and columns of a clip to compute: 1-D coordinates in the scene's units, and the pixel's."""
+
+    time: torch.Tensor
+    y: torch.Tensor
+    x: torch.Tensor
+    pixel: float
+
+
+def view(height: int, width: int, num_frames: int, window: tuple[slice, slice, slice] = (slice(None),) * 3) -> View:
+    """The part of a clip of this size that `window` (frames, rows, columns) picks.
+
+    A scene is a unit square; on an oblong frame it sits in the middle and its background goes on to the edges.
+    """
+    frames, rows, columns = window
+    scale = min(height, width)
+    return View(
+        time=torch.arange(num_frames)[frames] / max(num_frames - 1, 1),
+        y=(torch.arange(height)[rows] + 0.5 - (height - scale) / 2) / scale,
+        x=(torch.arange(width)[columns] + 0.5 - (width - scale) / 2) / scale,
+        pixel=1.0 / scale,
+    )
+
+
 def render(
     scene: Scene,
     height: int,
@@ -165,72 +192,103 @@ def render(
     num_frames: int,
     *,
     device: torch.device | str = "cpu",
-    window: tuple[slice, slice, slice] = (slice(None), slice(None), slice(None)),
+    window: tuple[slice, slice, slice] = (slice(None),) * 3,
 ) -> torch.Tensor:
-    """Render `[3, frames, height, width]` in [-1, 1], anti-aliased.
+    """Render `[3, frames, height, width]` in [-1, 1], anti-aliased; with a `window`, only that part of it."""
+    return render_batch([scene], [view(height, width, num_frames, window)], device=device)[0]
 
-    `window` picks (frames, rows, columns) of the full clip; only those are computed.
-    """
-    scale = min(height, width)
-    frames, rows, columns = window
-    time = torch.arange(num_frames, device=device, dtype=torch.float32)[frames] / max(num_frames - 1, 1)
-    y = (torch.arange(height, device=device, dtype=torch.float32)[rows] + 0.5) / scale
-    x = (torch.arange(width, device=device, dtype=torch.float32)[columns] + 0.5) / scale
-    # The scene is a unit square; on an oblong frame it sits in the middle and its background goes on to the edges.
-    y = y - (height / scale - 1.0) / 2
-    x = x - (width / scale - 1.0) / 2
-    grid = time[:, None, None], y[None, :, None], x[None, None, :]
 
-    share = _pattern(scene, *grid)
-    dark, light = (torch.tensor(tone, device=device) for tone in BACKGROUNDS[scene.description.background])
-    video = torch.lerp(dark.view(3, 1, 1, 1), light.view(3, 1, 1, 1), share)
-    behind = [body for body in scene.others if not body.in_front]
-    before = [body for body in scene.others if body.in_front]
-    for body in (*behind, scene.main, *before):
-        coverage, shade = _draw(body, *grid, pixel=1.0 / scale)
-        colour = torch.tensor(body.colour, device=device).view(3, 1, 1, 1)
-        video = torch.lerp(video, colour * shade, coverage)
+def render_batch(scenes: Sequence[Scene], views: Sequence[View], *, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Render `[scenes, 3, frames, height, width]` at once, each scene with its own view, all views of equal shape."""
+    time = torch.stack([one.time for one in views]).to(device)[:, :, None, None]
+    y = torch.stack([one.y for one in views]).to(device)[:, None, :, None]
+    x = torch.stack([one.x for one in views]).to(device)[:, None, None, :]
+    pixel = _column([one.pixel for one in views], device)
+
+    tones = torch.tensor([BACKGROUNDS[scene.description.background] for scene in scenes], device=device)
+    dark, light = tones[:, :, :, None, None, None].unbind(1)
+    video = torch.lerp(dark, light, _pattern(scenes, time, y, x)[:, None])
+    for layer in _layers(scenes):
+        coverage, shade = _draw(layer, time, y, x, pixel)
+        colour = torch.tensor([body.colour for body in layer], device=device)[:, :, None, None, None]
+        video = torch.lerp(video, colour * shade[:, None], coverage[:, None])
     return video.mul_(2.0).sub_(1.0)
 
 
-def _pattern(scene: Scene, time: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Share of the lighter tone, `[frames, height, width]`. Soft edges stay wider than a pixel at any useful size."""
-    x = x - scene.background_travel[0] * time
-    y = y - scene.background_travel[1] * time
-    cos, sin = math.cos(scene.pattern_angle), math.sin(scene.pattern_angle)
-    turn = 2 * math.pi * scene.pattern_frequency
-    phase = 2 * math.pi * scene.pattern_phase
-    u = turn * (cos * x - sin * y) + phase
-    v = turn * (sin * x + cos * y) + phase
-    match scene.description.pattern:
-        case "waves":
-            level = torch.sin(v + 1.2 * torch.sin(0.6 * u))
-        case "stripes":
-            level = torch.sin(u)
-        case "checks":
-            level = 1.6 * torch.sin(0.7 * u) * torch.sin(0.7 * v)
-        case "dots":
-            level = torch.cos(u) + torch.cos(v) - 0.9
-    return (0.5 + 1.1 * level).clamp_(0.0, 1.0)
+def _column(values: list[float], device: torch.device | str) -> torch.Tensor:
+    """One number per scene, `[scenes, 1, 1, 1]`."""
+    return torch.tensor(values, device=device).view(-1, 1, 1, 1)
+
+
+def _columns(vectors: list[tuple[float, ...]], device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    """One column for each component."""
+    return tuple(_column(list(values), device) for values in zip(*vectors, strict=True))
+
+
+def _layers(scenes: Sequence[Scene]) -> list[list[Body]]:
+    """One body per scene for every layer, from back to front. A scene with nothing there gets an empty body."""
+    behind = zip_longest(*([body for body in scene.others if not body.in_front] for scene in scenes))
+    before = zip_longest(*([body for body in scene.others if body.in_front] for scene in scenes))
+    layers = [*behind, [scene.main for scene in scenes], *before]
+    nothing = replace(scenes[0].main, radius=-1.0)
+    return [[body or nothing for body in layer] for layer in layers]
+
+
+def _choose(names: list[str], compute: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """For each scene the result that belongs to its name; what no scene wants is not computed."""
+    first, *rest = sorted(set(names))
+    result = compute(first)
+    for name in rest:
+        wanted = torch.tensor([one == name for one in names], device=result.device).view(-1, 1, 1, 1)
+        result = torch.where(wanted, compute(name), result)
+    return result
+
+
+def _pattern(scenes: Sequence[Scene], time: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Share of the lighter tone, `[scenes, frames, height, width]`; edges are softer than a pixel at useful sizes."""
+    travel_x, travel_y = _columns([scene.background_travel for scene in scenes], x.device)
+    angle = _column([scene.pattern_angle for scene in scenes], x.device)
+    turn = _column([2 * math.pi * scene.pattern_frequency for scene in scenes], x.device)
+    phase = _column([2 * math.pi * scene.pattern_phase for scene in scenes], x.device)
+    x, y = x - travel_x * time, y - travel_y * time
+    u = turn * (angle.cos() * x - angle.sin() * y) + phase
+    v = turn * (angle.sin() * x + angle.cos() * y) + phase
+
+    def level(pattern: str) -> torch.Tensor:
+        match pattern:
+            case "waves":
+                return torch.sin(v + 1.2 * torch.sin(0.6 * u))
+            case "stripes":
+                return torch.sin(u)
+            case "checks":
+                return 1.6 * torch.sin(0.7 * u) * torch.sin(0.7 * v)
+            case "dots":
+                return torch.cos(u) + torch.cos(v) - 0.9
+        raise ValueError(f"Unknown pattern {pattern!r}; known are {PATTERNS}.")
+
+    return (0.5 + 1.1 * _choose([scene.description.pattern for scene in scenes], level)).clamp_(0.0, 1.0)
 
 
 def _draw(
-    body: Body, time: torch.Tensor, y: torch.Tensor, x: torch.Tensor, pixel: float
+    bodies: list[Body], time: torch.Tensor, y: torch.Tensor, x: torch.Tensor, pixel: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coverage and brightness of a body, `[frames, height, width]` each."""
-    dx = x - (body.start[0] + body.travel[0] * time)
-    dy = y - (body.start[1] + body.travel[1] * time)
-    angle = body.angle + body.spin * time
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    u = cos * dx + sin * dy
-    v = cos * dy - sin * dx
-    distance = _signed_distance(body.shape, u, v, body.radius)
+    """Coverage and brightness of one body per scene, `[scenes, frames, height, width]` each."""
+    start_x, start_y = _columns([body.start for body in bodies], x.device)
+    travel_x, travel_y = _columns([body.travel for body in bodies], x.device)
+    angle, spin, radius, frequency = _columns(
+        [(body.angle, body.spin, body.radius, body.texture_frequency) for body in bodies], x.device
+    )
+    x, y = x - (start_x + travel_x * time), y - (start_y + travel_y * time)
+    angle = angle + spin * time
+    u = angle.cos() * x + angle.sin() * y
+    v = angle.cos() * y - angle.sin() * x
+    distance = _choose([body.shape for body in bodies], lambda shape: _signed_distance(shape, u, v, radius))
     coverage = (0.5 - distance / pixel).clamp_(0.0, 1.0)
-    shade = 0.90 + 0.10 * torch.sin(body.texture_frequency * 2.0 * u)
+    shade = 0.90 + 0.10 * torch.sin(2.0 * frequency * u)
     return coverage, shade
 
 
-def _signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor, radius: float) -> torch.Tensor:
+def _signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Distance to the outline, negative inside (near enough outside corners for anti-aliasing)."""
     match shape:
         case "disc":
@@ -240,6 +298,5 @@ def _signed_distance(shape: str, u: torch.Tensor, v: torch.Tensor, radius: float
         case "square":
             return torch.maximum(u.abs(), v.abs()) - 0.82 * radius
         case "triangle":
-            slope = math.sqrt(3.0) / 2 * u.abs() - 0.5 * v
-            return torch.maximum(slope, v) - 0.62 * radius
+            return torch.maximum(math.sqrt(3.0) / 2 * u.abs() - 0.5 * v, v) - 0.62 * radius
     raise ValueError(f"Unknown shape {shape!r}; known are {SHAPES}.")

@@ -52,9 +52,7 @@ def evaluate_pipeline(
     detector_clips: int = 100,
 ) -> dict:
     """Everything that the model card states, as plain numbers."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
-    pipeline.vae.to(torch.float32)
+    pipeline = WanPipeline.from_pretrained(folder, local_files_only=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
 
     videos, verdicts = [], []

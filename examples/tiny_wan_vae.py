@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from procedural_video import Scene, render, sample_scene
+from procedural_video import Scene, View, render, render_batch, sample_scene, view
 from tiny_wan_parts import LATENT_CHANNELS, build_vae
 from tiny_wan_training import TrainingRun, autocast, progress_bar
 from torch import nn
@@ -17,8 +17,8 @@ from torch import nn
 CLIP_SIZES = {(256, 61): 0.6, (128, 61): 0.15, (128, 29): 0.15, (64, 29): 0.1}
 
 
-def sample_crop(seed: int, side: int, frames: int, device: torch.device) -> torch.Tensor:
-    """A piece of a random clip, `[3, frames, side, side]`; every other one holds the main object."""
+def sample_crop(seed: int, side: int, frames: int) -> tuple[Scene, View]:
+    """A piece of a random clip; every other one holds the main object."""
     rng = random.Random(f"crop-{seed}")
     scene = sample_scene(seed)
     sizes = {size: weight for size, weight in CLIP_SIZES.items() if size[0] >= side and size[1] >= frames}
@@ -26,7 +26,7 @@ def sample_crop(seed: int, side: int, frames: int, device: torch.device) -> torc
     first = rng.randint(0, clip_frames - frames)
     corner = _corner(rng, scene, clip_side, side, when=(first + frames / 2) / clip_frames)
     window = (slice(first, first + frames), *(slice(start, start + side) for start in corner))
-    return render(scene, clip_side, clip_side, clip_frames, device=device, window=window)
+    return scene, view(clip_side, clip_side, clip_frames, window)
 
 
 def _corner(rng: random.Random, scene: Scene, clip_side: int, side: int, when: float) -> tuple[int, int]:
@@ -114,7 +114,8 @@ def train_vae(
     with progress_bar("VAE", run) as report:
         while not run.out_of_time:
             seeds = range(run.step * batch_size, (run.step + 1) * batch_size)
-            video = torch.stack([sample_crop(seed, crop, frames, device) for seed in seeds])
+            scenes, views = zip(*(sample_crop(seed, crop, frames) for seed in seeds), strict=True)
+            video = render_batch(scenes, views, device=device)
             with autocast(device):
                 posterior = vae.encode(video).latent_dist
                 output = vae.decode(posterior.sample()).sample.float()
@@ -151,9 +152,10 @@ def encode_scenes(
     at_once = max(1, (2**25 if device.type == "cuda" else 2**22) // (frames * side**2))
     latents = []
     for first in range(0, len(scenes), at_once):
-        videos = [render(scene, side, side, frames, device=device) for scene in scenes[first : first + at_once]]
+        chosen = scenes[first : first + at_once]
+        video = render_batch(chosen, [view(side, side, frames)] * len(chosen), device=device)
         with autocast(device):
-            latents.append(vae.encode(torch.stack(videos)).latent_dist.mode().float())
+            latents.append(vae.encode(video).latent_dist.mode().float())
     return torch.cat(latents)
 
 

@@ -3,7 +3,18 @@
 import pytest
 import torch
 from caption_detector import Verdict, detect, validate
-from procedural_video import COLOURS, DIRECTIONS, SHAPES, Description, descriptions, render, sample_scene, vocabulary
+from procedural_video import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    Description,
+    descriptions,
+    render,
+    render_batch,
+    sample_scene,
+    view,
+    vocabulary,
+)
 
 
 def test_same_seed_gives_same_clip():
@@ -38,6 +49,13 @@ def test_a_window_is_a_piece_of_the_whole_clip():
     torch.testing.assert_close(
         render(scene, 64, 64, 9, window=window), render(scene, 64, 64, 9)[(slice(None), *window)]
     )
+
+
+def test_a_batch_is_its_clips_one_by_one():
+    scenes = [sample_scene(seed) for seed in range(24)]
+    batch = render_batch(scenes, [view(32, 32, 5)] * len(scenes))
+    for scene, video in zip(scenes, batch, strict=True):
+        torch.testing.assert_close(video, render(scene, 32, 32, 5))
 
 
 def test_a_small_rendering_is_the_large_one_scaled_down():
