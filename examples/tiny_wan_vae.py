@@ -134,8 +134,12 @@ def train_vae(
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, device: torch.device, clips: int) -> AutoencoderKLWan:
-    """Write the latents' mean and standard deviation, per channel, into the VAE's configuration."""
-    latents = encode_scenes(vae, [sample_scene(seed) for seed in range(clips)], 128, 61, device)
+    """Write the latents' mean and standard deviation, per channel, into the VAE's configuration.
+
+    Of samples, not modes: a channel that is mostly noise to the decoder stays small for the transformer too.
+    """
+    scenes = [sample_scene(seed) for seed in range(clips)]
+    latents = encode_scenes(vae, scenes, 128, 61, device, sample=True)
     flat = latents.float().transpose(0, 1).reshape(LATENT_CHANNELS, -1)
     vae.register_to_config(
         latents_mean=[round(value, 4) for value in flat.mean(1).tolist()],
@@ -146,7 +150,7 @@ def measure_latents(vae: AutoencoderKLWan, device: torch.device, clips: int) -> 
 
 @torch.no_grad()
 def encode_scenes(
-    vae: AutoencoderKLWan, scenes: list[Scene], side: int, frames: int, device: torch.device
+    vae: AutoencoderKLWan, scenes: list[Scene], side: int, frames: int, device: torch.device, sample: bool = False
 ) -> torch.Tensor:
     """Latents `[scenes, channels, 1 + frames // 4, side / 8, side / 8]`, not normalised."""
     at_once = max(1, (2**25 if device.type == "cuda" else 2**22) // (frames * side**2))
@@ -155,7 +159,8 @@ def encode_scenes(
         chosen = scenes[first : first + at_once]
         video = render_batch(chosen, [view(side, side, frames)] * len(chosen), device=device)
         with autocast(device):
-            latents.append(vae.encode(video).latent_dist.mode().float())
+            posterior = vae.encode(video).latent_dist
+        latents.append((posterior.sample() if sample else posterior.mode()).float())
     return torch.cat(latents)
 
 
