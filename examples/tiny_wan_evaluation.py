@@ -11,6 +11,7 @@ from procedural_video import Description, descriptions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
 from tiny_wan_parts import RECOMMENDED
 from tiny_wan_vae import reconstruction_psnr
 

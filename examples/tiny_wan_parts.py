@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 # How to call the finished pipeline; also written beside it, as recommended.json.
 RECOMMENDED = dict(
-    prompt="a large red ring moves left over blue waves",
+    prompt="a large yellow square moves down over purple stripes",
     negative_prompt="",
     num_inference_steps=24,
     guidance_scale=4.0,
@@ -152,7 +152,12 @@ def save_pipeline(folder: Path, vae: AutoencoderKLWan, model: TinyWan) -> None:
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     # transformers 5 writes a class name that 4 does not know; both know this one.
-    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
-        path = folder / name
-        path.write_text(path.read_text().replace(type(model.tokenizer).__name__, "PreTrainedTokenizerFast"))
+    _edit(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    _edit(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    # Otherwise the folder that the VAE was trained in.
+    _edit(folder / "vae" / "config.json", _name_or_path="")
     (folder / "recommended.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
+
+
+def _edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from tiny_wan_transformer import Clips, Phase
 
 
@@ -34,21 +35,21 @@ class Settings:
 
 def _cpu(device: torch.device) -> Settings:
     """For two cores and about two hours: mostly few tokens, the full grid at the end."""
-    tiny, small, full = Clips(64, 29, 1536), Clips(128, 29, 512), Clips(256, 61, 64)
+    tiny, full = Clips(64, 29, 1536), Clips(256, 61, 64)
     return Settings(
         device=device,
-        vae_minutes=15,
+        vae_minutes=32,
         vae_batch_size=4,
         vae_crop=64,
         vae_frames=13,
         vae_lr=5e-3,
-        transformer_minutes=55,
+        transformer_minutes=46,
         transformer_lr=2e-3,
         phases=[
             Phase(until=0.25, clips=tiny, batch_size=16, shift=1.0),
-            Phase(until=0.50, clips=small, batch_size=8, shift=1.7),
-            Phase(until=0.88, clips=full, batch_size=4, shift=3.0, latent_frames=4),
-            Phase(until=1.00, clips=full, batch_size=2, shift=3.0),
+            Phase(until=0.70, clips=full, batch_size=6, shift=3.0, latent_frames=2),
+            Phase(until=0.95, clips=full, batch_size=3, shift=3.0, latent_frames=4),
+            Phase(until=1.00, clips=full, batch_size=1, shift=3.0),
         ],
     )
 

@@ -10,10 +10,11 @@ from diffusers import AutoencoderKLWan
 from procedural_video import sample_scene
 from rich.progress import track
 from safetensors.torch import load_file, save_file
+from torch import nn
+
 from tiny_wan_parts import TinyWan, normalise_latents
 from tiny_wan_training import TrainingRun, autocast, progress_bar
 from tiny_wan_vae import encode_scenes, without_past
-from torch import nn
 
 SHARD = 32
 CAPTION_DROPOUT = 0.1

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from procedural_video import Scene, View, render, render_batch, sample_scene, view
+from torch import nn
+
 from tiny_wan_parts import LATENT_CHANNELS, build_vae
 from tiny_wan_training import TrainingRun, autocast, progress_bar
-from torch import nn
 
 # (side, frames) of the clips that crops are cut from, and how often: the sizes that the transformer trains on.
 CLIP_SIZES = {(256, 61): 0.6, (128, 61): 0.15, (128, 29): 0.15, (64, 29): 0.1}

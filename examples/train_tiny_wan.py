@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKLWan
+
 from tiny_wan_evaluation import evaluate_pipeline, print_evaluation
 from tiny_wan_parts import RECOMMENDED, save_pipeline
 from tiny_wan_settings import Settings

@@ -7,10 +7,14 @@ import random
 from pathlib import Path
 
 import pytest
-import tiny_wan_parts
 import torch
 from diffusers import WanPipeline
 from procedural_video import descriptions, render, sample_scene
+from torch import nn
+from train_tiny_wan import app
+from typer.testing import CliRunner
+
+import tiny_wan_parts
 from tiny_wan_evaluation import evaluate_pipeline, generate, held_out_captions
 from tiny_wan_parts import TinyWan, build_vae, save_pipeline
 from tiny_wan_settings import Settings
@@ -25,7 +29,6 @@ from tiny_wan_transformer import (
     train_transformer,
 )
 from tiny_wan_vae import reconstruction_psnr, train_vae, with_past, without_past
-from torch import nn
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny_wan"
 CPU = torch.device("cpu")
@@ -42,7 +45,7 @@ def pipeline():
 def test_pipeline_loads_in_fp32_and_has_wan_layout(pipeline):
     assert {part.dtype for part in (pipeline.vae, pipeline.transformer, pipeline.text_encoder)} == {torch.float32}
     assert pipeline.transformer.config.attention_head_dim == 128
-    assert pipeline.transformer.config.patch_size == (1, 2, 2)
+    assert tuple(pipeline.transformer.config.patch_size) == (1, 2, 2)
     assert pipeline.vae_scale_factor_spatial == 8
     assert pipeline.vae_scale_factor_temporal == 4
 
@@ -51,6 +54,11 @@ def test_files_are_small_and_hold_no_pickle():
     files = [path for path in MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 45e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
+
+
+def test_nothing_tells_of_the_machine_that_made_it():
+    for path in MODEL.rglob("*.json"):
+        assert f'"{Path("/").anchor}' not in path.read_text(), path
 
 
 def test_recommended_settings_ship_with_the_model():
@@ -184,6 +192,12 @@ def test_every_stage_runs_end_to_end(tmp_path):
     sizes = dict(captions=1, vae_clips=1, detector_clips=1, side=32, frames=9, steps=1)
     result = evaluate_pipeline(tmp_path / "model", CPU, **sizes)
     assert set(result["generated"]["right"]) == {"shape", "colour", "direction", "all"}
+
+
+def test_a_stage_that_is_out_of_time_says_so_by_its_exit_status(tmp_path):
+    result = CliRunner().invoke(app, ["vae", "--runs", str(tmp_path), "--device", "cpu", "--call-minutes", "0"])
+    assert result.exit_code == 75
+    assert (tmp_path / "vae" / "state.safetensors").exists()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
