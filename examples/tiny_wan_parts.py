@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 RECOMMENDED = dict(
     prompt="a large yellow square moves down over purple stripes",
     negative_prompt="",
-    num_inference_steps=24,
+    num_inference_steps=20,
     guidance_scale=4.0,
     max_sequence_length=32,
     height=256,
