@@ -1,6 +1,6 @@
 """One prompt, made dense and with Video Sparse Attention: what it costs, and how close it is.
 
-    python examples/demo.py [--prompt TEXT] [--ratios 0.3 --ratios 0.125] [--output DIRECTORY]
+    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--output DIRECTORY]
 
 Uses the tiny Wan model beside this file, on the GPU if there is one. Writes `side_by_side.mp4`, `contact_sheet.png` and
 `results.json`, and prints a table.
@@ -49,7 +49,7 @@ class Result:
 
 def main(
     prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
-    ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.5, 0.2],  # noqa: B006
+    ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.25, 0.125],  # noqa: B006
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
@@ -64,7 +64,7 @@ def main(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = WanPipeline.from_pretrained(model).to(device, dtype)
+    pipe = WanPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')

@@ -14,7 +14,7 @@ PAGES = [
     page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
 ]
 # Small sizes, and the CPU, for what the pages write for a GPU.
-SMALLER = {'"cuda"': '"cpu"', "torch.bfloat16": "torch.float32", "height=480": "height=64", "width=832": "width=96",
+SMALLER = {'"cuda"': '"cpu"', "height=480": "height=64", "width=832": "width=96",
            "num_frames=81": "num_frames=17", "num_inference_steps=30": "num_inference_steps=2"}  # fmt: skip
 
 
