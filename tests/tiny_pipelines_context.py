@@ -126,8 +126,9 @@ def ltx2_condition():
 
 def ltx2_in_context():
     """An in-context reference without a mask of its own."""
+    pipe = pipeline("LTX2InContextPipeline")(**ltx2_parts())
     reference = ltx2_module(".pipeline_ltx2_ic_lora").LTX2ReferenceCondition(frames=VIDEO[:2])
-    return pipeline("LTX2InContextPipeline")(**ltx2_parts()), ltx2_prompt() | dict(reference_conditions=[reference])
+    return pipe, ltx2_prompt() | dict(reference_conditions=[reference])
 
 
 def ltx2_dfr():
@@ -140,8 +141,8 @@ def ltx2_dfr():
 
 
 def ltx2_hdr():
-    module = ltx2_module(".pipeline_ltx2_hdr_lora")
     pipe = pipeline("LTX2HDRPipeline")(**ltx2_parts())
+    module = ltx2_module(".pipeline_ltx2_hdr_lora")
     inputs = ltx2_prompt() | dict(reference_conditions=[module.LTX2HDRReferenceCondition(frames=VIDEO[:2])])
     del inputs["conditions"]
     return pipe, inputs
