@@ -7,7 +7,9 @@ from vsa_diffusers.bench.__main__ import main
 from vsa_diffusers.bench.shapes import SHAPES, parse
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="measures a GPU where there is one")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs on a machine without a GPU: with one, the command measures full-size shapes"
+)
 @pytest.mark.parametrize("backward", [False, True])
 def test_it_measures_dense_and_every_mode_and_writes_json(backward, tmp_path, capsys):
     path = tmp_path / "bench.json"

@@ -1,6 +1,8 @@
 """Every Python block of the README and the docs runs, on a tiny pipeline in place of the one that it names."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -46,6 +48,15 @@ def test_the_python_blocks_of_a_page_run_in_order(page, monkeypatch, tmp_path):
         for written, smaller in SMALLER.items():
             block = block.replace(written, smaller)
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_floors_in_the_performance_page_are_current():
+    script = ROOT / "docs" / "make_floors.py"
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout.split("\n")
+    rows = [line for line in printed if line]
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert len(rows) == 14
+    assert not [row for row in rows if row not in page]
 
 
 def test_pages_name_no_file_that_is_missing():

@@ -22,7 +22,7 @@ def test_the_kernels_match_fp64_in_the_interpreter(file):
     from vsa_diffusers.kernels.run import is_recent_triton
 
     if not is_recent_triton():
-        pytest.skip("the kernels need Triton 3.6 or later, and say so when called")
+        pytest.skip("runs with Triton 3.6 or later; with an earlier one the kernels refuse to run")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -19,13 +19,13 @@ VIDEO = [IMAGE.rotate(5 * angle) for angle in range(9)]
 
 def pipeline(name):
     """A pipeline class of diffusers."""
-    return diffusers_class(name) or pytest.skip(f"this diffusers has no {name}")
+    return diffusers_class(name) or pytest.skip(f"runs with a diffusers that has {name}; constraints.txt names one")
 
 
 def transformer(recipe, **config):
     """The tiny transformer of a recipe in tiny_models, with some constructor arguments changed."""
     found = next((each for each in RECIPES if each.name == recipe), None) or pytest.skip(
-        f"this diffusers lacks {recipe}"
+        f"runs with a diffusers that has what {recipe} needs; constraints.txt names one"
     )
     return replace(found, config=found.config | config).build()
 

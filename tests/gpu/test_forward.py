@@ -26,7 +26,10 @@ from vsa_diffusers.kernels import attend, forward, pool, select, tuning
 from vsa_diffusers.tiles import TileGrid
 from vsa_diffusers.torch_impl import Problem
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a machine with a CUDA GPU"),
+]
 SMALL = [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES, *DIM_CASES, *STRIDE_CASES, *SPREAD_CASES]
 MEDIUM = Case(video_shape=(9, 18, 22), top_k=20, combine="merge", head_dim=128, dtype=torch.bfloat16, heads=3)
 
@@ -52,7 +55,7 @@ def test_small_cases_match_fp64(case):
 def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
     case = replace(MEDIUM, layout=layout, combine=combine, head_dim=head_dim, dtype=dtype)
     if layout == "descriptor" and not tuning.can_describe(randn(1, head_dim), tuning.device_of(0)):
-        pytest.skip("no tensor descriptors here")
+        pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     check(case, "cuda")
 
 
@@ -103,7 +106,7 @@ def test_offsets_beyond_31_bits(combine, layout):
     problem = Problem(grid, 40, combine, dim**-0.5)
     launch = replace(tuning.table_launch(query, problem, tuning.device_of(0), key.stride(1)), layout=layout)
     if layout == "descriptor" and not tuning.can_describe(query, tuning.device_of(0)):
-        pytest.skip("no tensor descriptors here")
+        pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     given = gate if combine == "gate" else None
     output, indices, _ = forward(query, key, value, given, None, problem, launch)
     assert output.isfinite().all()

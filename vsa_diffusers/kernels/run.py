@@ -15,7 +15,7 @@ from .tuning import Device, Launch, Plan, device_of, plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-MIN_TRITON = (3, 6)  # the earliest release on which the kernels were checked against fp64
+MIN_TRITON = (3, 6)  # the earliest release whose interpreter agrees with fp64 throughout
 INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
 
 
