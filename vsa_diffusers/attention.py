@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -15,7 +14,6 @@ from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, f
 
 COMBINES = ("gate", "sum", "sparse", "merge")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
-AUTO_MAY_CHOOSE_TRITON = False  # "auto" is "torch" until the kernels have run on a GPU
 FEW_TILES = 16
 
 
@@ -58,7 +56,8 @@ def video_sparse_attention(
         context_tokens: `(before, after)`, tokens in the sequence that are not on the grid (text, reference frames).
             Every video query attends to all of them exactly; they attend densely to everything.
         context_mask: bool `[batch, before + after]`, False where a context key is padding.
-        implementation: `"auto"`; `"triton"`, kernels for CUDA and ROCm devices; or `"torch"`, which runs on any device.
+        implementation: `"triton"`, kernels for CUDA and ROCm devices; `"torch"`, which runs on any device; or `"auto"`,
+            the kernels for 16-bit inputs where they can run.
 
     Returns:
         `[batch, sequence, heads, head_dim]`, in the dtype of `query`.
@@ -82,22 +81,22 @@ def video_sparse_attention(
     if not torch.compiler.is_compiling() and grid.num_tiles < FEW_TILES:
         _warn_few_tiles(grid)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    output, _ = _forward_op(
-        query,
-        key,
-        value,
-        gate,
-        context_mask,
-        grid.video_shape,
-        grid.block_size,
-        count,
-        combine,
-        scale,
-        before,
-        after,
-        implementation,
-    )
+    tensors = query, key, value, gate, context_mask
+    if _needs_dispatcher(tensors):
+        numbers = grid.video_shape, grid.block_size, count, combine, scale, before, after
+        output, *_ = _forward_op(*tensors, *numbers, implementation)
+    else:
+        problem = torch_impl.Problem(grid, count, combine, scale, before, after)
+        output, *_ = _forward(*tensors, problem, implementation)
     return output
+
+
+def _needs_dispatcher(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether this call must go through the registered operator, which costs the host about 40 microseconds."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    grad = torch.is_grad_enabled()
+    return any(x is not None and (type(x) is not torch.Tensor or (grad and x.requires_grad)) for x in tensors)
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
@@ -195,32 +194,50 @@ _ARGUMENTS = (
 @torch.library.custom_op(
     "vsa_diffusers::attention",
     mutates_args=(),
-    schema=f"({_ARGUMENTS.format('')}, str implementation) -> (Tensor, Tensor)",
+    schema=f"({_ARGUMENTS.format('')}, str implementation) -> (Tensor, Tensor, Tensor)",
 )
 def _forward_op(query, key, value, gate, context_mask, *numbers):
+    """Output, selected tiles, and the log-sum-exp `[B, H, S]`, which is empty where the PyTorch implementation ran."""
     *numbers, implementation = numbers
-    problem = _problem(*numbers)
+    return _forward(query, key, value, gate, context_mask, _problem(*numbers), implementation)
+
+
+def _forward(query, key, value, gate, context_mask, problem: torch_impl.Problem, implementation: str):
+    """Output and the selected tiles, from the kernels or from PyTorch."""
     if _runs_triton(implementation, query, problem):
         from . import kernels
 
-        return kernels.forward(query, key, value, gate, context_mask, problem)[:2]
-    return torch_impl.forward(query, key, value, gate, context_mask, problem)
+        return kernels.forward(query, key, value, gate, context_mask, problem)
+    return *torch_impl.forward(query, key, value, gate, context_mask, problem), query.new_empty(0, dtype=torch.float32)
 
 
 @_forward_op.register_fake
-def _(query, key, value, gate, context_mask, video_shape, block_size, top_k, *_):
-    num_tiles = math.prod(-(-extent // block) for extent, block in zip(video_shape, block_size, strict=True))
-    indices = query.new_empty((query.shape[0], query.shape[2], num_tiles, top_k), dtype=torch.int32)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), indices
+def _(query, key, value, gate, context_mask, *numbers):
+    *numbers, implementation = numbers
+    problem = _problem(*numbers)
+    batch, sequence, heads, _ = query.shape
+    indices = query.new_empty((batch, heads, problem.grid.num_tiles, problem.top_k), dtype=torch.int32)
+    rows = (batch, heads, sequence) if _runs_triton(implementation, query, problem) else (0,)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return output, indices, query.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "vsa_diffusers::attention_backward",
     mutates_args=(),
-    schema="(Tensor grad_output, " + _ARGUMENTS.format("Tensor indices, ") + ") -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_output, "
+    + _ARGUMENTS.format("Tensor indices, Tensor lse, Tensor? output, ")
+    + ") -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(grad_output, query, key, value, gate, context_mask, indices, *numbers):
-    grads = torch_backward.backward(grad_output, query, key, value, gate, context_mask, indices, _problem(*numbers))
+def _backward_op(grad_output, query, key, value, gate, context_mask, indices, lse, output, *numbers):
+    """Gradients of query, key, value and gate (empty without a gate), by the implementation that ran forward."""
+    given, problem = (grad_output, query, key, value, gate, context_mask, indices), _problem(*numbers)
+    if output is None:
+        grads = torch_backward.backward(*given, problem)
+    else:
+        from . import kernels
+
+        grads = kernels.backward(*given, lse, output, problem)
     return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
@@ -232,12 +249,15 @@ def _(grad_output, query, key, value, gate, *_):
 
 def _save_for_backward(ctx, inputs, output) -> None:
     query, key, value, gate, context_mask, *ctx.numbers, _ = inputs
-    ctx.save_for_backward(query, key, value, gate, context_mask, output[1])
+    result, indices, lse = output
+    # The PyTorch implementation recomputes what it needs, and has no log-sum-exp.
+    ctx.save_for_backward(query, key, value, gate, context_mask, indices, lse, result if lse.ndim == 3 else None)
 
 
-def _backward(ctx, grad_output, _):
-    *grads, grad_gate = _backward_op(grad_output, *ctx.saved_tensors, *ctx.numbers)
-    gate = grad_gate if ctx.saved_tensors[3] is not None else None
+def _backward(ctx, grad_output, *_):
+    saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them, and only once
+    *grads, grad_gate = _backward_op(grad_output, *saved, *ctx.numbers)
+    gate = grad_gate if saved[3] is not None else None
     return (*grads, gate, *[None] * (2 + len(ctx.numbers)))
 
 
@@ -251,7 +271,8 @@ def _problem(video_shape, block_size, top_k, combine, scale, before, after) -> t
 
 def _runs_triton(implementation: str, query: torch.Tensor, problem: torch_impl.Problem) -> bool:
     """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
-    if implementation == "torch" or (implementation == "auto" and not AUTO_MAY_CHOOSE_TRITON):
+    # In fp32 the kernels do without tensor cores and spill; they are there for checking.
+    if implementation == "torch" or (implementation == "auto" and query.element_size() > 2):
         return False
     reason: str | None = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
     if importlib.util.find_spec("triton") is not None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from checks import JOINT, SHAPE_CASES, Case
-from vsa_diffusers.kernels import forward, tuning
+from vsa_diffusers.kernels import backward, forward, tuning
 
 SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)
 
@@ -19,6 +19,10 @@ for base in (SMALL, replace(JOINT, head_dim=64, dtype=torch.bfloat16), SHAPE_CAS
         case = replace(base, layout=layout)
         query, key, value, gate, mask = case.inputs("cuda")
         if layout != "descriptor" or tuning.can_describe(query, tuning.device_of(0)):
-            output, _, _ = forward(query, key, value, gate, mask, case.problem, case.launch)
+            output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
             torch.cuda.synchronize()
-            print(case, float(output.float().norm()), flush=True)
+            given = (torch.randn_like(output), query, key, value, gate, mask, indices, lse, output, case.problem)
+            grads = backward(*given, case.backward_launch)
+            torch.cuda.synchronize()
+            norms = [float(x.float().norm()) for x in (output, *grads) if x is not None]
+            print(case, norms, flush=True)

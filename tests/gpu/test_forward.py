@@ -18,6 +18,7 @@ from checks import (
     STRIDE_CASES,
     Case,
     check,
+    check_rows_far_below_their_bound,
     expected,
 )
 from oracle import relative_error
@@ -45,6 +46,11 @@ def triton(query, key, value, video_shape, **options):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_small_cases_match_fp64(case):
     check(case, "cuda")
+
+
+@pytest.mark.parametrize("combine", ["gate", "sparse"])
+def test_rows_far_below_their_bound_match_fp64(combine):
+    check_rows_far_below_their_bound(combine, "cuda")
 
 
 @pytest.mark.parametrize("layout", tuning.LAYOUTS)
@@ -154,7 +160,7 @@ def test_the_host_never_waits():
 
 @pytest.mark.parametrize("shapes", [[(8, 16, 20), (8, 20, 24), (12, 24, 28)], [(9, 18, 22), (5, 21, 35), (10, 17, 29)]])
 def test_a_new_size_compiles_nothing(shapes):
-    kernels = (pool.pool_kernel, select.select_kernel, attend.attend_kernel)
+    kernels = (pool.pool_kernel, select.scores_kernel, select.top_k_kernel, attend.attend_kernel)
 
     def compiled():
         return [len(kernel.device_caches[0][0]) for kernel in kernels]

@@ -1,6 +1,7 @@
 """Compile the kernels as the host code launches them, for GPUs that are not there, and read what the assembler says.
 
-    python tests/kernels/compilation.py [--targets sm_90 gfx942 ...] [--head-dims 64 128] [--combines gate merge]
+    python tests/kernels/compilation.py [--targets sm_90 gfx942 ...] [--head-dims 64 128] [--combines gate merge] \
+        [--backward]
 
 Inputs lie on the meta device: the launchers run as they are, with the tuning table of the target, and stop short of
 the launch itself.
@@ -21,19 +22,49 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vsa_diffusers.kernels import attend, pool, run, select
-from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, Device, Launch
+from vsa_diffusers.kernels import (
+    attend,
+    backward,
+    coarse,
+    invert,
+    key_gradient,
+    pool,
+    prepare,
+    query_gradient,
+    run,
+    select,
+)
+from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, BackwardLaunch, Device, Launch
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 from vsa_diffusers.torch_impl import Problem
 
-KERNELS = {"pool": pool.pool_kernel, "select": select.select_kernel, "attend": attend.attend_kernel}
+KERNELS = {
+    "pool": pool.pool_kernel,
+    "scores": select.scores_kernel,
+    "top_k": select.top_k_kernel,
+    "attend": attend.attend_kernel,
+}
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
+BACKWARD_KERNELS = {
+    "coarse": coarse.coarse_kernel,
+    "coarse gradient": coarse.coarse_gradient_kernel,
+    "prepare": prepare.prepare_kernel,
+    "restore": invert.restore_kernel,
+    "invert": invert.invert_kernel,
+    "query gradient": query_gradient.query_gradient_kernel,
+    "proxy gradient": key_gradient.proxy_gradient_kernel,
+    "key gradient": key_gradient.key_gradient_kernel,
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of one kernel. Registers and spills (bytes) are `None` for AMD targets."""
+    """What the compiler says of one kernel. Registers and spills (bytes) are `None` for AMD targets.
+
+    `serialized` says that asynchronous products wait for one another, for want of a clean pipeline; `main_loop_spills`
+    counts the instructions of the first loop with matrix products that reach for spilled registers.
+    """
 
     kernel: str
     target: str
@@ -41,6 +72,8 @@ class Report:
     warps: int
     registers: int | None
     spills: int | None
+    serialized: bool = False
+    main_loop_spills: int = 0
 
 
 class _Driver:
@@ -71,8 +104,8 @@ def target_of(name: int | str) -> GPUTarget:
 
 def device_of(name: int | str) -> Device:
     if isinstance(name, str):
-        return Device(processors=304)
-    return Device((name // 10, name % 10), 132, descriptors=HAS_DESCRIPTORS and name >= 90)
+        return Device()
+    return Device((name // 10, name % 10), descriptors=HAS_DESCRIPTORS and name >= 90)
 
 
 @contextlib.contextmanager
@@ -81,7 +114,7 @@ def _compiling_for(name: int | str, compiled: dict):
     triton.runtime.driver.set_active(_Driver(target_of(name)))
     run.device_of = lambda index: device_of(name)
     try:
-        for label, kernel in KERNELS.items():
+        for label, kernel in {**KERNELS, **BACKWARD_KERNELS}.items():
 
             def compile_only(*args, grid, warmup, label=label, kernel=kernel, **options):
                 compiled[label] = JITFunction.run(kernel, *args, grid=grid, warmup=True, **options)
@@ -89,15 +122,16 @@ def _compiling_for(name: int | str, compiled: dict):
             kernel.run = compile_only
         yield
     finally:
-        for kernel in KERNELS.values():
+        for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values()):
             del kernel.run
         vars(saved[0]).update(saved[1])
         run.device_of = saved[2]
 
 
-def compile_forward(
+def compile_call(
     name: int | str,
     *,
+    gradients: bool = False,
     combine: str = "gate",
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
@@ -108,35 +142,68 @@ def compile_forward(
     masked: bool = False,
     batch: int = 1,
     heads: int = 12,
-    launch: Launch | None = None,
+    launch: Launch | BackwardLaunch | None = None,
 ) -> dict[str, object]:
-    """The compiled kernels of one call, by name."""
+    """The compiled kernels of one forward call, or of one backward call, by name."""
     grid = TileGrid(video_shape, block_size)
     shape = (batch, grid.num_tokens + sum(context), heads, head_dim)
     query, key, value, gate = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(4))
     problem = Problem(grid, num_selected_tiles(grid.num_tiles, ratio), combine, head_dim**-0.5, *context)
     mask = torch.empty((batch, sum(context)), dtype=torch.bool, device="meta") if masked else None
+    gate = gate if combine == "gate" else None
     compiled: dict[str, object] = {}
     with _compiling_for(name, compiled):
-        run.forward(query, key, value, gate if combine == "gate" else None, mask, problem, launch)
+        if gradients:
+            indices = query.new_empty((batch, heads, grid.num_tiles, problem.top_k), dtype=torch.int32)
+            lse = query.new_empty((batch, heads, shape[1]), dtype=torch.float32)
+            backward(query, query, key, value, gate, mask, indices, lse, query, problem, launch)
+        else:
+            run.forward(query, key, value, gate, mask, problem, launch)
     return compiled
 
 
 def report(label: str, name: int | str, kernel) -> Report:
     """Registers and spills from the assembler, shared memory and warps from Triton's own metadata."""
     registers = spills = None
+    log, loop = "", []
     if isinstance(name, int):
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "kernel.ptx"
+            source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
             source.write_text(kernel.asm["ptx"])
             arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)
-            tool = Path(triton.__file__).parent / "backends/nvidia/bin" / _assembler(name)
-            command = [tool, "-v", f"--gpu-name={arch}", source, "-o", Path(folder) / "kernel.cubin"]
+            tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+            command = [tools / _assembler(name), "-v", f"--gpu-name={arch}", source, "-o", binary]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            listing = subprocess.run(
+                [tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True
+            ).stdout
+            loop = _first_matrix_loop(listing.splitlines())
         registers = int(re.search(r"Used (\d+) registers", log).group(1))
         spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
-    target = f"sm_{name}" if isinstance(name, int) else name
-    return Report(label, target, kernel.metadata.shared, kernel.metadata.num_warps, registers, spills)
+    return Report(
+        label,
+        f"sm_{name}" if isinstance(name, int) else name,
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+        registers,
+        spills,
+        "wgmma.mma_async instructions are serialized" in log,
+        sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop),
+    )
+
+
+def _first_matrix_loop(listing: list[str]) -> list[str]:
+    """The first loop of a listing that holds a matrix product and no other loop."""
+    labels = {line.rstrip(":"): index for index, line in enumerate(listing) if re.fullmatch(r"\.L_x_\d+:", line)}
+    loops = []
+    for end, line in enumerate(listing):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if target and labels[target.group(1)] <= end:
+            start = labels[target.group(1)]
+            if not any(start <= inner <= end for inner, _ in loops):
+                loops.append((start, end))
+    bodies = (listing[start : end + 1] for start, end in loops)
+    return next((body for body in bodies if any(re.search(r"MMA", line) for line in body)), [])
 
 
 def _assembler(name: int) -> str:
@@ -149,18 +216,24 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--combines", nargs="+", default=["gate", "merge"])
+    parser.add_argument("--backward", action="store_true", help="the kernels of the backward pass")
+    parser.add_argument("--only", help="print nothing but this kernel")
     parser.add_argument("--layout", choices=["direct", "tiled", "descriptor"])
     parser.add_argument("--warps", type=int, default=4)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--keys", type=int, default=64)
     args = parser.parse_args()
     launch = Launch(args.layout, args.warps, args.stages, args.keys) if args.layout else None
+    if launch and args.backward:
+        launch = BackwardLaunch(launch, launch)
     for target in args.targets:
         name = int(target[3:]) if target.startswith("sm_") else target
         for head_dim in args.head_dims:
             for combine in args.combines:
-                for label, kernel in compile_forward(name, head_dim=head_dim, combine=combine, launch=launch).items():
-                    print(head_dim, combine, report(label, name, kernel), flush=True)
+                case = {"head_dim": head_dim, "combine": combine, "launch": launch, "gradients": args.backward}
+                for label, kernel in compile_call(name, **case).items():
+                    if args.only in (None, label):
+                        print(head_dim, combine, report(label, name, kernel), flush=True)
 
 
 if __name__ == "__main__":

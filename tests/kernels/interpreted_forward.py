@@ -1,7 +1,5 @@
 """Run by `tests/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -20,10 +18,11 @@ from checks import (
     Case,
     check,
     check_indices,
+    check_rows_far_below_their_bound,
 )
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import forward, run, tuning
+from vsa_diffusers.kernels import forward, select, tuning
 from vsa_diffusers.tiles import TileGrid
 from vsa_diffusers.torch_impl import Problem
 
@@ -71,8 +70,8 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
     check(case)
 
 
-def test_one_program_takes_many_blocks_of_query_tiles(monkeypatch):
-    monkeypatch.setattr(run, "Device", functools.partial(tuning.Device, processors=1))
+def test_scores_beyond_the_workspace_take_turns(monkeypatch):
+    monkeypatch.setattr(select, "WORKSPACE_BYTES", 0)
     query, key, value = (torch.randn(1, 6 * 6 * 4, 3, 16) for _ in range(3))
     problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25)
     _, indices, _ = forward(query, key, value, None, None, problem)
@@ -122,3 +121,8 @@ def test_gradients_flow_through_the_indices_of_the_forward():
         grads.append(torch.autograd.grad(output.square().sum(), leaves))
     for ours, theirs in zip(*grads, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("combine", ["gate", "sparse"])
+def test_rows_far_below_their_bound_match_fp64(combine):
+    check_rows_far_below_their_bound(combine)

@@ -1,5 +1,6 @@
-"""The Triton implementation: pool, select, attend."""
+"""The Triton implementation. Forward: pool, select, attend. Backward: the same lists, and their inversion."""
 
+from .backward import backward
 from .run import forward, why_not
 
-__all__ = ["forward", "why_not"]
+__all__ = ["backward", "forward", "why_not"]

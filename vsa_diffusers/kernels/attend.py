@@ -19,40 +19,18 @@ import triton.language as tl
 from ..torch_impl import Problem
 from .geometry import SIZES, slot_offset, tile_box
 from .pool import Pooled
+from .rows import load_rows
 from .select import GROUP, Lists
 from .tuning import Launch, power_of_two
+from .walk import softmax_step, walk_video
 
 LN2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def _step(q, k, v, highest, total, acc, scale, bias, PRECISION: tl.constexpr):
-    """One step of the online softmax in base 2; `bias` is added to the logits, `None` for full keys."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, K_N]
-    if bias is None:
-        new_highest = tl.maximum(highest, tl.max(s, 1) * scale)
-        p = tl.math.exp2(s * scale - new_highest[:, None])
-    else:
-        s = s * scale + bias[None, :]
-        new_highest = tl.maximum(highest, tl.max(s, 1))
-        p = tl.math.exp2(s - new_highest[:, None])
-    shrink = tl.math.exp2(highest - new_highest)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return new_highest, total, acc
-
-
-@triton.jit
-def _rows(base, offset, mask, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `[K_N, BLOCK_D]` that begin at `base + offset`; `mask` is `None` where every row exists."""
-    at = base + offset[:, None] + dim[None, :]
-    if mask is not None:
-        x = tl.load(at, mask[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        x = tl.load(at, dim[None, :] < HEAD_DIM, other=0.0)
-    else:
-        x = tl.load(at)
-    return x
+# Where |logit| (base 2) cannot exceed FARTHEST, exp2(logit - offset) needs no running maximum: the exponents of bf16
+# weights and fp32 sums go up to 127, and HEADROOM leaves room for the sums. A row whose logits all lie so low that its
+# weights might have vanished shows it by its total, and is done again.
+FARTHEST = tl.constexpr(180.0)
+HEADROOM = tl.constexpr(90.0)
+LEAST_TOTAL = tl.constexpr(2.0**-100)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,6 +48,8 @@ def attend_kernel(
     kept,
     proxies,
     log_size,
+    longest,
+    reach,
     coarse,
     gate,
     context_mask,
@@ -114,14 +94,13 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
 ):
     """Programs: the blocks of context queries of all heads first (the longest), then query tiles, head by head."""
     TILED: tl.constexpr = key_rows is not None
     TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
-    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
-    RAGGED: tl.constexpr = TILE % BLOCK_N != 0
     slot = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
@@ -138,6 +117,7 @@ def attend_kernel(
         tile = tl.where(in_context, 0, program % num_tiles)
         at = program % tl.maximum(blocks, 1) * BLOCK_M + slot
     else:
+        in_context = False
         place = program // num_tiles
         tile = program % num_tiles
     t, h, w, extent_t, extent_h, extent_w = tile_box(
@@ -158,9 +138,6 @@ def attend_kernel(
 
     at_query = query + item * query_b + head * query_h + tokens[:, None] * query_s + dim[None, :]
     q = tl.load(at_query, dim_mask, other=0.0)  # [M, BLOCK_D]
-    # The factor goes onto the fp32 logits; its sign goes onto q, so that the highest logit is the highest product.
-    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
-    scale = tl.abs(scale)
     key += item * key_b + head * key_h
     value += item * value_b + head * value_h
     if TILED:
@@ -170,102 +147,129 @@ def attend_kernel(
         key_base = key + tokens_before.to(tl.int64) * key_s
         value_base = value + tokens_before.to(tl.int64) * value_s
 
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-
-    # Full tiles, without masks.
+    # How long each part of the walk is.
+    full_tiles = top_k
+    groups = 0
     if tail is not None:
         full_tiles = tl.load(counts + line * 2)
         groups = tl.load(counts + line * 2 + 1)
-    else:
-        full_tiles = top_k
-        groups = 0
-    if HAS_CONTEXT:
-        listed_tiles = tl.where(in_context, 0, full_tiles)
-        full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
+        tail += line * tail_width * 2
+    if kept is not None:
+        kept += line * kept_width
     starts += line * top_k
-    for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
-        index = step // STEPS
-        inside = step % STEPS * BLOCK_N + column
-        if HAS_CONTEXT:
-            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
-        else:
-            start = tl.load(starts + index)
-        exists = inside < TILE if RAGGED else None
-        bias = tl.where(exists, 0.0, float("-inf")) if RAGGED else None
-        if key_descriptor is not None:
-            first = start + step % STEPS * BLOCK_N
-            k = key_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
-            v = value_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
-        elif TILED:
-            first = start.to(tl.int64) * HEAD_DIM
-            k = _rows(key_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
-            v = _rows(value_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
-        else:
-            frame, line_h, line_w = inside // (BLOCK_H * BLOCK_W), inside // BLOCK_W % BLOCK_H, inside % BLOCK_W
-            offset = (frame * video_h + line_h) * video_w + line_w
-            if HAS_CONTEXT:
-                offset = tl.where(in_context, inside, offset)
-            first = start.to(tl.int64)
-            k = _rows(key_base + first * key_s, offset * key_s, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
-            v = _rows(value_base + first * value_s, offset * value_s, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
-        highest, total, acc = _step(q, k, v, highest, total, acc, scale, bias, PRECISION)
+    listed_tiles = full_tiles
+    listed_keys = groups * GROUP
+    keys_left = listed_keys
+    pooled = num_tiles
+    if HAS_CONTEXT:
+        full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
+        listed_keys = tl.where(in_context, 0, listed_keys)
+        listed_tiles = tl.where(in_context, 0, listed_tiles)
+        keys_left = tl.where(in_context, video_tokens % TILE, listed_keys)
+        pooled = tl.where(in_context, 0, num_tiles)
 
-    # Partial tiles, in groups of 16 keys; for context queries, the rows that the loop above left over.
-    if tail is not None or HAS_CONTEXT:
-        walked = full_tiles * TILE
-        listed_keys = groups * GROUP
-        keys_left = listed_keys
+    bounded = False
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if reach is not None:
+        # No logit is further from zero than the norms of the longest row and the longest key allow.
         if HAS_CONTEXT:
-            listed_keys = tl.where(in_context, 0, listed_keys)
-            keys_left = tl.where(in_context, video_tokens - walked, listed_keys)
-        for first in tl.range(0, keys_left, BLOCK_N, num_stages=1):
-            inside = first + column
-            exists = inside < keys_left
-            offset = walked + inside
-            if tail is not None:
-                from_list = inside < listed_keys
-                entry = tail + (line * tail_width + inside // GROUP) * 2
-                start = tl.load(entry, from_list, other=0)
-                shape = tl.load(entry + 1, from_list, other=0)
-                member = inside % GROUP
-                if TILED:
-                    listed = start + member
-                else:
-                    member += (shape >> 24) * GROUP
-                    listed = start + slot_offset(
-                        member, tl.maximum((shape >> 8) & 255, 1), tl.maximum((shape >> 16) & 255, 1), video_h, video_w
-                    )
-                there = inside % GROUP < (shape & 255)
-                if HAS_CONTEXT:
-                    exists &= (inside >= listed_keys) | there
-                    offset = tl.where(in_context, offset, listed)
-                else:
-                    exists &= there
-                    offset = listed
-            offset = offset.to(tl.int64)
-            k = _rows(key_base, offset * (HEAD_DIM if TILED else key_s), exists, dim, HEAD_DIM, BLOCK_D)
-            v = _rows(value_base, offset * (HEAD_DIM if TILED else value_s), exists, dim, HEAD_DIM, BLOCK_D)
-            bias = tl.where(exists, 0.0, float("-inf"))
-            highest, total, acc = _step(q, k, v, highest, total, acc, scale, bias, PRECISION)
-
-    # Merge: one pooled key and value for each tile that is not kept, as heavy as the tile is large.
-    if proxies is not None:
-        pooled = num_tiles
-        if HAS_CONTEXT:
-            pooled = tl.where(in_context, 0, num_tiles)
-        mean_key = proxies + place * num_tiles * HEAD_DIM
-        mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-        for first in tl.range(0, pooled, BLOCK_N, num_stages=STAGES):
-            index = first + column
-            exists = index < num_tiles
-            word = tl.load(kept + line * kept_width + index // 32, exists, other=-1)
-            exists &= ((word >> (index % 32)) & 1) == 0
-            bias = tl.load(log_size + index, exists, other=float("-inf"))
-            k = _rows(mean_key, index * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)
-            v = _rows(mean_value, index * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)
-            highest, total, acc = _step(q, k, v, highest, total, acc, scale, bias, PRECISION)
+            norms = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
+            norm = tl.max(tl.where(row_mask, norms, 0.0), 0)
+        else:
+            norm = tl.load(longest + line)
+        bound = norm * tl.load(reach + place) * tl.abs(scale)
+        bounded = bound < FARTHEST
+        if bounded:
+            highest = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.maximum(bound - HEADROOM, 0.0)
+            highest, total, acc = walk_video(
+                q,
+                highest,
+                scale,
+                key_base,
+                value_base,
+                key_descriptor,
+                value_descriptor,
+                starts,
+                tail,
+                kept,
+                proxies,
+                log_size,
+                full_tiles,
+                listed_tiles,
+                keys_left,
+                listed_keys,
+                pooled,
+                in_context,
+                place,
+                line,
+                key_s,
+                value_s,
+                batch_heads,
+                num_tiles,
+                video_h,
+                video_w,
+                BLOCK_T,
+                BLOCK_H,
+                BLOCK_W,
+                HEAD_DIM,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_N,
+                GROUP,
+                STAGES,
+                TAIL_STAGES,
+                TILED,
+                HAS_CONTEXT,
+                True,
+                PRECISION,
+            )
+            bounded = tl.min(tl.where(row_mask, total, 1.0), 0) > LEAST_TOTAL
+    if not bounded:
+        highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        highest, total, acc = walk_video(
+            q,
+            highest,
+            scale,
+            key_base,
+            value_base,
+            key_descriptor,
+            value_descriptor,
+            starts,
+            tail,
+            kept,
+            proxies,
+            log_size,
+            full_tiles,
+            listed_tiles,
+            keys_left,
+            listed_keys,
+            pooled,
+            in_context,
+            place,
+            line,
+            key_s,
+            value_s,
+            batch_heads,
+            num_tiles,
+            video_h,
+            video_w,
+            BLOCK_T,
+            BLOCK_H,
+            BLOCK_W,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_N,
+            GROUP,
+            STAGES if reach is None or HAS_CONTEXT else 1,
+            1,
+            TILED,
+            HAS_CONTEXT,
+            False,
+            PRECISION,
+        )
 
     # Context keys.
     if HAS_CONTEXT:
@@ -276,10 +280,10 @@ def attend_kernel(
             if context_mask is not None:
                 valid &= tl.load(context_mask + item * context_tokens + index, exists, other=0) != 0
             offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
-            k = _rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
-            v = _rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
+            k = load_rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
+            v = load_rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
             bias = tl.where(valid, 0.0, float("-inf"))
-            highest, total, acc = _step(q, k, v, highest, total, acc, scale, bias, PRECISION)
+            highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, False, PRECISION)
 
     acc = acc / total[:, None]
     if coarse is not None:
@@ -336,6 +340,8 @@ def attend(
         lists.kept,
         pooled.proxies,
         pooled.log_size,
+        pooled.longest,
+        lists.reach if query.dtype == torch.bfloat16 else None,
         lists.coarse,
         gate,
         context_mask,
@@ -365,9 +371,11 @@ def attend(
         BLOCK_N=block_n,
         GROUP=GROUP,
         STAGES=launch.stages,
+        TAIL_STAGES=launch.tail_stages,
         PRECISION="ieee",
         HAS_CONTEXT=context > 0,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        enable_fp_fusion=False,  # fused, a huge logit would miss itself as the maximum by more than exp2 can hold
         **({} if launch.registers is None else {"maxnreg": launch.registers}),
     )

@@ -23,6 +23,7 @@ class Pooled(NamedTuple):
     proxies: torch.Tensor | None  # key and value means in the dtype of the inputs, [2, B, H, N, D]
     rows: torch.Tensor | None  # key and value in tile order, [2, B * H, V, D]
     log_size: torch.Tensor | None  # log2 of the tile sizes, fp32 [N]
+    longest: torch.Tensor  # norm of the longest row of each tile, fp32 [query and key, B, H, N]
 
 
 @triton.jit
@@ -33,6 +34,7 @@ def _pool_one(
     proxy,
     rows,
     copy,
+    longest,
     tokens,
     row,
     size,
@@ -45,10 +47,13 @@ def _pool_one(
     dim = tl.arange(0, BLOCK_D)
     mask = (slot[:, None] < size) & (dim[None, :] < HEAD_DIM)
     x = tl.load(source + tokens.to(tl.int64)[:, None] * stride_s + dim[None, :], mask, other=0.0)  # [SLOTS, BLOCK_D]
-    average = tl.sum(x.to(tl.float32), 0) / size
+    wide = x.to(tl.float32)
+    average = tl.sum(wide, 0) / size
     tl.store(mean + dim, average, dim < HEAD_DIM)
     if proxies is not None:
         tl.store(proxies + proxy + dim, average.to(proxies.dtype.element_ty), dim < HEAD_DIM)
+    if longest is not None:
+        tl.store(longest, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
     if rows is not None:
         tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
 
@@ -62,6 +67,7 @@ def pool_kernel(
     proxies,
     rows,
     log_size,
+    longest,
     query_b,
     query_s,
     query_h,
@@ -109,23 +115,23 @@ def pool_kernel(
     head = head.to(tl.int64)
     if which == 0:
         source = query + item * query_b + head * query_h
-        _pool_one(source, mean, None, 0, None, 0, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
+        longest += summary
+        _pool_one(source, mean, None, 0, None, 0, longest, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
     elif which == 1:
         source = key + item * key_b + head * key_h
         at = summary * HEAD_DIM
-        _pool_one(source, mean, proxies, at, rows, copy, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D)
+        longest += batch_heads * num_tiles + summary
+        _pool_one(source, mean, proxies, at, rows, copy, longest, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D)
     else:
         source = value + item * value_b + head * value_h
         at = copies + summary * HEAD_DIM
         copy += lines
-        _pool_one(source, mean, proxies, at, rows, copy, tokens, row, size, value_s, SLOTS, HEAD_DIM, BLOCK_D)
+        _pool_one(source, mean, proxies, at, rows, copy, None, tokens, row, size, value_s, SLOTS, HEAD_DIM, BLOCK_D)
 
 
-def pool(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, problem: Problem, *, tiled: bool, num_warps: int = 4
-) -> Pooled:
+def pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, problem: Problem, *, tiled: bool) -> Pooled:
     """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order as well."""
     batch, _, heads, dim = query.shape
     grid, merge = problem.grid, problem.combine == "merge"
@@ -133,7 +139,8 @@ def pool(
     means = query.new_empty((3, batch, heads, num_tiles, dim), dtype=torch.float32)
     proxies = query.new_empty((2, batch, heads, num_tiles, dim)) if merge else None
     rows = query.new_empty((2, batch * heads, grid.num_tokens, dim)) if tiled else None
-    log_size = query.new_empty(num_tiles, dtype=torch.float32) if merge else None
+    log_size = means.new_empty(num_tiles) if merge else None
+    longest = means.new_empty((2, batch, heads, num_tiles))
     needs_value = tiled or problem.combine != "sparse"
     pool_kernel[(batch * heads * num_tiles, 3 if needs_value else 2)](
         query,
@@ -143,6 +150,7 @@ def pool(
         proxies,
         rows,
         log_size,
+        longest,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -156,6 +164,6 @@ def pool(
         SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        num_warps=num_warps,
+        num_warps=1 if tiled else 2,
     )
-    return Pooled(means, proxies, rows, log_size)
+    return Pooled(means, proxies, rows, log_size, longest)

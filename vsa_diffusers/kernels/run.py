@@ -1,8 +1,9 @@
-"""The whole forward in three launches, and the reasons why it cannot run."""
+"""The whole forward, launch by launch, and the reasons why it cannot run."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -26,18 +27,23 @@ def is_recent_triton() -> bool:
 
 def why_not(query: torch.Tensor, num_tiles: int) -> str | None:
     """Why the Triton kernels cannot take `query` `[B, S, H, D]`, with what to do instead; `None` if they can."""
+    return next(_obstacles(query, num_tiles), None)
+
+
+def _obstacles(query: torch.Tensor, num_tiles: int) -> Iterator[str]:
     if not is_recent_triton():
         least = ".".join(map(str, MIN_TRITON))
-        return f'they need Triton {least} or later, not {triton.__version__}; upgrade, or choose "torch".'
+        yield f'they need Triton {least} or later, not {triton.__version__}; upgrade, or choose "torch".'
     if query.device.type != "cuda" and not INTERPRETED:
-        return f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
+        yield f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
+    elif (0, 0) < (capability := this_device(query).capability) < (8, 0):
+        yield f'they need a GPU of compute capability 8.0 or later, not {capability}; choose "torch".'
     if query.dtype not in DTYPES:
-        return f'they take float16, bfloat16 and float32, not {query.dtype}; cast the inputs, or choose "torch".'
+        yield f'they take float16, bfloat16 and float32, not {query.dtype}; cast the inputs, or choose "torch".'
     if query.shape[-1] > MAX_HEAD_DIM:
-        return f'they take a head_dim of at most {MAX_HEAD_DIM}, not {query.shape[-1]}; choose "torch".'
+        yield f'they take a head_dim of at most {MAX_HEAD_DIM}, not {query.shape[-1]}; choose "torch".'
     if num_tiles > MAX_TILES:
-        return f'they take at most {MAX_TILES} tiles, not {num_tiles}; choose a larger block_size, or "torch".'
-    return None
+        yield f'they take at most {MAX_TILES} tiles, not {num_tiles}; choose a larger block_size, or "torch".'
 
 
 def forward(
@@ -53,23 +59,29 @@ def forward(
 
     `launch` overrides the tuning table for the sparse kernel.
     """
-    query, key, value = (_dense_rows(x) for x in (query, key, value))
-    gate = None if gate is None else _dense_rows(gate)
-    context_mask = None if context_mask is None else context_mask.contiguous()
+    query, key, value = (dense_rows(x) for x in (query, key, value))
+    gate = None if gate is None else dense_rows(gate)
+    context_mask = None if context_mask is None else context_mask.to(torch.int32).contiguous()
     batch, sequence, heads, dim = query.shape
-    device = Device() if INTERPRETED else device_of(query.device.index)
-    chosen = plan(query, problem, device, max(key.stride(1), value.stride(1)), launch)
+    chosen = plan(query, problem, this_device(query), max(key.stride(1), value.stride(1)), launch)
     output = query.new_empty((batch, sequence, heads, dim))
     indices = query.new_empty((batch, heads, problem.grid.num_tiles, problem.top_k), dtype=torch.int32)
     lse = query.new_empty((batch, heads, sequence), dtype=torch.float32)
-    with contextlib.nullcontext() if query.device.type != "cuda" else torch.cuda.device(query.device):
+    with _on(query.device):
         for first in range(0, heads, chosen.heads):
             _some_heads((query, key, value, gate, context_mask), (output, indices, lse), problem, chosen, first)
     return output, indices, lse
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device; making it current takes time even where it is already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
 def _some_heads(inputs, outputs, problem: Problem, chosen: Plan, first: int) -> None:
-    """All three kernels for `chosen.heads` heads from `first` on; what they need in between is freed on return."""
+    """All kernels for `chosen.heads` heads from `first` on; what they need in between is freed on return."""
     *tensors, context_mask = inputs
     output, indices, lse = outputs
     if chosen.heads < output.shape[2]:
@@ -80,11 +92,20 @@ def _some_heads(inputs, outputs, problem: Problem, chosen: Plan, first: int) -> 
     tiled = chosen.attend.layout != "direct"
     pooled = pool(query, key, value, problem, tiled=tiled)
     lists = select(
-        pooled.means, indices, problem, tiled=tiled, processors=chosen.processors, precision=chosen.precision
+        pooled,
+        indices,
+        problem,
+        tiled=tiled,
+        precision=chosen.precision,
     )
     attend(query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+def this_device(x: torch.Tensor) -> Device:
+    """The device of `x`, as the tuning table knows it."""
+    return Device() if INTERPRETED else device_of(x.device.index)
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """The kernels take any strides but one: the elements of a head lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

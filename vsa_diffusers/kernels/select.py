@@ -1,7 +1,9 @@
-"""Coarse scores, coarse output and the exact top-k of every query tile, in one launch with bounded memory.
+"""Coarse scores and coarse output, then the exact top-k of every query tile, in two launches with bounded memory.
 
-A program takes a few query tiles at a time. It writes their scores to rows of its own in a workspace, gathering the
-coarse output by online softmax on the way, then finds each row's k-th highest score bit by bit and writes what is kept.
+`scores_kernel` writes the scores of a block of query tiles to a workspace, and gathers their coarse output by online
+softmax on the way. `top_k_kernel` takes one row of it, finds the k-th highest score bit by bit and writes what is kept;
+a row belongs to one warp where it fits, since every bit needs a sum over it. Where all scores do not fit the workspace,
+the two take turns.
 
 Shapes: B batch, H heads of this pass, N tiles, D head_dim, K kept tiles.
 """
@@ -17,11 +19,13 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, tile_box, tile_row
+from .pool import Pooled
 from .tuning import power_of_two
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
-SCORES_PER_THREAD = 8
+SCORES_PER_THREAD = 64  # that a thread of top_k_kernel holds
+WORKSPACE_BYTES = 2**26
 
 
 class Lists(NamedTuple):
@@ -32,105 +36,110 @@ class Lists(NamedTuple):
     counts: torch.Tensor | None  # full tiles, groups: int32 [B, H, N, 2]
     kept: torch.Tensor | None  # one bit per tile: int32 [B, H, N, words]
     coarse: torch.Tensor | None  # fp32 [B, H, N, D]
+    reach: torch.Tensor  # norm of the longest key, fp32 [B, H]
 
 
 @triton.jit
-def _kth_highest(ordered, top_k, ROWS: tl.constexpr):
-    """The `top_k`-th highest value of each row of int32 `[ROWS, KEYS]`, settled from the sign bit down."""
+def _ordered(scores, valid):
+    """Integers that order as the scores do; columns beyond the last tile come below them all."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return tl.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+
+
+@triton.jit
+def _threshold(ordered, top_k, ROWS: tl.constexpr):
+    """For each row of int32 `[ROWS, KEYS]` a number that `top_k` values reach, or, where values are alike, the highest
+    that at least so many reach; settled from the sign bit down, no further than it takes."""
     threshold = tl.full((ROWS,), -2147483648, tl.int32)
-    for bit in range(32):
-        candidate = threshold ^ (tl.full((ROWS,), 1, tl.int32) << (31 - bit))
-        above = tl.sum((ordered >= candidate[:, None]).to(tl.int32), 1)
-        threshold = tl.where(above >= top_k, candidate, threshold)
+    reached = tl.full((ROWS,), -1, tl.int32)
+    bit = 31
+    while (bit >= 0) & (tl.sum((reached != top_k).to(tl.int32), 0) > 0):
+        candidate = threshold ^ (tl.full((ROWS,), 1, tl.int32) << bit)
+        count = tl.sum((ordered >= candidate[:, None]).to(tl.int32), 1)
+        enough = (count >= top_k) & (reached != top_k)
+        threshold = tl.where(enough, candidate, threshold)
+        reached = tl.where(enough, count, reached)
+        bit -= 1
     return threshold
 
 
-@triton.jit
-def _top_k(scores, valid, top_k, ROWS: tl.constexpr):
-    """Which of the scores `[ROWS, KEYS]` are among the `top_k` highest; of equal ones, those further left."""
-    bits = scores.to(tl.int32, bitcast=True)
-    # Integers that order as the floats do; columns beyond the last tile come below them all.
-    ordered = tl.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
-    threshold = _kth_highest(ordered, top_k, ROWS)
-    above = ordered > threshold[:, None]
-    level = ordered == threshold[:, None]
-    missing = top_k - tl.sum(above.to(tl.int32), 1)
-    return above | (level & (tl.cumsum(level.to(tl.int32), 1) <= missing[:, None]))
-
-
-@triton.jit
-def _write_lists(
-    kept,
-    column,
-    row_mask,
-    indices,
-    starts,
-    tail,
-    counts,
-    tail_width,
-    top_k,
-    video_t,
-    video_h,
-    video_w,
-    tiles_h,
-    tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    TILED: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def scores_kernel(
+    means,
+    longest,
+    scores,
+    coarse,
+    reach,
+    first_row,
+    batch_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Compact `kept` `[ROWS, KEYS]` into the rows that `indices`, `starts`, `tail` and `counts` `[ROWS]` point to."""
-    kept = kept & row_mask[:, None]
-    place = tl.cumsum(kept.to(tl.int32), 1) - 1
-    tl.store(indices[:, None] + place, tl.broadcast_to(column[None, :], kept.shape), kept)
-    t, h, w, extent_t, extent_h, extent_w = tile_box(
-        column, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-    )
-    if TILED:
-        first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
-    else:
-        first = (t * video_h + h) * video_w + w
-    if PARTIAL:
-        size = extent_t * extent_h * extent_w
-        full = size == BLOCK_T * BLOCK_H * BLOCK_W
-        groups = tl.where(full, 0, (size + GROUP - 1) // GROUP)
-        groups = tl.where(kept, groups[None, :], 0)
-        kept = kept & full[None, :]
-        place = tl.cumsum(kept.to(tl.int32), 1) - 1
-        position = tl.cumsum(groups, 1) - groups
-        tl.store(counts, tl.sum(kept.to(tl.int32), 1), row_mask)
-        tl.store(counts + 1, tl.sum(groups, 1), row_mask)
-        for group in tl.static_range(TAIL_GROUPS):
-            slots = tl.minimum(GROUP, size - group * GROUP)
-            where = tail[:, None] + (position + group) * 2
-            first_slot = first + group * GROUP if TILED else first
-            # Bits 0-7: keys in the group; for rows in the order of the sequence also 8-15, 16-23: extents, 24: group.
-            shape = slots if TILED else slots | (extent_h << 8) | (extent_w << 16) | (group << 24)
-            tl.store(where, tl.broadcast_to(first_slot[None, :], groups.shape), groups > group)
-            tl.store(where + 1, tl.broadcast_to(shape[None, :], groups.shape), groups > group)
-    tl.store(starts[:, None] + place, tl.broadcast_to(first[None, :], kept.shape), kept)
+    """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, KEYS]`, from row `first_row` of all."""
+    blocks = tl.cdiv(num_tiles, BLOCK_M)
+    task = first_row // BLOCK_M + tl.program_id(0)
+    place = (task // blocks).to(tl.int64)
+    block = task % blocks
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    length = num_tiles * HEAD_DIM
+    mean_query = means + place * length
+    mean_key = mean_query + batch_heads.to(tl.int64) * length
+    mean_value = mean_key + batch_heads.to(tl.int64) * length
+    own = row[:, None] * HEAD_DIM + dim[None, :]
+    own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+    q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
+    lane = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, num_tiles, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        at = column[:, None] * HEAD_DIM + dim[None, :]
+        mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+        k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        tl.store(scores + lane[:, None] * KEYS + column[None, :], s, column[None, :] < num_tiles)
+        if coarse is not None:
+            s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
+            v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
+            new_highest = tl.maximum(highest, tl.max(s, 1))
+            p = tl.exp(s - new_highest[:, None])
+            shrink = tl.exp(highest - new_highest)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+            highest = new_highest
+    if coarse is not None:
+        tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
+    if block == 0:
+        furthest = tl.zeros((KEYS,), tl.float32)
+        for start in range(0, num_tiles, KEYS):
+            column = start + tl.arange(0, KEYS)
+            norm = tl.load(longest + (batch_heads + place) * num_tiles + column, column < num_tiles, other=0.0)
+            furthest = tl.maximum(furthest, norm)
+        tl.store(reach + place, tl.max(furthest, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
-def select_kernel(
-    means,
+def top_k_kernel(
     scores,
     indices,
     starts,
     tail,
     counts,
     kept_bits,
-    coarse,
-    batch_heads,
+    first_row,
     heads,
     num_tiles,
     top_k,
     tail_width,
     indices_b,
-    scale,
     video_t,
     video_h,
     video_w,
@@ -139,93 +148,92 @@ def select_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    PART: tl.constexpr,
     TILED: tl.constexpr,
     PARTIAL: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Each program walks blocks of BLOCK_M query tiles of one head, as many as there are programs apart."""
-    workspace = scores + tl.program_id(0).to(tl.int64) * (BLOCK_M * KEYS)
-    blocks = tl.cdiv(num_tiles, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    lane = tl.arange(0, BLOCK_M)
-    length = num_tiles * HEAD_DIM
-    for task in range(tl.program_id(0), blocks * batch_heads, tl.num_programs(0)):
-        place = (task // blocks).to(tl.int64)
-        first = task % blocks * BLOCK_M
-        row = first + lane
-        mean_query = means + place * length
-        mean_key = mean_query + batch_heads.to(tl.int64) * length
-        own = row[:, None] * HEAD_DIM + dim[None, :]
-        own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-        q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
-        highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for start in range(0, num_tiles, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            at = column[:, None] * HEAD_DIM + dim[None, :]
-            mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-            k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
-            tl.store(workspace + lane[:, None] * KEYS + column[None, :], s, column[None, :] < num_tiles)
-            if coarse is not None:
-                v = tl.load(mean_key + batch_heads.to(tl.int64) * length + at, mask, other=0.0)  # [N, D]
-                new_highest = tl.maximum(highest, tl.max(s, 1))
-                p = tl.exp(s - new_highest[:, None])
-                shrink = tl.exp(highest - new_highest)
-                total = total * shrink + tl.sum(p, 1)
-                acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
-                highest = new_highest
-        if coarse is not None:
-            tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
-        tl.debug_barrier()  # the scores were written by other threads of this program than read them
-        key = tl.arange(0, KEYS)
-        for part in range(0, BLOCK_M, ROWS):
-            line = first + part + tl.arange(0, ROWS)
-            if first + part < num_tiles:
-                lane_at = (part + tl.arange(0, ROWS))[:, None] * KEYS + key[None, :]
-                valid = tl.broadcast_to(key[None, :] < num_tiles, (ROWS, KEYS))
-                kept = _top_k(tl.load(workspace + lane_at, valid, other=0.0), valid, top_k, ROWS)
-                entry = place * num_tiles + line
-                owner = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
-                _write_lists(
-                    kept,
-                    key,
-                    line < num_tiles,
-                    owner,
-                    starts + entry * top_k,
-                    tail + entry * (tail_width * 2) if PARTIAL else None,
-                    counts + entry * 2 if PARTIAL else None,
-                    tail_width,
-                    top_k,
-                    video_t,
-                    video_h,
-                    video_w,
-                    tiles_h,
-                    tiles_w,
-                    BLOCK_T,
-                    BLOCK_H,
-                    BLOCK_W,
-                    TILED,
-                    PARTIAL,
-                    TAIL_GROUPS,
-                    GROUP,
-                )
-                if kept_bits is not None:
-                    words = tl.reshape(kept.to(tl.int32), (ROWS, KEYS // 32, 32)) << tl.arange(0, 32)[None, None, :]
-                    word = tl.arange(0, KEYS // 32)
-                    bits_at = entry[:, None] * (KEYS // 32) + word[None, :]
-                    tl.store(kept_bits + bits_at, tl.sum(words, 2), (line < num_tiles)[:, None] & (word[None, :] >= 0))
-        tl.debug_barrier()  # the next block's scores take the same rows
+    """Program (`ROWS` rows of the workspace). Rows of all heads are counted with each head's last block full."""
+    padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
+    first = first_row + tl.program_id(0) * ROWS
+    line = first % padded + tl.arange(0, ROWS)
+    lane = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    scores_at = scores + lane[:, None] * KEYS
+    if first % padded >= num_tiles:
+        return
+    key = tl.arange(0, KEYS)[None, :]
+    every = tl.broadcast_to(key < num_tiles, (ROWS, KEYS))
+    row = _ordered(tl.load(scores_at + key, every, other=0.0), every)
+    threshold = _threshold(row, top_k, ROWS)
+    missing = top_k - tl.sum((row > threshold[:, None]).to(tl.int32), 1)
+    level = tl.sum((every & (row == threshold[:, None])).to(tl.int32), 1)
+    crowded = tl.sum((level > missing).to(tl.int32), 0) > 0
+
+    place = (first // padded).to(tl.int64)
+    entry = place * num_tiles + line
+    row_mask = line < num_tiles
+    indices_at = indices + ((place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k)[:, None]
+    starts_at = starts + (entry * top_k)[:, None]
+    level_before = tl.zeros((ROWS,), tl.int32)
+    kept_before = tl.zeros((ROWS,), tl.int32)
+    full_before = tl.zeros((ROWS,), tl.int32)
+    groups_before = tl.zeros((ROWS,), tl.int32)
+    for begin in range(0, num_tiles, PART):
+        column = begin + tl.arange(0, PART)
+        valid = row_mask[:, None] & (column[None, :] < num_tiles)
+        ordered = _ordered(tl.load(scores_at + column[None, :], valid, other=0.0), valid)
+        kept = valid & (ordered >= threshold[:, None])
+        if crowded:
+            # Of equal scores, those further left are kept.
+            alike = (valid & (ordered == threshold[:, None])).to(tl.int32)
+            rank = level_before[:, None] + tl.cumsum(alike, 1)
+            kept = kept & ((alike == 0) | (rank <= missing[:, None]))
+            level_before += tl.sum(alike, 1)
+        if kept_bits is not None:
+            bits = tl.reshape(kept.to(tl.int32), (ROWS, PART // 32, 32)) << tl.arange(0, 32)[None, None, :]
+            word = begin // 32 + tl.arange(0, PART // 32)
+            bits_at = entry[:, None] * (KEYS // 32) + word[None, :]
+            tl.store(kept_bits + bits_at, tl.sum(bits, 2), row_mask[:, None] & (word[None, :] < KEYS // 32))
+
+        t, h, w, extent_t, extent_h, extent_w = tile_box(
+            column, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
+        )
+        if TILED:
+            token = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
+        else:
+            token = (t * video_h + h) * video_w + w
+        size = extent_t * extent_h * extent_w
+        groups = tl.where(size < BLOCK_T * BLOCK_H * BLOCK_W, (size + GROUP - 1) // GROUP, 0)
+        groups = tl.where(kept, groups[None, :], 0)
+        full = kept & (groups == 0)
+        # Three counts run in one number: tiles kept, full tiles, groups of partial tiles.
+        count = kept.to(tl.int32) | (full.to(tl.int32) << 9) | (groups << 18)
+        running = tl.cumsum(count, 1)
+        at = kept_before[:, None] + (running & 511) - 1
+        tl.store(indices_at + at, tl.broadcast_to(column[None, :], kept.shape), kept)
+        at = full_before[:, None] + ((running >> 9) & 511) - 1
+        tl.store(starts_at + at, tl.broadcast_to(token[None, :], kept.shape), full)
+        if PARTIAL:
+            at = entry[:, None] * tail_width + groups_before[:, None] + (running >> 18) - groups
+            for group in tl.static_range(TAIL_GROUPS):
+                slots = tl.minimum(GROUP, size - group * GROUP)
+                first_slot = token + group * GROUP if TILED else token
+                # Bits 0-7: keys in the group; for rows in the order of the sequence also 8-15, 16-23: extents,
+                # 24: group.
+                shape = slots if TILED else slots | (extent_h << 8) | (extent_w << 16) | (group << 24)
+                tl.store(tail + (at + group) * 2, tl.broadcast_to(first_slot[None, :], kept.shape), groups > group)
+                tl.store(tail + (at + group) * 2 + 1, tl.broadcast_to(shape[None, :], kept.shape), groups > group)
+        total = tl.sum(count, 1)
+        kept_before += total & 511
+        full_before += (total >> 9) & 511
+        groups_before += total >> 18
+    if PARTIAL:
+        tl.store(counts + entry * 2, full_before, row_mask)
+        tl.store(counts + entry * 2 + 1, groups_before, row_mask)
 
 
 @functools.lru_cache(maxsize=256)
@@ -241,32 +249,20 @@ def tail_width(problem: Problem) -> int:
     return -(-largest // GROUP) * min(problem.top_k, grid.num_tiles - full)
 
 
-def select(
-    means: torch.Tensor,
-    indices: torch.Tensor,
-    problem: Problem,
-    *,
-    tiled: bool,
-    processors: int,
-    precision: str,
-    stages: int = 2,
-) -> Lists:
+def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bool, precision: str) -> Lists:
     """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks.
 
     Args:
-        means: pooled query, key and value, fp32 `[3, B, H, N, D]`.
         tiled: rows of the tile-ordered copy are meant, not tokens of the sequence.
-        processors: the device's multiprocessors; a few programs run on each, with a workspace of their own.
+        precision: of the products between tile means.
     """
+    means = pooled.means
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, power_of_two(num_tiles))
-    num_warps = 4 if keys <= 512 and dim <= 128 else 8 if keys <= 4096 else 16
-    block_m = 16 if num_tiles <= 1024 or dim > 128 else 32
-    rows = max(1, min(block_m, SCORES_PER_THREAD * 32 * num_warps // keys))
+    block_m = 16 if dim > 128 or batch * heads * num_tiles < 16384 else 32
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
-    programs = min(processors * (4 if num_warps == 4 else 2), -(-num_tiles // block_m) * batch * heads)
     per_tile = (batch, heads, num_tiles)
     lists = Lists(
         starts=indices.new_empty((*per_tile, top_k)),
@@ -274,38 +270,59 @@ def select(
         counts=indices.new_empty((*per_tile, 2)) if width else None,
         kept=indices.new_empty((*per_tile, keys // 32)) if merge else None,
         coarse=means.new_empty((*per_tile, dim)) if coarse else None,
+        reach=means.new_empty((batch, heads)),
     )
-    select_kernel[(programs,)](
-        means,
-        means.new_empty((programs, block_m, keys)),
-        indices,
-        lists.starts,
-        lists.tail,
-        lists.counts,
-        lists.kept,
-        lists.coarse,
-        batch * heads,
-        heads,
-        num_tiles,
-        top_k,
-        width,
-        indices.stride(0),
-        problem.scale,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
-        HEAD_DIM=dim,
-        BLOCK_D=power_of_two(dim),
-        BLOCK_M=block_m,
-        BLOCK_N=32 if dim <= 128 else 16,
-        ROWS=rows,
-        KEYS=keys,
-        TILED=tiled,
-        PARTIAL=width > 0,
-        TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
-        GROUP=GROUP,
-        PRECISION=precision,
-        num_warps=num_warps,
-        num_stages=stages,
-    )
+    num_warps = min(16, max(1, keys // (32 * SCORES_PER_THREAD)))
+    rows = min(block_m, max(1, 512 // keys))
+    all_rows = batch * heads * -(-num_tiles // block_m) * block_m
+    at_once = min(all_rows, max(block_m, WORKSPACE_BYTES // (4 * keys) // block_m * block_m))
+    scores = means.new_empty((at_once, keys))
+    for first_row in range(0, all_rows, at_once):
+        some_rows = min(at_once, all_rows - first_row)
+        scores_kernel[(some_rows // block_m,)](
+            means,
+            pooled.longest,
+            scores,
+            lists.coarse,
+            lists.reach,
+            first_row,
+            batch * heads,
+            num_tiles,
+            problem.scale,
+            HEAD_DIM=dim,
+            BLOCK_D=power_of_two(dim),
+            BLOCK_M=block_m,
+            BLOCK_N=32 if dim <= 128 else 16,
+            KEYS=keys,
+            PRECISION=precision,
+            num_warps=4 if block_m == 16 else 8,
+            num_stages=2,
+            enable_fp_fusion=False,  # as in the sparse kernel
+        )
+        top_k_kernel[(some_rows // rows,)](
+            scores,
+            indices,
+            lists.starts,
+            lists.tail,
+            lists.counts,
+            lists.kept,
+            first_row,
+            heads,
+            num_tiles,
+            top_k,
+            width,
+            indices.stride(0),
+            *grid.video_shape,
+            *grid.tiles_per_axis[1:],
+            *grid.block_size,
+            BLOCK_M=block_m,
+            ROWS=rows,
+            KEYS=keys,
+            PART=min(keys, 256),
+            TILED=tiled,
+            PARTIAL=width > 0,
+            TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
+            GROUP=GROUP,
+            num_warps=num_warps,
+        )
     return lists

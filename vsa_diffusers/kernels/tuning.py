@@ -13,7 +13,7 @@ from ..torch_impl import Problem
 HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
 LAYOUTS = ("direct", "tiled", "descriptor")
 # A copy of key and value above this many bytes is made for half of the heads at a time.
-WHOLE_COPY_BYTES = 2**28
+WHOLE_COPY_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Launch:
         warps, stages: warps of a program, and buffers of its main loop's pipeline.
         keys: keys of one step, at most; a power of two.
         registers: most registers of a thread, so that more programs share a processor (CUDA only).
+        tail_stages: buffers where it walks partial tiles.
     """
 
     layout: str = "direct"
@@ -33,6 +34,7 @@ class Launch:
     stages: int = 2
     keys: int = 64
     registers: int | None = None
+    tail_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,28 @@ class Plan:
 
     attend: Launch
     heads: int  # heads that go through all kernels at a time
-    processors: int
-    precision: str  # of the coarse scores
+    precision: str  # of the products between tile means
+
+
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """How the two large kernels of the backward pass run.
+
+    Args:
+        query: the gradient of the query, which reads key and value.
+        key: the gradients of key and value, which read query and the output's gradient.
+    """
+
+    query: Launch
+    key: Launch
+
+
+@dataclass(frozen=True)
+class BackwardPlan(BackwardLaunch):
+    """How one backward call runs."""
+
+    heads: int  # heads that go through all kernels at a time
+    precision: str  # of products of tile means
 
 
 @dataclass(frozen=True)
@@ -50,15 +72,14 @@ class Device:
     """What the table is looked up by. `capability` is (0, 0) where it is not a CUDA device."""
 
     capability: tuple[int, int] = (0, 0)
-    processors: int = 4
     descriptors: bool = False
 
 
 # By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
 _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     9: (
-        (64, Launch("descriptor", 4, 3), Launch("direct", 4, 3)),
-        (128, Launch("descriptor", 4, 2), Launch("direct", 4, 2)),
+        (64, Launch("descriptor", 4, 2, 64, 128), Launch("direct", 4, 2, 64, 128)),
+        (128, Launch("descriptor", 4, 2, tail_stages=2), Launch("direct", 4, 2, tail_stages=2)),
         (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
     8: (
@@ -73,8 +94,8 @@ _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
 }
 _TABLE[10] = _TABLE[9]
 _TABLE[12] = _TABLE[8]
-# A list that visits fewer keys than this does not repay the copy in tile order.
-LONG_LIST_KEYS = 2048
+# Shorter sequences do not repay the copy in tile order.
+LONG_SEQUENCE = 8192
 
 
 def plan(
@@ -89,8 +110,11 @@ def plan(
     copy_bytes = 2 * batch * problem.grid.num_tokens * heads * dim * query.element_size()
     if launch.layout != "direct" and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
         heads = -(-heads // 2)
-    precision = "tf32x3" if device.capability >= (8, 0) else "ieee"
-    return Plan(launch, heads, device.processors, precision)
+    precision = "ieee"
+    if device.capability >= (8, 0):
+        # 11 bits are more than 16-bit inputs have.
+        precision = "tf32" if query.element_size() == 2 else "tf32x3"
+    return Plan(launch, heads, precision)
 
 
 def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_stride: int) -> Launch:
@@ -98,10 +122,7 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     dim, capacity = query.shape[-1], problem.grid.tile_capacity
     rows = _TABLE.get(device.capability[0], _TABLE[0])
     long, short = next(launches for most, *launches in rows if dim <= most)
-    _, height, width = problem.grid.video_shape
-    # The direct layout counts the elements between a tile's first and last token in 32 bits.
-    far = problem.grid.block_size[0] * height * width * token_stride >= 2**31
-    launch = long if far or problem.top_k * capacity >= LONG_LIST_KEYS else short
+    launch = long if _is_long(problem, token_stride) else short
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
     if query.element_size() == 4:
@@ -109,6 +130,74 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
     return launch
+
+
+# Copies above this many bytes are made for some of the heads at a time.
+WHOLE_BACKWARD_COPY_BYTES = 2**27
+# As `_TABLE`, for the backward pass; `keys` counts queries where the kernel walks those.
+_BACKWARD_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
+    9: (
+        (64, Launch("descriptor", 4, 3), Launch("descriptor", 4, 3)),
+        (128, Launch("descriptor", 4, 2), Launch("descriptor", 4, 3, 32)),
+        (256, Launch("descriptor", 8, 2, 32), Launch("descriptor", 8, 1, 32)),
+    ),
+    8: (
+        (64, Launch("tiled", 4, 3, 32), Launch("tiled", 4, 3, 32)),
+        (128, Launch("tiled", 4, 3, 32), Launch("tiled", 8, 2, 32)),
+        (256, Launch("tiled", 8, 1, 32), Launch("tiled", 8, 1, 16)),
+    ),
+    0: (
+        (64, Launch("tiled", 4, 1, 32), Launch("tiled", 4, 1, 32)),
+        (128, Launch("tiled", 4, 1, 32), Launch("tiled", 8, 1, 32)),
+        (256, Launch("tiled", 8, 1, 16), Launch("tiled", 8, 1, 16)),
+    ),
+}
+_BACKWARD_TABLE[10] = _BACKWARD_TABLE[9]
+_BACKWARD_TABLE[12] = _BACKWARD_TABLE[8]
+
+
+def backward_plan(
+    query: torch.Tensor, problem: Problem, device: Device, token_stride: int, launch: BackwardLaunch | None = None
+) -> BackwardPlan:
+    """The plan of a backward call, given the most elements between two tokens of a tensor that is read in place.
+
+    `launch` overrides the table's.
+    """
+    batch, _, heads, dim = query.shape
+    launch = launch or backward_launch(query, problem, device, token_stride)
+    copies = 2 * ((launch.query.layout != "direct") + (launch.key.layout != "direct"))
+    if copies * batch * problem.grid.num_tokens * heads * dim * query.element_size() > WHOLE_BACKWARD_COPY_BYTES:
+        heads = -(-4 * heads // (3 * copies))  # together at most four thirds of the query
+    precision = "ieee"
+    if device.capability >= (8, 0):  # tf32 is closer than the rounding of 16-bit gradients
+        precision = "tf32" if query.element_size() == 2 else "tf32x3"
+    return BackwardPlan(launch.query, launch.key, heads, precision)
+
+
+def backward_launch(query: torch.Tensor, problem: Problem, device: Device, token_stride: int) -> BackwardLaunch:
+    """The table's choice, fitted as in `table_launch`."""
+    dim, capacity = query.shape[-1], problem.grid.tile_capacity
+    rows = _BACKWARD_TABLE.get(device.capability[0], _BACKWARD_TABLE[0])
+    launches = next(pair for most, *pair in rows if dim <= most)
+    if not _is_long(problem, token_stride):
+        launches[0] = replace(launches[0], layout="direct")
+    fitted = []
+    for launch in launches:
+        if launch.layout == "descriptor" and not can_describe(query, device):
+            launch = replace(launch, layout="tiled")
+        if query.element_size() == 4:
+            launch = replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
+        elif capacity > 64:
+            launch = replace(launch, warps=8, stages=1, keys=32)
+        fitted.append(launch)
+    return BackwardLaunch(*fitted)
+
+
+def _is_long(problem: Problem, token_stride: int) -> bool:
+    """Whether the copy in tile order pays. It must be made where the direct layout cannot count a tile's elements."""
+    _, height, width = problem.grid.video_shape
+    reaches_far = problem.grid.block_size[0] * height * width * token_stride >= 2**31
+    return reaches_far or problem.grid.num_tokens >= LONG_SEQUENCE
 
 
 def power_of_two(number: int) -> int:
@@ -124,8 +213,7 @@ def can_describe(query: torch.Tensor, device: Device) -> bool:
 @functools.lru_cache(maxsize=64)
 def device_of(index: int) -> Device:
     """What the table needs to know of a CUDA or HIP device."""
-    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return Device(processors=properties.multi_processor_count)
+        return Device()
     capability = torch.cuda.get_device_capability(index)
-    return Device(capability, properties.multi_processor_count, HAS_DESCRIPTORS and capability >= (9, 0))
+    return Device(capability, HAS_DESCRIPTORS and capability >= (9, 0))

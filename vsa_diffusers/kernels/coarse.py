@@ -1,0 +1,182 @@
+"""Attention between tile means, and its gradient: fp32, no matrix of all scores is stored.
+
+Shapes: P heads of all batch items, N tiles, D head_dim; M = BLOCK_M tiles of a program, L = BLOCK_N of one step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .prepare import Prepared
+from .rows import BACKWARD_SIZES
+from .tuning import power_of_two
+
+
+@triton.jit
+def _means(base, tile, num_tiles, dim, HEAD_DIM: tl.constexpr):
+    """Rows of tiles, fp32 `[tiles, BLOCK_D]`, 0 beyond the last one."""
+    mask = (tile[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+    return tl.load(base + tile[:, None] * HEAD_DIM + dim[None, :], mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def coarse_kernel(
+    means,
+    coarse,
+    lse,
+    batch_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (M query tiles of one head): their coarse output and log-sum-exp (base 2)."""
+    blocks = tl.cdiv(num_tiles, BLOCK_M)
+    place = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+    means += place * num_tiles * HEAD_DIM
+    q = _means(means, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, num_tiles, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        k = _means(means + plane, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+        v = _means(means + 2 * plane, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(s, 1))
+        p = tl.math.exp2(s - new_highest[:, None])
+        shrink = tl.math.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+        highest = new_highest
+    mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+    at = (place * num_tiles + row[:, None]) * HEAD_DIM + dim[None, :]
+    tl.store(coarse + at, acc / total[:, None], mask)
+    tl.store(lse + place * num_tiles + row, highest + tl.math.log2(total), row < num_tiles)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def coarse_gradient_kernel(
+    means,
+    lse,
+    sums,
+    deltas,
+    query_gradient,
+    gradients,
+    batch_heads,
+    num_tiles,
+    scale,
+    logit_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (M tiles of one head; 0: gradient of their query means, 1: of their key and value means)."""
+    blocks = tl.cdiv(num_tiles, BLOCK_M)
+    place = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+    start = place * num_tiles * HEAD_DIM
+    mean_query = means + start
+    mean_key = mean_query + plane
+    mean_value = mean_key + plane
+    sums += start
+    lse += place * num_tiles
+    deltas += place * num_tiles
+    own = start + row[:, None] * HEAD_DIM + dim[None, :]
+    mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+    first_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if tl.program_id(1) == 0:
+        q = _means(mean_query, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+        grad = _means(sums, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+        delta = tl.load(deltas + row, row < num_tiles, other=0.0)
+        own_lse = tl.load(lse + row, row < num_tiles, other=float("inf"))
+        for first in range(0, num_tiles, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            k = _means(mean_key, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+            v = _means(mean_value, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
+            p = tl.math.exp2(tl.where(column[None, :] < num_tiles, s - own_lse[:, None], float("-inf")))
+            ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            first_acc = tl.dot(ds, k, first_acc, input_precision=PRECISION)
+        tl.store(query_gradient + own, first_acc * scale, mask)
+    else:
+        k = _means(mean_key, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+        v = _means(mean_value, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+        second_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for first in range(0, num_tiles, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            q = _means(mean_query, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+            grad = _means(sums, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+            delta = tl.load(deltas + column, column < num_tiles, other=0.0)
+            its_lse = tl.load(lse + column, column < num_tiles, other=float("inf"))
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale
+            p = tl.math.exp2(s - its_lse[None, :])  # [M, L]
+            second_acc = tl.dot(p, grad, second_acc, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+            first_acc = tl.dot(ds, q, first_acc, input_precision=PRECISION)
+        tl.store(gradients + own, first_acc * scale, mask)
+        tl.store(gradients + plane + own, second_acc, mask)
+
+
+def _form(head_dim: int) -> dict[str, int]:
+    wide = head_dim > 128
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": power_of_two(head_dim),
+        "BLOCK_M": 16 if wide else 32,
+        "BLOCK_N": 16 if wide else 32,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 1 if wide else 2,
+    }
+
+
+def coarse_attention(means: torch.Tensor, scale: float, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coarse output fp32 `[P, N, D]` and log-sum-exp (base 2) `[P, N]`, from means fp32 `[3, B, H, N, D]`."""
+    _, batch, heads, num_tiles, dim = means.shape
+    form = _form(dim)
+    coarse = means.new_empty((batch * heads, num_tiles, dim))
+    lse = means.new_empty((batch * heads, num_tiles))
+    coarse_kernel[(-(-num_tiles // form["BLOCK_M"]) * batch * heads,)](
+        means, coarse, lse, batch * heads, num_tiles, scale * math.log2(math.e), PRECISION=precision, **form
+    )
+    return coarse, lse
+
+
+def coarse_gradients(
+    means: torch.Tensor, lse: torch.Tensor, prepared: Prepared, scale: float, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the means of query `[P, N, D]`, and of key and value `[1, 2, P, N, D]`, fp32."""
+    assert prepared.sums is not None
+    places, num_tiles, dim = prepared.sums.shape
+    form = _form(dim)
+    query_gradient, gradients = torch.empty_like(prepared.sums), lse.new_empty((1, 2, places, num_tiles, dim))
+    coarse_gradient_kernel[(-(-num_tiles // form["BLOCK_M"]) * places, 2)](
+        means,
+        lse,
+        prepared.sums,
+        prepared.deltas,
+        query_gradient,
+        gradients,
+        places,
+        num_tiles,
+        scale,
+        scale * math.log2(math.e),
+        PRECISION=precision,
+        **form,
+    )
+    return query_gradient, gradients

@@ -1,0 +1,310 @@
+"""The lists of the backward pass: per query tile the tiles it keeps, per key tile the query tiles that keep it.
+
+Both come from the kept indices, ascend, and are built without the host knowing their lengths. The lists of all key
+tiles of a head lie one after another; together they are exactly as long as those of its query tiles.
+
+Shapes: B batch, H heads of this pass, P = B * H, N tiles, K kept tiles, W = ceil(N / 32) words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..torch_impl import Problem
+from .geometry import tile_box, tile_row
+from .rows import BACKWARD_SIZES
+from .select import GROUP, tail_width
+
+PART = 64  # list entries that a program takes at a time
+
+
+class Kept(NamedTuple):
+    """Per head and query tile: the tiles it keeps."""
+
+    starts: torch.Tensor  # first row (or token) of every full tile kept, int32 [P, N, K]
+    tail: torch.Tensor | None  # (first row or token, shape) of every group of the partial tiles kept, [P, N, any, 2]
+    counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
+    bits: torch.Tensor  # bit k % 32 of word k // 32 says whether key tile k is kept: int32 [P, W, N]
+
+
+class Keepers(NamedTuple):
+    """Per head and key tile: the query tiles that keep it."""
+
+    starts: torch.Tensor  # first row (or token) of every full one, int32 [P, K * full tiles]
+    tail: torch.Tensor | None  # (first row or token, shape) of every group of the partial ones, [P, K * groups, 2]
+    counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
+    offsets: torch.Tensor  # where the two lists of a key tile begin: int32 [P, N, 2]
+    order: torch.Tensor  # key tiles, those with the longest lists first: int64 [P, N]
+
+
+@triton.jit
+def _write_lists(
+    kept,
+    tile,
+    starts,
+    tail,
+    full_before,
+    groups_before,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    TILED: tl.constexpr,
+    TAIL_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Append the `kept` tiles `[LISTS, PART]` to the lists `[LISTS]`; the lengths of both kinds of lists after that.
+
+    Nothing is written where `starts` is `None`.
+    """
+    t, h, w, extent_t, extent_h, extent_w = tile_box(
+        tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
+    )
+    size = extent_t * extent_h * extent_w
+    full = size == BLOCK_T * BLOCK_H * BLOCK_W
+    groups = tl.where(kept & ~full, (size + GROUP - 1) // GROUP, 0)
+    kept = (kept & full).to(tl.int32)
+    if starts is not None:
+        if TILED:
+            first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
+        else:
+            first = (t * video_h + h) * video_w + w
+        place = full_before[:, None] + tl.cumsum(kept, 1) - 1
+        tl.store(starts[:, None] + place, tl.broadcast_to(first, kept.shape), kept != 0)
+        if tail is not None:
+            place = groups_before[:, None] + tl.cumsum(groups, 1) - groups
+            for group in tl.static_range(TAIL_GROUPS):
+                at = tail[:, None] + (place + group) * 2
+                slots = tl.minimum(GROUP, size - group * GROUP)
+                first_slot = first + group * GROUP if TILED else first
+                # Bits 0-7: rows of the group; in the order of the sequence also 8-15, 16-23: extents, 24: group.
+                shape = slots if TILED else slots | (extent_h << 8) | (extent_w << 16) | (group << 24)
+                tl.store(at, tl.broadcast_to(first_slot, groups.shape), groups > group)
+                tl.store(at + 1, tl.broadcast_to(shape, groups.shape), groups > group)
+    return full_before + tl.sum(kept, 1), groups_before + tl.sum(groups, 1)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def restore_kernel(
+    indices,
+    starts,
+    tail,
+    counts,
+    bits,
+    heads,
+    num_tiles,
+    top_k,
+    tail_width,
+    indices_b,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    TILED: tl.constexpr,
+    TAIL_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Program (query tile of one head)."""
+    place = (tl.program_id(0) // num_tiles).to(tl.int64)
+    line = tl.program_id(0) % num_tiles
+    one = tl.arange(0, 1)
+    entry = place * num_tiles + line + one
+    listed = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
+    words = bits + place * tl.cdiv(num_tiles, 32) * num_tiles + line
+    full_before = tl.zeros((1,), tl.int32)
+    groups_before = tl.zeros((1,), tl.int32)
+    for begin in range(0, top_k, PART):
+        column = begin + tl.arange(0, PART)
+        exists = column < top_k
+        tile = tl.load(listed + column, exists, other=0)
+        bit = tl.full((PART,), 1, tl.int32) << (tile % 32)
+        tl.atomic_or(words + (tile // 32).to(tl.int64) * num_tiles, bit, exists, sem="relaxed")
+        full_before, groups_before = _write_lists(
+            exists[None, :],
+            tile[None, :],
+            starts + entry * top_k,
+            tail + entry * (tail_width * 2) if tail is not None else None,
+            full_before,
+            groups_before,
+            video_t,
+            video_h,
+            video_w,
+            tiles_h,
+            tiles_w,
+            BLOCK_T,
+            BLOCK_H,
+            BLOCK_W,
+            TILED,
+            TAIL_GROUPS,
+            GROUP,
+        )
+    tl.store(counts + entry * 2, full_before)
+    tl.store(counts + entry * 2 + 1, groups_before)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def invert_kernel(
+    bits,
+    counts,
+    walked,
+    offsets,
+    starts,
+    tail,
+    num_tiles,
+    full_length,
+    tail_length,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    TILED: tl.constexpr,
+    TAIL_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Program (32 key tiles of one head): counts the query tiles that keep them; given `starts`, lists them."""
+    words = tl.cdiv(num_tiles, 32)
+    place = (tl.program_id(0) // words).to(tl.int64)
+    word = tl.program_id(0) % words
+    lane = tl.arange(0, 32)
+    line = word * 32 + lane
+    line_mask = line < num_tiles
+    entry = (place * num_tiles + line) * 2
+    bits += (place * words + word) * num_tiles
+    if starts is not None:
+        starts += place * full_length + tl.load(offsets + entry, line_mask, other=0)
+        if tail is not None:
+            tail += (place * tail_length + tl.load(offsets + entry + 1, line_mask, other=0)) * 2
+    full_before = tl.zeros((32,), tl.int32)
+    groups_before = tl.zeros((32,), tl.int32)
+    for begin in range(0, num_tiles, PART):
+        tile = begin + tl.arange(0, PART)
+        column = tl.load(bits + tile, tile < num_tiles, other=0)
+        kept = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, PART]
+        full_before, groups_before = _write_lists(
+            kept,
+            tile[None, :],
+            starts,
+            tail,
+            full_before,
+            groups_before,
+            video_t,
+            video_h,
+            video_w,
+            tiles_h,
+            tiles_w,
+            BLOCK_T,
+            BLOCK_H,
+            BLOCK_W,
+            TILED,
+            TAIL_GROUPS,
+            GROUP,
+        )
+    if starts is None:
+        tl.store(counts + entry, full_before, line_mask)
+        tl.store(counts + entry + 1, groups_before, line_mask)
+        rows = full_before * (BLOCK_T * BLOCK_H * BLOCK_W) + groups_before * GROUP
+        tl.store(walked + place * num_tiles + line, rows, line_mask)
+
+
+def restore(indices: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
+    """The lists that the forward pass walked, from `indices` int32 `[B, H, N, K]`.
+
+    `tiled` asks for rows of the tile-ordered copy instead of tokens of the sequence.
+    """
+    batch, heads, num_tiles, top_k = indices.shape
+    grid, width = problem.grid, tail_width(problem)
+    places = batch * heads
+    kept = Kept(
+        starts=indices.new_empty((places, num_tiles, top_k)),
+        tail=indices.new_empty((places, num_tiles, width, 2)) if width else None,
+        counts=indices.new_empty((places, num_tiles, 2)),
+        bits=indices.new_zeros((places, -(-num_tiles // 32), num_tiles)),
+    )
+    restore_kernel[(places * num_tiles,)](
+        indices,
+        kept.starts,
+        kept.tail,
+        kept.counts,
+        kept.bits,
+        heads,
+        num_tiles,
+        top_k,
+        width,
+        indices.stride(0),
+        *grid.video_shape,
+        *grid.tiles_per_axis[1:],
+        *grid.block_size,
+        TILED=tiled,
+        TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
+        GROUP=GROUP,
+        PART=PART,
+        num_warps=1,
+    )
+    return kept
+
+
+def invert(bits: torch.Tensor, problem: Problem, *, tiled: bool) -> Keepers:
+    """The lists of the key tiles, from the bits of `Kept`."""
+    places, words, num_tiles = bits.shape
+    grid, top_k = problem.grid, problem.top_k
+    full_tiles, groups = _full_tiles_and_groups(problem)
+    counts = bits.new_empty((places, num_tiles, 2))
+    walked = bits.new_empty((places, num_tiles))
+
+    def walk(offsets, starts, tail) -> None:
+        invert_kernel[(places * words,)](
+            bits,
+            counts,
+            walked,
+            offsets,
+            starts,
+            tail,
+            num_tiles,
+            top_k * full_tiles,
+            top_k * groups,
+            *grid.video_shape,
+            *grid.tiles_per_axis[1:],
+            *grid.block_size,
+            TILED=tiled,
+            TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
+            GROUP=GROUP,
+            PART=PART,
+            num_warps=4,
+        )
+
+    walk(None, None, None)
+    offsets = counts.cumsum(1, dtype=torch.int32) - counts
+    order = walked.argsort(dim=1, descending=True, stable=True)
+    starts = bits.new_empty((places, top_k * full_tiles))
+    tail = bits.new_empty((places, top_k * groups, 2)) if groups else None
+    walk(offsets, starts, tail)
+    return Keepers(starts, tail, counts, offsets, order)
+
+
+def _full_tiles_and_groups(problem: Problem) -> tuple[int, int]:
+    """Full tiles of the grid, and the groups that all its partial tiles make together."""
+    grid = problem.grid
+    kinds = [(1, 1)]  # (tokens of a tile, how many tiles have them), one axis after another
+    for extent, block in zip(grid.video_shape, grid.block_size, strict=True):
+        sides = [(block, extent // block), (extent % block, 1)]
+        kinds = [(size * side, count * times) for size, count in kinds for side, times in sides if side * times]
+    full = sum(count for size, count in kinds if size == grid.tile_capacity)
+    return full, sum(-(-size // GROUP) * count for size, count in kinds if size < grid.tile_capacity)

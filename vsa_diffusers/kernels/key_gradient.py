@@ -1,0 +1,480 @@
+"""The gradients of key and value: a program per key tile walks the query tiles that keep it, and adds up in fp32.
+
+A block of context keys is a key tile that every query keeps. In merge, the gradients of the pooled keys and values come
+from a launch of their own, cut into parts where there are few tiles, and are spread over the tiles in the last one.
+
+Shapes: B batch, H heads of this pass, P = B * H, S sequence, N tiles, V video tokens, D head_dim, C context tokens.
+M = BLOCK_M key rows, L = BLOCK_N queries of one step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..torch_impl import Problem
+from .geometry import slot_offset, tile_box, tile_row
+from .invert import Keepers
+from .pool import Pooled
+from .prepare import Prepared
+from .rows import BACKWARD_SIZES, TAIL, block_offset, load_rows, load_stats, rows_of, tail_rows, task_of
+from .select import GROUP
+from .tuning import Launch, power_of_two
+
+PROXY_PROGRAMS = 512  # a launch of fewer programs is cut into parts
+
+
+@triton.jit
+def _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION: tl.constexpr):
+    """Add the queries of one step; `bias` is added to the logits (base 2) of each key, `None` for full keys."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale - lse[None, :]  # [M, L]
+    if bias is not None:
+        s += bias[:, None]
+    p = tl.math.exp2(s)
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [M, L]
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def key_gradient_kernel(
+    query,
+    key,
+    value,
+    grad_output,
+    query_rows,
+    grad_rows,
+    query_descriptor,
+    grad_descriptor,
+    stats,
+    starts,
+    tail,
+    counts,
+    offsets,
+    order,
+    mean_gradients,
+    context_mask,
+    grad_key,
+    grad_value,
+    scale,
+    logit_scale,
+    query_b,
+    query_s,
+    query_h,
+    key_b,
+    key_s,
+    key_h,
+    value_b,
+    value_s,
+    value_h,
+    grad_b,
+    grad_s,
+    grad_h,
+    grad_key_b,
+    grad_key_s,
+    grad_key_h,
+    heads,
+    batch_heads,
+    num_tiles,
+    full_length,
+    tail_length,
+    parts,
+    tokens_before,
+    tokens_after,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+):
+    """Programs: the blocks of context keys of all heads first (the longest), then key tiles, each head's longest first.
+
+    Gradients of key and value share their strides.
+    """
+    TILED: tl.constexpr = query_rows is not None
+    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
+    RAGGED: tl.constexpr = TILE % BLOCK_N != 0
+    column = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    video_tokens = video_t * video_h * video_w
+    context_tokens = tokens_before + tokens_after
+    length = video_tokens + context_tokens
+    in_context, place, rank, at = task_of(
+        tl.program_id(0), num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
+    )
+    item = (place // heads).to(tl.int64)
+    head = (place % heads).to(tl.int64)
+    place = place.to(tl.int64)
+    tile = tl.load(order + place * num_tiles + rank).to(tl.int32)
+    tokens, _, exists, size = rows_of(
+        in_context,
+        tile,
+        at,
+        tokens_before,
+        context_tokens,
+        video_t,
+        video_h,
+        video_w,
+        tiles_h,
+        tiles_w,
+        BLOCK_T,
+        BLOCK_H,
+        BLOCK_W,
+        BLOCK_M,
+        TILED,
+        HAS_CONTEXT,
+    )
+    entry = (place * num_tiles + tile) * 2
+    k = load_rows(key + item * key_b + head * key_h, tokens * key_s, exists, dim, HEAD_DIM, BLOCK_D)
+    v = load_rows(value + item * value_b + head * value_h, tokens * value_s, exists, dim, HEAD_DIM, BLOCK_D)
+    query += item * query_b + head * query_h
+    grad_output += item * grad_b + head * grad_h
+    stats += place * length
+    plane = batch_heads.to(tl.int64) * length
+    if TILED:
+        query_base = query_rows + place * video_tokens * HEAD_DIM
+        grad_base = grad_rows + place * video_tokens * HEAD_DIM
+    else:
+        query_base = query + tokens_before.to(tl.int64) * query_s
+        grad_base = grad_output + tokens_before.to(tl.int64) * grad_s
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    # Full query tiles, without masks.
+    listed_tiles = tl.load(counts + entry)
+    full_tiles = listed_tiles
+    if HAS_CONTEXT:
+        listed_tiles = tl.where(in_context, 0, listed_tiles)
+        full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
+    starts += place * full_length + tl.load(offsets + entry)
+    for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
+        index = step // STEPS
+        inside = step % STEPS * BLOCK_N + column
+        if HAS_CONTEXT:
+            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
+        else:
+            start = tl.load(starts + index)
+        present = inside < TILE if RAGGED else None
+        offset = inside
+        if query_descriptor is not None:
+            first = start + step % STEPS * BLOCK_N
+            q = query_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
+            grad = grad_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
+        elif TILED:
+            first = start.to(tl.int64) * HEAD_DIM
+            q = load_rows(query_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
+            grad = load_rows(grad_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
+        else:
+            offset = block_offset(inside, video_h, video_w, BLOCK_H, BLOCK_W)
+            if HAS_CONTEXT:
+                offset = tl.where(in_context, inside, offset)
+            first = start.to(tl.int64)
+            q = load_rows(query_base + first * query_s, offset * query_s, present, dim, HEAD_DIM, BLOCK_D)
+            grad = load_rows(grad_base + first * grad_s, offset * grad_s, present, dim, HEAD_DIM, BLOCK_D)
+        if RAGGED:
+            lse, delta = load_stats(stats + start, plane, offset, present)
+        else:
+            lse = tl.load(stats + start + offset)
+            delta = tl.load(stats + plane + start + offset)
+        dk, dv = _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
+
+    # Partial query tiles, in groups of 16 queries; for context keys, the rows that the loop above left over.
+    if tail is not None or HAS_CONTEXT:
+        walked = full_tiles * TILE
+        listed_rows = 0
+        if tail is not None:
+            listed_rows = tl.load(counts + entry + 1) * GROUP
+            tail += (place * tail_length + tl.load(offsets + entry + 1)) * 2
+        rows_left = listed_rows
+        if HAS_CONTEXT:
+            listed_rows = tl.where(in_context, 0, listed_rows)
+            rows_left = tl.where(in_context, video_tokens - walked, listed_rows)
+        for first in tl.range(0, rows_left, TAIL_N, num_stages=1):
+            inside = first + tl.arange(0, TAIL_N)
+            present = inside < rows_left
+            offset = walked + inside
+            if tail is not None:
+                from_list = inside < listed_rows
+                listed, there = tail_rows(tail, inside, from_list, video_h, video_w, TILED, GROUP)
+                present &= there | ~from_list
+                offset = tl.where(from_list, listed, offset)
+            offset = offset.to(tl.int64)
+            q = load_rows(query_base, offset * (HEAD_DIM if TILED else query_s), present, dim, HEAD_DIM, BLOCK_D)
+            grad = load_rows(grad_base, offset * (HEAD_DIM if TILED else grad_s), present, dim, HEAD_DIM, BLOCK_D)
+            lse, delta = load_stats(stats, plane, offset, present)
+            dk, dv = _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
+
+    # Context queries.
+    if HAS_CONTEXT:
+        for first in tl.range(0, context_tokens, TAIL_N, num_stages=1):
+            index = first + tl.arange(0, TAIL_N)
+            present = index < context_tokens
+            offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
+            q = load_rows(query, offset * query_s, present, dim, HEAD_DIM, BLOCK_D)
+            grad = load_rows(grad_output, offset * grad_s, present, dim, HEAD_DIM, BLOCK_D)
+            lse, delta = load_stats(stats, plane, video_tokens + index, present)
+            dk, dv = _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
+
+    dk *= scale
+    if mean_gradients is not None:
+        width = HEAD_DIM
+        if HAS_CONTEXT:
+            width = tl.where(in_context, 0, HEAD_DIM)
+        means = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+        mean_gradients += (place * num_tiles + tile) * HEAD_DIM
+        mean_key = tl.zeros((BLOCK_D,), tl.float32)
+        mean_value = tl.zeros((BLOCK_D,), tl.float32)
+        for part in range(parts):
+            mean_key += tl.load(mean_gradients + part * 2 * means + dim, dim < width, other=0.0)
+            mean_value += tl.load(mean_gradients + (part * 2 + 1) * means + dim, dim < width, other=0.0)
+        dk += mean_key[None, :] / size
+        dv += mean_value[None, :] / size
+    if context_mask is not None:
+        valid = tl.load(context_mask + item * context_tokens + at, in_context & exists, other=1) != 0
+        dk = tl.where(valid[:, None], dk, 0.0)
+        dv = tl.where(valid[:, None], dv, 0.0)
+    to = item * grad_key_b + head * grad_key_h + tokens[:, None] * grad_key_s + dim[None, :]
+    mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
+    tl.store(grad_key + to, dk.to(grad_key.dtype.element_ty), mask)
+    tl.store(grad_value + to, dv.to(grad_value.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def proxy_gradient_kernel(
+    query,
+    grad_output,
+    query_rows,
+    grad_rows,
+    stats,
+    bits,
+    proxies,
+    log_size,
+    mean_gradients,
+    scale,
+    logit_scale,
+    query_b,
+    query_s,
+    query_h,
+    grad_b,
+    grad_s,
+    grad_h,
+    heads,
+    batch_heads,
+    num_tiles,
+    parts,
+    tokens_before,
+    length,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (M tiles of one head; part of the query tiles): gradients of the pooled keys and values."""
+    TILED: tl.constexpr = query_rows is not None
+    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
+    blocks = tl.cdiv(num_tiles, BLOCK_M)
+    place = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    item = place // heads
+    head = place % heads
+    dim = tl.arange(0, BLOCK_D)
+    row_mask = row < num_tiles
+    video_tokens = video_t * video_h * video_w
+    own = proxies + place * num_tiles * HEAD_DIM
+    planes = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+    k = load_rows(own, row * HEAD_DIM, row_mask, dim, HEAD_DIM, BLOCK_D)  # [M, BLOCK_D]
+    v = load_rows(own + planes, row * HEAD_DIM, row_mask, dim, HEAD_DIM, BLOCK_D)  # [M, BLOCK_D]
+    weight = tl.load(log_size + row, row_mask, other=float("-inf"))
+    words = bits + (place * tl.cdiv(num_tiles, 32) + row // 32) * num_tiles
+    stats += place * length
+    plane = batch_heads.to(tl.int64) * length
+    if TILED:
+        query_base = query_rows + place * video_tokens * HEAD_DIM
+        grad_base = grad_rows + place * video_tokens * HEAD_DIM
+    else:
+        query_base = query + item * query_b + head * query_h + tokens_before.to(tl.int64) * query_s
+        grad_base = grad_output + item * grad_b + head * grad_h + tokens_before.to(tl.int64) * grad_s
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    share = tl.cdiv(num_tiles, parts)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, num_tiles)
+    for step in tl.range(begin * STEPS, end * STEPS, num_stages=STAGES):
+        tile = step // STEPS
+        inside = step % STEPS * BLOCK_N + tl.arange(0, BLOCK_N)
+        t, h, w, extent_t, extent_h, extent_w = tile_box(
+            tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
+        )
+        present = inside < extent_t * extent_h * extent_w
+        if TILED:
+            offset = tile_row(t, h, w, extent_t, extent_h, video_h, video_w) + inside
+        else:
+            offset = (t * video_h + h) * video_w + w + slot_offset(inside, extent_h, extent_w, video_h, video_w)
+        offset = offset.to(tl.int64)
+        q = load_rows(query_base, offset * (HEAD_DIM if TILED else query_s), present, dim, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_base, offset * (HEAD_DIM if TILED else grad_s), present, dim, HEAD_DIM, BLOCK_D)
+        lse, delta = load_stats(stats, plane, offset, present)
+        word = tl.load(words + tile, row_mask, other=-1)
+        bias = tl.where(((word >> (row % 32)) & 1) == 0, weight, float("-inf"))
+        dk, dv = _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION)
+    mean_gradients += tl.program_id(1).to(tl.int64) * 2 * planes
+    to = place * num_tiles * HEAD_DIM + row[:, None] * HEAD_DIM + dim[None, :]
+    mask = row_mask[:, None] & (dim[None, :] < HEAD_DIM)
+    tl.store(mean_gradients + to, dk * scale, mask)
+    tl.store(mean_gradients + planes + to, dv, mask)
+
+
+def proxy_gradients(
+    query: torch.Tensor,
+    grad_output: torch.Tensor,
+    pooled: Pooled,
+    prepared: Prepared,
+    bits: torch.Tensor,
+    problem: Problem,
+    launch: Launch,
+) -> torch.Tensor:
+    """Gradients of the pooled keys and values, fp32 `[parts, 2, P, N, D]`, to be added up over the parts."""
+    batch, sequence, heads, dim = query.shape
+    grid = problem.grid
+    block_m = 64 if dim <= 128 else 32
+    block_n = max(16, min(launch.keys, power_of_two(grid.tile_capacity)))
+    programs = -(-grid.num_tiles // block_m) * batch * heads
+    parts = max(1, min(grid.num_tiles, PROXY_PROGRAMS // programs))
+    gradients = prepared.stats.new_empty((parts, 2, batch * heads, grid.num_tiles, dim))
+    proxy_gradient_kernel[(programs, parts)](
+        query,
+        grad_output,
+        *((None, None) if prepared.rows is None else prepared.rows.unbind(0)),
+        prepared.stats,
+        bits,
+        pooled.proxies,
+        pooled.log_size,
+        gradients,
+        problem.scale,
+        problem.scale * math.log2(math.e),
+        *query.stride()[:3],
+        *grad_output.stride()[:3],
+        heads,
+        batch * heads,
+        grid.num_tiles,
+        parts,
+        problem.before,
+        sequence,
+        *grid.video_shape,
+        *grid.tiles_per_axis[1:],
+        *grid.block_size,
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=launch.stages,
+        PRECISION="ieee",
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **({} if launch.registers is None else {"maxnreg": launch.registers}),
+    )
+    return gradients
+
+
+def key_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad_output: torch.Tensor,
+    context_mask: torch.Tensor | None,
+    prepared: Prepared,
+    keepers: Keepers,
+    mean_gradients: torch.Tensor | None,
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
+    problem: Problem,
+    launch: Launch,
+) -> None:
+    """Write `grad_key` and `grad_value` `[B, S, H, D]`, given the gradients of the means `[parts, 2, P, N, D]`."""
+    batch, _, heads, dim = query.shape
+    grid, context = problem.grid, problem.num_context
+    block_m = power_of_two(grid.tile_capacity)
+    block_n = max(16, min(launch.keys, block_m))
+    rows = (None, None) if prepared.rows is None else prepared.rows.unbind(0)
+    descriptors = (None, None)
+    if launch.layout == "descriptor":
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        descriptors = tuple(TensorDescriptor.from_tensor(x, [1, block_n, power_of_two(dim)]) for x in rows)
+    key_gradient_kernel[((grid.num_tiles + -(-context // block_m)) * batch * heads,)](
+        query,
+        key,
+        value,
+        grad_output,
+        *rows,
+        *descriptors,
+        prepared.stats,
+        keepers.starts,
+        keepers.tail,
+        keepers.counts,
+        keepers.offsets,
+        keepers.order,
+        mean_gradients,
+        context_mask,
+        grad_key,
+        grad_value,
+        problem.scale,
+        problem.scale * math.log2(math.e),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_output.stride()[:3],
+        *grad_key.stride()[:3],
+        heads,
+        batch * heads,
+        grid.num_tiles,
+        keepers.starts.shape[1],
+        0 if keepers.tail is None else keepers.tail.shape[1],
+        0 if mean_gradients is None else len(mean_gradients),
+        problem.before,
+        problem.after,
+        *grid.video_shape,
+        *grid.tiles_per_axis[1:],
+        *grid.block_size,
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        TAIL_N=min(block_n, TAIL),
+        GROUP=GROUP,
+        STAGES=launch.stages,
+        PRECISION="ieee",
+        HAS_CONTEXT=context > 0,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **({} if launch.registers is None else {"maxnreg": launch.registers}),
+    )

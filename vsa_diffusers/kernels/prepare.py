@@ -1,0 +1,207 @@
+"""One pass over the output and its gradient, before the gradients of query, key and value.
+
+Per row: the log-sum-exp in base 2, and delta, the product of the attention's output and its gradient, both by position.
+Per tile: the gradient of the coarse output. Per token: the gradient of the gate. For long lists, query and gradient in
+tile order.
+
+Shapes: B batch, S sequence, H heads of this pass, P = B * H, N tiles, V video tokens, D head_dim; M = BLOCK_M rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..torch_impl import Problem
+from .rows import BACKWARD_SIZES, load_rows, rows_of, task_of
+from .tuning import power_of_two
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+class Prepared(NamedTuple):
+    """What the pass leaves behind; `None` where nobody asked for it."""
+
+    stats: torch.Tensor  # log-sum-exp (base 2) and delta by position, fp32 [2, P, S]
+    rows: torch.Tensor | None  # query and gradient in tile order, [2, P, V, D]
+    sums: torch.Tensor | None  # gradient of the coarse output, fp32 [P, N, D]
+    deltas: torch.Tensor | None  # the product of that and the coarse output, fp32 [P, N]
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def prepare_kernel(
+    query,
+    output,
+    grad_output,
+    gate,
+    coarse,
+    lse,
+    stats,
+    rows,
+    sums,
+    deltas,
+    grad_gate,
+    query_b,
+    query_s,
+    query_h,
+    output_b,
+    output_s,
+    output_h,
+    grad_b,
+    grad_s,
+    grad_h,
+    gate_b,
+    gate_s,
+    gate_h,
+    grad_gate_b,
+    grad_gate_s,
+    grad_gate_h,
+    lse_b,
+    heads,
+    batch_heads,
+    num_tiles,
+    tokens_before,
+    tokens_after,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILED: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+):
+    """Programs: the blocks of context rows of all heads first, then query tiles, head by head."""
+    context_tokens = tokens_before + tokens_after
+    video_tokens = video_t * video_h * video_w
+    length = video_tokens + context_tokens
+    in_context, place, tile, at = task_of(
+        tl.program_id(0), num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
+    )
+    tokens, position, exists, _ = rows_of(
+        in_context,
+        tile,
+        at,
+        tokens_before,
+        context_tokens,
+        video_t,
+        video_h,
+        video_w,
+        tiles_h,
+        tiles_w,
+        BLOCK_T,
+        BLOCK_H,
+        BLOCK_W,
+        BLOCK_M,
+        TILED,
+        HAS_CONTEXT,
+    )
+    item = (place // heads).to(tl.int64)
+    head = (place % heads).to(tl.int64)
+    place = place.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
+    grad = load_rows(grad_output + item * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
+    out = load_rows(output + item * output_b + head * output_h, tokens * output_s, exists, dim, HEAD_DIM, BLOCK_D)
+    if rows is not None:
+        in_video = mask
+        if HAS_CONTEXT:
+            in_video &= ~in_context
+        q = load_rows(query + item * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
+        copy = rows + (place * video_tokens + position[:, None]) * HEAD_DIM + dim[None, :]
+        tl.store(copy, q, in_video)
+        tl.store(copy + batch_heads.to(tl.int64) * video_tokens * HEAD_DIM, grad, in_video)
+    grad = grad.to(tl.float32)  # [M, BLOCK_D]
+    out = out.to(tl.float32)  # [M, BLOCK_D]
+    if coarse is not None:
+        width = HEAD_DIM
+        if HAS_CONTEXT:
+            width = tl.where(in_context, 0, HEAD_DIM)
+        entry = (place * num_tiles + tile) * HEAD_DIM + dim
+        own = tl.load(coarse + entry, dim < width, other=0.0)
+        spread = own[None, :]
+        weighted = grad
+        if gate is not None:
+            at_grad = grad_gate + item * grad_gate_b + head * grad_gate_h + tokens[:, None] * grad_gate_s + dim[None, :]
+            tl.store(at_grad, (grad * spread).to(grad_gate.dtype.element_ty), mask)
+            g = load_rows(gate + item * gate_b + head * gate_h, tokens * gate_s, exists, dim, HEAD_DIM, BLOCK_D)
+            g = g.to(tl.float32)
+            spread = spread * g
+            weighted = grad * g
+        out -= spread
+        total = tl.sum(weighted, 0)
+        tl.store(sums + entry, total, dim < width)
+        tl.store(deltas + place * num_tiles + tile, tl.sum(total * own, 0), width > 0)
+    source = lse + item * lse_b + head * length
+    stats += place * length + position
+    tl.store(stats, tl.load(source + tokens, exists, other=0.0) * LOG2E, exists)
+    tl.store(stats + batch_heads.to(tl.int64) * length, tl.sum(grad * out, 1), exists)
+
+
+def prepare(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    grad_output: torch.Tensor,
+    gate: torch.Tensor | None,
+    coarse: torch.Tensor | None,
+    lse: torch.Tensor,
+    grad_gate: torch.Tensor | None,
+    problem: Problem,
+    *,
+    tiled: bool,
+) -> Prepared:
+    """Read `[B, S, H, D]` tensors and `lse` `[B, H, S]`; write `grad_gate`. With `tiled`, positions are tile order."""
+    batch, sequence, heads, dim = query.shape
+    grid = problem.grid
+    places = batch * heads
+    rows = query.new_empty((2, places, grid.num_tokens, dim)) if tiled else None
+    prepared = Prepared(
+        stats=lse.new_empty((2, places, sequence)),
+        rows=rows,
+        sums=None if coarse is None else torch.empty_like(coarse),
+        deltas=None if coarse is None else coarse.new_empty(coarse.shape[:2]),
+    )
+    block_m = power_of_two(grid.tile_capacity)
+    prepare_kernel[((grid.num_tiles + -(-problem.num_context // block_m)) * places,)](
+        query,
+        output,
+        grad_output,
+        gate,
+        coarse,
+        lse,
+        prepared.stats,
+        prepared.rows,
+        prepared.sums,
+        prepared.deltas,
+        grad_gate,
+        *query.stride()[:3],
+        *output.stride()[:3],
+        *grad_output.stride()[:3],
+        *(query if gate is None else gate).stride()[:3],
+        *(query if grad_gate is None else grad_gate).stride()[:3],
+        lse.stride(0),
+        heads,
+        places,
+        grid.num_tiles,
+        problem.before,
+        problem.after,
+        *grid.video_shape,
+        *grid.tiles_per_axis[1:],
+        *grid.block_size,
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=block_m,
+        TILED=tiled,
+        HAS_CONTEXT=problem.num_context > 0,
+        num_warps=4 if block_m * dim <= 8192 else 8,
+    )
+    return prepared

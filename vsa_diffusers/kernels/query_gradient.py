@@ -1,0 +1,323 @@
+"""The gradient of the query: a program per query tile walks what the forward pass walked, and adds up in fp32.
+
+Shapes: B batch, H heads of this pass, P = B * H, S sequence, N tiles, V video tokens, D head_dim, C context tokens.
+M = BLOCK_M query rows, L = BLOCK_N keys of one step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..torch_impl import Problem
+from .invert import Kept
+from .pool import Pooled
+from .prepare import Prepared
+from .rows import BACKWARD_SIZES, TAIL, block_offset, load_rows, load_stats, rows_of, tail_rows, task_of
+from .select import GROUP
+from .tuning import Launch, power_of_two
+
+
+@triton.jit
+def _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION: tl.constexpr):
+    """Add the keys of one step; `bias` is added to their logits (base 2), `None` where all are full keys."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale - lse[:, None]  # [M, L]
+    if bias is not None:
+        s += bias[None, :]
+    p = tl.math.exp2(s)
+    dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, L]
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def query_gradient_kernel(
+    query,
+    key,
+    value,
+    grad_output,
+    key_rows,
+    value_rows,
+    key_descriptor,
+    value_descriptor,
+    stats,
+    starts,
+    tail,
+    counts,
+    bits,
+    proxies,
+    log_size,
+    mean_gradient,
+    context_mask,
+    grad_query,
+    scale,
+    logit_scale,
+    query_b,
+    query_s,
+    query_h,
+    key_b,
+    key_s,
+    key_h,
+    value_b,
+    value_s,
+    value_h,
+    grad_b,
+    grad_s,
+    grad_h,
+    grad_query_b,
+    grad_query_s,
+    grad_query_h,
+    heads,
+    batch_heads,
+    num_tiles,
+    top_k,
+    tail_width,
+    tokens_before,
+    tokens_after,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATS_TILED: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+):
+    """Programs: the blocks of context queries of all heads first (the longest), then query tiles, head by head."""
+    TILED: tl.constexpr = key_rows is not None
+    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
+    RAGGED: tl.constexpr = TILE % BLOCK_N != 0
+    column = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    video_tokens = video_t * video_h * video_w
+    context_tokens = tokens_before + tokens_after
+    length = video_tokens + context_tokens
+    in_context, place, tile, at = task_of(
+        tl.program_id(0), num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
+    )
+    tokens, position, exists, size = rows_of(
+        in_context,
+        tile,
+        at,
+        tokens_before,
+        context_tokens,
+        video_t,
+        video_h,
+        video_w,
+        tiles_h,
+        tiles_w,
+        BLOCK_T,
+        BLOCK_H,
+        BLOCK_W,
+        BLOCK_M,
+        STATS_TILED,
+        HAS_CONTEXT,
+    )
+    item = (place // heads).to(tl.int64)
+    head = (place % heads).to(tl.int64)
+    place = place.to(tl.int64)
+    line = place * num_tiles + tile
+    q = load_rows(query + item * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_output + item * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
+    lse, delta = load_stats(stats + place * length, batch_heads.to(tl.int64) * length, position, exists)
+    key += item * key_b + head * key_h
+    value += item * value_b + head * value_h
+    if TILED:
+        key_base = key_rows + place * video_tokens * HEAD_DIM
+        value_base = value_rows + place * video_tokens * HEAD_DIM
+    else:
+        key_base = key + tokens_before.to(tl.int64) * key_s
+        value_base = value + tokens_before.to(tl.int64) * value_s
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    # Full tiles, without masks.
+    if tail is not None:
+        full_tiles = tl.load(counts + line * 2)
+        groups = tl.load(counts + line * 2 + 1)
+    else:
+        full_tiles = top_k
+        groups = 0
+    if HAS_CONTEXT:
+        listed_tiles = tl.where(in_context, 0, full_tiles)
+        full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
+    starts += line * top_k
+    for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
+        index = step // STEPS
+        inside = step % STEPS * BLOCK_N + column
+        if HAS_CONTEXT:
+            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
+        else:
+            start = tl.load(starts + index)
+        present = inside < TILE if RAGGED else None
+        bias = tl.where(present, 0.0, float("-inf")) if RAGGED else None
+        if key_descriptor is not None:
+            first = start + step % STEPS * BLOCK_N
+            k = key_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
+            v = value_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
+        elif TILED:
+            first = start.to(tl.int64) * HEAD_DIM
+            k = load_rows(key_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
+            v = load_rows(value_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
+        else:
+            offset = block_offset(inside, video_h, video_w, BLOCK_H, BLOCK_W)
+            if HAS_CONTEXT:
+                offset = tl.where(in_context, inside, offset)
+            first = start.to(tl.int64)
+            k = load_rows(key_base + first * key_s, offset * key_s, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
+            v = load_rows(value_base + first * value_s, offset * value_s, present, dim, HEAD_DIM, BLOCK_D)
+        acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+
+    # Partial tiles, in groups of 16 keys; for context queries, the rows that the loop above left over.
+    if tail is not None or HAS_CONTEXT:
+        walked = full_tiles * TILE
+        listed_keys = groups * GROUP
+        keys_left = listed_keys
+        if HAS_CONTEXT:
+            listed_keys = tl.where(in_context, 0, listed_keys)
+            keys_left = tl.where(in_context, video_tokens - walked, listed_keys)
+        for first in tl.range(0, keys_left, TAIL_N, num_stages=1):
+            inside = first + tl.arange(0, TAIL_N)
+            present = inside < keys_left
+            offset = walked + inside
+            if tail is not None:
+                from_list = inside < listed_keys
+                listed, there = tail_rows(
+                    tail + line * tail_width * 2, inside, from_list, video_h, video_w, TILED, GROUP
+                )
+                present &= there | ~from_list
+                offset = tl.where(from_list, listed, offset)
+            offset = offset.to(tl.int64)
+            k = load_rows(key_base, offset * (HEAD_DIM if TILED else key_s), present, dim, HEAD_DIM, BLOCK_D)
+            v = load_rows(value_base, offset * (HEAD_DIM if TILED else value_s), present, dim, HEAD_DIM, BLOCK_D)
+            bias = tl.where(present, 0.0, float("-inf"))
+            acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+
+    # Merge: the pooled key and value of each tile that is not kept.
+    if proxies is not None:
+        pooled = num_tiles
+        if HAS_CONTEXT:
+            pooled = tl.where(in_context, 0, num_tiles)
+        mean_key = proxies + place * num_tiles * HEAD_DIM
+        mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+        words = bits + place * tl.cdiv(num_tiles, 32) * num_tiles + tile
+        for first in tl.range(0, pooled, BLOCK_N, num_stages=STAGES):
+            index = first + column
+            present = index < num_tiles
+            word = tl.load(words + index // 32 * num_tiles, present, other=-1)
+            present &= ((word >> (index % 32)) & 1) == 0
+            bias = tl.load(log_size + index, present, other=float("-inf"))
+            k = load_rows(mean_key, index * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)
+            v = load_rows(mean_value, index * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)
+            acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+
+    # Context keys.
+    if HAS_CONTEXT:
+        for first in tl.range(0, context_tokens, TAIL_N, num_stages=1):
+            index = first + tl.arange(0, TAIL_N)
+            valid = index < context_tokens
+            if context_mask is not None:
+                valid &= tl.load(context_mask + item * context_tokens + index, valid, other=0) != 0
+            offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
+            k = load_rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
+            v = load_rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
+            bias = tl.where(valid, 0.0, float("-inf"))
+            acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+
+    acc *= scale
+    if mean_gradient is not None:
+        width = HEAD_DIM
+        if HAS_CONTEXT:
+            width = tl.where(in_context, 0, HEAD_DIM)
+        acc += tl.load(mean_gradient + line * HEAD_DIM + dim, dim < width, other=0.0)[None, :] / size
+    to = grad_query + item * grad_query_b + head * grad_query_h + tokens[:, None] * grad_query_s + dim[None, :]
+    tl.store(to, acc.to(grad_query.dtype.element_ty), exists[:, None] & (dim[None, :] < HEAD_DIM))
+
+
+def query_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad_output: torch.Tensor,
+    context_mask: torch.Tensor | None,
+    pooled: Pooled,
+    prepared: Prepared,
+    kept: Kept,
+    mean_gradient: torch.Tensor | None,
+    grad_query: torch.Tensor,
+    problem: Problem,
+    launch: Launch,
+) -> None:
+    """Write `grad_query` `[B, S, H, D]`, given the gradient of the query means `[P, N, D]`."""
+    batch, _, heads, dim = query.shape
+    grid, context = problem.grid, problem.num_context
+    block_m = power_of_two(grid.tile_capacity)
+    block_n = max(16, min(launch.keys, block_m))
+    rows = (None, None) if pooled.rows is None else pooled.rows.unbind(0)
+    descriptors = (None, None)
+    if launch.layout == "descriptor":
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        descriptors = tuple(TensorDescriptor.from_tensor(x, [1, block_n, power_of_two(dim)]) for x in rows)
+    merges = problem.combine == "merge" and problem.top_k < grid.num_tiles
+    query_gradient_kernel[((grid.num_tiles + -(-context // block_m)) * batch * heads,)](
+        query,
+        key,
+        value,
+        grad_output,
+        *rows,
+        *descriptors,
+        prepared.stats,
+        kept.starts,
+        kept.tail,
+        kept.counts,
+        kept.bits,
+        pooled.proxies if merges else None,
+        pooled.log_size if merges else None,
+        mean_gradient,
+        context_mask,
+        grad_query,
+        problem.scale,
+        problem.scale * math.log2(math.e),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *grad_output.stride()[:3],
+        *grad_query.stride()[:3],
+        heads,
+        batch * heads,
+        grid.num_tiles,
+        problem.top_k,
+        0 if kept.tail is None else kept.tail.shape[2],
+        problem.before,
+        problem.after,
+        *grid.video_shape,
+        *grid.tiles_per_axis[1:],
+        *grid.block_size,
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        TAIL_N=min(block_n, TAIL),
+        GROUP=GROUP,
+        STAGES=launch.stages,
+        PRECISION="ieee",
+        STATS_TILED=prepared.rows is not None,
+        HAS_CONTEXT=context > 0,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **({} if launch.registers is None else {"maxnreg": launch.registers}),
+    )

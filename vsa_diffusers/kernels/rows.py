@@ -1,0 +1,113 @@
+"""What the kernels of the backward pass share: which rows a program answers for, and how rows are loaded.
+
+A row's position counts the video tokens, in the order of the sequence or of the tiles, and then the context tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from .geometry import SIZES, slot_offset, tile_box, tile_row
+
+TAIL = 32  # rows that the shorter loops take in one step, at most: they must not hold registers from the main one
+# Arguments whose values must not make variants of a kernel.
+BACKWARD_SIZES = (*SIZES, "length", "parts", "full_length", "tail_length")
+
+
+@triton.jit
+def task_of(program, num_tiles, batch_heads, context_tokens, ROWS: tl.constexpr, HAS_CONTEXT: tl.constexpr):
+    """Whether a program takes a block of context rows (these come first), its head, its tile and its context rows."""
+    at = tl.arange(0, ROWS)
+    if HAS_CONTEXT:
+        blocks = tl.cdiv(context_tokens, ROWS)
+        in_context = program < blocks * batch_heads
+        rest = tl.where(in_context, program, program - blocks * batch_heads)
+        place = tl.where(in_context, rest // tl.maximum(blocks, 1), rest // num_tiles)
+        tile = tl.where(in_context, 0, rest % num_tiles)
+        at += rest % tl.maximum(blocks, 1) * ROWS
+    else:
+        in_context = program < 0
+        place = program // num_tiles
+        tile = program % num_tiles
+    return in_context, place, tile, at
+
+
+@triton.jit
+def rows_of(
+    in_context,
+    tile,
+    at,
+    tokens_before,
+    context_tokens,
+    video_t,
+    video_h,
+    video_w,
+    tiles_h,
+    tiles_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILED: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+):
+    """Tokens of the sequence, their positions and which of them exist, `[ROWS]` each; and the tile's size."""
+    slot = tl.arange(0, ROWS)
+    t, h, w, extent_t, extent_h, extent_w = tile_box(
+        tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
+    )
+    size = extent_t * extent_h * extent_w
+    position = (t * video_h + h) * video_w + w + slot_offset(slot, extent_h, extent_w, video_h, video_w)
+    tokens = tokens_before + position
+    if TILED:
+        position = tile_row(t, h, w, extent_t, extent_h, video_h, video_w) + slot
+    exists = slot < size
+    if HAS_CONTEXT:
+        video_tokens = video_t * video_h * video_w
+        tokens = tl.where(in_context, tl.where(at < tokens_before, at, at + video_tokens), tokens)
+        position = tl.where(in_context, at + video_tokens, position)
+        exists = tl.where(in_context, at < context_tokens, exists)
+    return tokens.to(tl.int64), position.to(tl.int64), exists, size
+
+
+@triton.jit
+def load_rows(base, offset, exists, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `[ROWS, BLOCK_D]` that begin at `base + offset`; `exists` is `None` where every row does."""
+    at = base + offset[:, None] + dim[None, :]
+    if exists is not None:
+        x = tl.load(at, exists[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        x = tl.load(at, dim[None, :] < HEAD_DIM, other=0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@triton.jit
+def load_stats(stats, plane, position, exists):
+    """Log-sum-exp (base 2) and delta of rows; a row that does not exist has no weight."""
+    lse = tl.load(stats + position, exists, other=float("inf"))
+    delta = tl.load(stats + plane + position, exists, other=0.0)
+    return lse, delta
+
+
+@triton.jit
+def block_offset(inside, video_h, video_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Tokens between a full tile's first one and the one in slot `inside`, in the order of the sequence."""
+    return (inside // (BLOCK_H * BLOCK_W) * video_h + inside // BLOCK_W % BLOCK_H) * video_w + inside % BLOCK_W
+
+
+@triton.jit
+def tail_rows(entry, inside, from_list, video_h, video_w, TILED: tl.constexpr, GROUP: tl.constexpr):
+    """Rows of partial tiles, listed in groups from `entry` on: their positions, and which of them exist."""
+    group = entry + inside // GROUP * 2
+    start = tl.load(group, from_list, other=0)
+    shape = tl.load(group + 1, from_list, other=0)
+    member = inside % GROUP
+    exists = member < (shape & 255)
+    if TILED:
+        position = start + member
+    else:
+        member += (shape >> 24) * GROUP
+        extent_h, extent_w = tl.maximum((shape >> 8) & 255, 1), tl.maximum((shape >> 16) & 255, 1)
+        position = start + slot_offset(member, extent_h, extent_w, video_h, video_w)
+    return position, exists

@@ -1,0 +1,155 @@
+"""The loops of the sparse kernel over the video's keys, and the softmax step that they share.
+
+M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import load_rows, tail_rows
+
+
+@triton.jit
+def softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the softmax in base 2; `bias` is added to the logits, `None` for full keys.
+
+    Bounded logits are taken relative to a fixed `highest`: there is no maximum to find and nothing to shrink, and since
+    nothing but the product touches the accumulator, the next step's products queue up behind it.
+    """
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, K_N]
+    if BOUNDED:
+        shift = -highest[:, None]
+        if bias is not None:
+            shift = bias[None, :] - highest[:, None]
+        p = tl.math.exp2(tl.fma(s, scale, shift))
+        total += tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    else:
+        s = s * scale
+        if bias is not None:
+            s += bias[None, :]
+        new_highest = tl.maximum(highest, tl.max(s, 1))
+        p = tl.math.exp2(s - new_highest[:, None])
+        shrink = tl.math.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        highest = new_highest
+    return highest, total, acc
+
+
+@triton.jit
+def walk_video(
+    q,
+    highest,
+    scale,
+    key_base,
+    value_base,
+    key_descriptor,
+    value_descriptor,
+    starts,
+    tail,
+    kept,
+    proxies,
+    log_size,
+    full_tiles,
+    listed_tiles,
+    keys_left,
+    listed_keys,
+    pooled,
+    in_context,
+    place,
+    line,
+    key_s,
+    value_s,
+    batch_heads,
+    num_tiles,
+    video_h,
+    video_w,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
+    TILED: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend to the video: full tiles, then partial ones, then (merge) the pooled tiles that are not kept."""
+    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    # Full tiles, without masks.
+    for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
+        index = step // STEPS
+        inside = step % STEPS * BLOCK_N + column
+        if HAS_CONTEXT:
+            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
+        else:
+            start = tl.load(starts + index)
+        exists = inside < TILE if TILE % BLOCK_N != 0 else None
+        bias = tl.where(exists, 0.0, float("-inf")) if TILE % BLOCK_N != 0 else None
+        if key_descriptor is not None:
+            first = start + step % STEPS * BLOCK_N
+            k = key_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
+            v = value_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
+        elif TILED:
+            first = start.to(tl.int64) * HEAD_DIM
+            k = load_rows(key_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
+            v = load_rows(value_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
+        else:
+            frame, line_h, line_w = inside // (BLOCK_H * BLOCK_W), inside // BLOCK_W % BLOCK_H, inside % BLOCK_W
+            offset = (frame * video_h + line_h) * video_w + line_w
+            if HAS_CONTEXT:
+                offset = tl.where(in_context, inside, offset)
+            first = start.to(tl.int64)
+            k = load_rows(key_base + first * key_s, offset * key_s, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
+            v = load_rows(
+                value_base + first * value_s, offset * value_s, exists, dim, HEAD_DIM, BLOCK_D
+            )  # [K_N, BLOCK_D]
+        highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED, PRECISION)
+
+    # Partial tiles, in groups of 16 keys; for context queries, the rows that the loop above left over.
+    if tail is not None or HAS_CONTEXT:
+        for first in tl.range(0, keys_left, BLOCK_N, num_stages=TAIL_STAGES):
+            inside = first + column
+            exists = inside < keys_left
+            offset = full_tiles * TILE + inside
+            if tail is not None:
+                from_list = inside < listed_keys
+                listed, there = tail_rows(tail, inside, from_list, video_h, video_w, TILED, GROUP)
+                if HAS_CONTEXT:
+                    exists &= (inside >= listed_keys) | there
+                    offset = tl.where(in_context, offset, listed)
+                else:
+                    exists &= there
+                    offset = listed
+            offset = offset.to(tl.int64)
+            k = load_rows(key_base, offset * (HEAD_DIM if TILED else key_s), exists, dim, HEAD_DIM, BLOCK_D)
+            v = load_rows(value_base, offset * (HEAD_DIM if TILED else value_s), exists, dim, HEAD_DIM, BLOCK_D)
+            bias = tl.where(exists, 0.0, float("-inf"))
+            highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED, PRECISION)
+
+    # Merge: one pooled key and value for each tile that is not kept, as heavy as the tile is large.
+    if proxies is not None:
+        mean_key = proxies + place * num_tiles * HEAD_DIM
+        mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+        for first in tl.range(0, pooled, BLOCK_N, num_stages=STAGES):
+            index = first + column
+            exists = index < num_tiles
+            word = tl.load(kept + index // 32, exists, other=-1)
+            exists &= ((word >> (index % 32)) & 1) == 0
+            bias = tl.load(log_size + index, exists, other=float("-inf"))
+            k = load_rows(mean_key, index * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)
+            v = load_rows(mean_value, index * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)
+            highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED, PRECISION)
+    return highest, total, acc
