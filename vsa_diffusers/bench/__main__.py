@@ -2,6 +2,7 @@
 
     python -m vsa_diffusers.bench --shapes wan1.3b-480p 1x12x21x30x52x128 --ratios 0.3 0.1 --json out.json
     python -m vsa_diffusers.bench --sweep sweep/   # every launch of the sparse kernel, for the tuning table
+    python -m vsa_diffusers.bench --sweep sweep/ --backward --shapes wan1.3b-480p --ratios 0.2   # of its gradients
 
 TFLOP/s count the products of valid tokens that the ratio asks for. Without a GPU it measures a small shape.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import report, subjects, sweep
+from . import report, subjects, sweep, sweep_backward
 from .measure import Measurement, measure
 from .shapes import CPU_SHAPE, SHAPES, Shape, parse
 
@@ -25,12 +26,14 @@ from .shapes import CPU_SHAPE, SHAPES, Shape, parse
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Parse `argv`, measure, print; returns the rows."""
     args = _parser().parse_args(argv)
+    args.block_size = "auto" if args.block_size == ["auto"] else [int(extent) for extent in args.block_size]
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = args.shapes or (list(SHAPES) if device == "cuda" else None)
     shapes = [CPU_SHAPE] if names is None else [parse(name) for name in names]
     if args.sweep is not None:
-        rows = sweep.sweep(shapes, args.ratios, args.combines, args.sweep, args.seconds)
+        run = sweep_backward.sweep if args.backward else sweep.sweep
+        rows = run(shapes, args.ratios, args.combines, args.sweep, args.seconds)
         print("\n".join(sweep.best(rows)))
         return rows
     implementations = args.implementations or (["triton"] if device == "cuda" else ["torch"])
@@ -124,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.2, 0.1])
     parser.add_argument("--combines", nargs="+", default=["gate", "merge"], choices=["gate", "sum", "sparse", "merge"])
     parser.add_argument("--implementations", nargs="+", choices=["auto", "triton", "torch"])
-    parser.add_argument("--block-size", nargs=3, type=int, default=[4, 4, 4])
+    parser.add_argument("--block-size", nargs="+", default=["4", "4", "4"], help='three numbers, or "auto"')
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--backward", action="store_true", help="measure forward and backward together")
     parser.add_argument("--json", type=Path, help="write all rows to this file")

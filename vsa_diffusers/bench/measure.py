@@ -34,7 +34,7 @@ def measure(call: Callable[[], object], device: str, rep_ms: int = 100) -> Measu
         return Measurement(1e3 * statistics.median(times))
     result = Measurement(time_ms(call, rep_ms))
     result.extra_bytes = _extra_bytes(call)
-    result.cpu_us = _cpu_us(call)
+    result.cpu_us = _cpu_us(call, max(1, min(10, int(20 / result.ms))))
     result.kernels = _kernels(call)
     result.launches = int(result.kernels.pop("launches"))
     return result
@@ -59,10 +59,10 @@ def _extra_bytes(call: Callable[[], object]) -> int:
     return peak - before - kept
 
 
-def _cpu_us(call: Callable[[], object], calls: int = 10) -> float:
-    """Time to enqueue a call, the least of five runs with an empty queue."""
+def _cpu_us(call: Callable[[], object], calls: int) -> float:
+    """Time to enqueue a call, the least of three runs of `calls` with an empty queue."""
     runs = []
-    for _ in range(5):
+    for _ in range(3):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):

@@ -19,20 +19,24 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """A rich table where rich is installed, else aligned text."""
-    lines = [cells(row) for row in rows]
+    """The results of one shape."""
+    print_lines(COLUMNS, [cells(row) for row in rows], title, left=2)
+
+
+def print_lines(columns: Sequence[str], lines: Sequence[Sequence[str]], title: str, left: int) -> None:
+    """A rich table where rich is installed, else aligned text; the first `left` columns are words."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
+        widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
         print(title)
-        for line in [COLUMNS, *lines]:
+        for line in [columns, *lines]:
             print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
         return
     table = Table(title=title)
-    for position, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if position < 2 else "right", no_wrap=True)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position < left else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     Console(width=140).print(table)

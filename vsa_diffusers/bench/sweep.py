@@ -23,24 +23,14 @@ def candidates(head_dim: int) -> Iterator[Any]:
     from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
-    forms: list[tuple[int, int, int, int | None]]
+    # warps, stages, keys, registers, tail_stages
+    forms: list[tuple[int, int, int, int | None, int]]
     if head_dim > 128:
-        forms = [
-            (8, 2, 32, None),
-            (8, 3, 32, None),
-            (4, 2, 32, None),
-            (8, 2, 64, None),
-        ]
+        forms = [(8, 2, 32, None, 1), (8, 3, 32, None, 1), (4, 2, 32, None, 1), (8, 2, 64, None, 1)]
+    elif head_dim > 64:
+        forms = [(4, 2, 64, None, 1), (4, 2, 64, None, 2), (4, 3, 64, None, 1), (4, 3, 64, None, 2), (4, 3, 64, 168, 1)]
     else:
-        forms = [
-            (4, 2, 64, None),
-            (4, 3, 64, None),
-            (4, 4, 64, None),
-            (4, 3, 32, 168),
-            (4, 4, 32, None),
-            (8, 3, 64, None),
-            (4, 3, 64, 168),
-        ]
+        forms = [(4, 2, 64, 128, 1), (4, 2, 64, 128, 2), (4, 2, 64, 168, 1), (4, 3, 64, None, 1), (4, 3, 64, 168, 2)]
     for form in forms:
         for layout in layouts:
             yield Launch(layout, *form)
@@ -92,10 +82,9 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
         mine = [row for row in rows if (row["shape"], row["combine"], row["ratio"]) == group and "ms" in row]
         mine = sorted((row for row in mine if row["difference"] < 0.02), key=lambda row: row["ms"])
         for row in mine[:3]:
-            launch = f"{row['layout']} warps={row['warps']} stages={row['stages']} keys={row['keys']}"
-            lines.append(
-                f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch} registers={row['registers']}"
-            )
+            fields = ("layout", "warps", "stages", "keys", "registers", "tail_stages")
+            launch = " ".join(f"{field}={row[field]}" for field in fields)
+            lines.append(f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch}")
     failed = [row for row in rows if "error" in row or not row.get("difference", 0) < 0.02]
     lines += [f"{len(failed)} of {len(rows)} failed"] + [str(row)[:400] for row in failed[:3]]
     return lines
