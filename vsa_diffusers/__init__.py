@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .models import register_transformer as register_transformer
     from .pipeline import disable_vsa as disable_vsa
     from .pipeline import enable_vsa as enable_vsa
+    from .pipeline import set_top_k_ratio as set_top_k_ratio
+    from .pretrained import load_vsa as load_vsa
+    from .pretrained import save_vsa as save_vsa
 
 _HOMES = {
     "VSAAttnProcessor": "attn_processor",
@@ -27,8 +30,11 @@ _HOMES = {
     "disable_vsa": "pipeline",
     "enable_vsa": "pipeline",
     "load_gates": "gates",
+    "load_vsa": "pretrained",
     "register_transformer": "models",
     "save_gates": "gates",
+    "save_vsa": "pretrained",
+    "set_top_k_ratio": "pipeline",
     "video_sparse_attention": "attention",
 }
 __all__ = [
@@ -40,8 +46,11 @@ __all__ = [
     "disable_vsa",
     "enable_vsa",
     "load_gates",
+    "load_vsa",
     "register_transformer",
     "save_gates",
+    "save_vsa",
+    "set_top_k_ratio",
     "video_sparse_attention",
 ]
 

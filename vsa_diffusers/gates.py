@@ -95,6 +95,17 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
         ValueError: no gates found, gates for modules that do not exist, missing ones, or sizes that do not fit; nothing
             was changed then.
     """
+    found = fitting_gates(transformer, path_or_repo)
+    add_gate_compress(transformer)
+    for name, tensors in found.items():
+        transformer.get_submodule(f"{name}.{GATE}").load_state_dict(tensors)
+    return list(found)
+
+
+def fitting_gates(
+    transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What `load_gates` would load: weight and bias by the attention module's name. Raises what it raises."""
     family = require_family(transformer)
     modules = family.video_modules(transformer)
     names = {alias: name for name in modules for alias in (name, name.rpartition(".")[0])}
@@ -124,11 +135,9 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
         expected = {"weight": (linear.out_features, linear.in_features), "bias": (linear.out_features,)}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if shapes != expected:
-            raise ValueError(f"{name}.{GATE} in {str(path_or_repo)!r} has shapes {shapes}, but needs {expected}.")
-    add_gate_compress(transformer)
-    for name, tensors in found.items():
-        modules[name].get_submodule(GATE).load_state_dict(tensors)
-    return list(found)
+            message = f"{name}.{GATE} in {str(path_or_repo)!r} has shapes {shapes}, but needs {expected}."
+            raise ValueError(f"{message} {family.foreign_gates}".strip())
+    return found
 
 
 def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, torch.Tensor]]:

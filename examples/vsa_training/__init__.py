@@ -1,0 +1,1 @@
+"""What `train_vsa.py`, `precompute_latents.py` and `vsa_evidence.py` share."""

@@ -1,0 +1,43 @@
+"""An experiment: `combine="merge"` plus a learned gate on the coarse branch. For Wan only, and not in the package."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vsa_diffusers import add_gate_compress, enable_vsa
+from vsa_diffusers.models import require_family
+from vsa_diffusers.models.wan import WanVSAProcessor
+from vsa_diffusers.tiles import TileGrid
+
+
+class MergeGateProcessor(WanVSAProcessor):
+    """Output `merge + gate * coarse`. Shares its state with the processor that it replaces, for `set_top_k_ratio`."""
+
+    def __init__(self, replaced: WanVSAProcessor):
+        self.__dict__ = replaced.__dict__
+
+    def attend(self, attn, shape, query, key, value, hidden, text=(0, 0), text_mask=None) -> torch.Tensor:
+        """As the base class; the video must be whole tiles."""
+        merged = super().attend(attn, shape, query, key, value, hidden, text, text_mask)
+        gate = attn.to_gate_compress(hidden).unflatten(-1, query.shape[2:])
+        return merged + gate * coarse_branch(query, key, value, TileGrid(shape, self.config.block_size))
+
+
+def coarse_branch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+    """Attention between tile means, given to every token of the query's tile: `[B, S, H, D]`, differentiable."""
+    if grid.padding:
+        raise ValueError(f"video_shape={grid.video_shape} is not a whole number of tiles of {grid.block_size}.")
+    index = grid.token_index(query.device)
+    tile_of_token = torch.empty(grid.num_tokens, dtype=torch.long, device=query.device)
+    tile_of_token[index.flatten()] = torch.arange(grid.num_tiles, device=query.device).repeat_interleave(index.shape[1])
+    means = (x[:, index].float().mean(2).to(value.dtype).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*means).transpose(1, 2)[:, tile_of_token]
+
+
+def enable_merge_gate(transformer: torch.nn.Module, top_k_ratio: float) -> None:
+    """Like `enable_vsa(transformer, top_k_ratio, combine="merge")`, with a gate on the coarse branch as well."""
+    add_gate_compress(transformer)
+    enable_vsa(transformer, top_k_ratio, combine="merge")
+    for attn in require_family(transformer).video_modules(transformer).values():
+        attn.processor = MergeGateProcessor(attn.processor)

@@ -1,0 +1,300 @@
+"""The training loop.
+
+All randomness of a step is drawn anew from the seed, the step and the process, and the order of clips is a function of
+the seed: a training that goes on from a checkpoint sees just what it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vsa_diffusers import save_vsa, set_top_k_ratio
+
+from .averages import averages_in_place
+from .checkpoints import Checkpoints, whole_state_dict
+from .dataset import BatchOrder, Description, Sample, Shards, collate, split_shards
+from .models import load_transformer, prepare_transformer, shrink_frozen, vsa_config
+from .objective import add_noise, logit_normal_quantiles, shift_sigmas, velocity_error
+from .options import Options
+from .parameters import is_gate, parameter_groups
+from .sparsity import SparsityRamp
+from .validation import log_videos, predict, validation_loss, validation_videos
+
+# Options that may differ when a training goes on: they do not decide what is learnt until then.
+FREE_OPTIONS = (
+    "checkpointing_steps", "checkpoints_total_limit", "data_dir", "dataloader_num_workers", "find_unused_parameters",
+    "gradient_checkpointing", "guidance_scale", "num_inference_steps", "output_dir", "pretrained_model_name_or_path",
+    "report_to", "result_dtype", "resume_from_checkpoint", "tracker_project_name", "validation_prompts",
+    "validation_sigmas", "validation_steps",
+)  # fmt: skip
+
+
+class Trainer:
+    """Everything that one training holds.
+
+    Args:
+        options: what was asked for.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.folder = Path(options.output_dir)
+        trackers = [] if options.report_to == "none" else options.report_to.split(",")
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            mixed_precision=options.mixed_precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(str(self.folder), str(self.folder / "logs")),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=options.find_unused_parameters)],
+        )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed keeps its own checkpoints, which this script does not; launch with FSDP or DDP."
+            )
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded:
+            # Accelerate's broadcast from one process fails on parameters that belong to no submodule.
+            self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        set_seed(options.seed)
+        self.description = Description.load(Path(options.data_dir))
+        train, held_out = split_shards(Path(options.data_dir), options.validation_shards)
+        self.shards, self.held_out = Shards(train), Shards(held_out)
+        self.ramp = SparsityRamp(options.top_k_ratio, options.ramp_steps, options.ramp_start, options.ramp_stages)
+        self.shift = self.description.shift if options.shift is None else options.shift
+
+        # Sharded and wrapped models are reached through this one, which stays what it is.
+        self.transformer = load_transformer(options, self.description)
+        prepare_transformer(self.transformer, options)
+        # Where they are not part of the result; FSDP wants one dtype for all.
+        frozen_stay = options.rank or options.trainable == "gates"
+        if self.accelerator.mixed_precision == "bf16" and frozen_stay and not sharded:
+            shrink_frozen(self.transformer, torch.bfloat16)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.transformer, options.learning_rate, options.gate_learning_rate),
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            eps=options.adam_epsilon,
+        )
+        self.group_names = ["lr", "gate_lr"] if len(optimizer.param_groups) == 2 else [self._only_group()]
+        self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
+        self.scheduler = get_scheduler(
+            options.lr_scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+        )
+        self.ema = EMAModel(self._learning(), decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
+        self.checkpoints = Checkpoints(
+            self.folder, self.accelerator, self.model, self.optimizer, self.scheduler, self.ema,
+            options.checkpoints_total_limit,
+        )  # fmt: skip
+        self.step = 0
+        self.pipe: diffusers.DiffusionPipeline | None = None
+
+    def train(self) -> Path:
+        """Run to the end, and write the result.
+
+        Returns:
+            The folder that `load_vsa` reads.
+        """
+        resumed = self.checkpoints.choose(self.options.resume_from_checkpoint)
+        if resumed is not None:
+            self.step = self.checkpoints.load(resumed, self._fingerprint())
+        self.accelerator.init_trackers(self.options.tracker_project_name, config=_flat(asdict(self.options)))
+        self._open_log()
+        bar = tqdm(
+            initial=self.step,
+            total=self.options.max_train_steps,
+            desc="Training",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        batches = iter(self._loader())
+        while self.step < self.options.max_train_steps:
+            report = self._train_step(batches)
+            bar.update()
+            bar.set_postfix(loss=f"{report['loss']:.4f}", ratio=f"{report['top_k_ratio']:.3g}")
+            last = self.step == self.options.max_train_steps
+            if self.step % self.options.validation_steps == 0 or last:
+                report |= self._validate()
+            self._log(report)
+            if self.step % self.options.checkpointing_steps == 0 or last:
+                self.checkpoints.save(self.step, self._fingerprint())
+        bar.close()
+        result = self._save_result()
+        self.accelerator.end_training()
+        return result
+
+    def _train_step(self, batches) -> dict[str, float]:
+        """One optimiser step over all its batches; counts it, and reports on it."""
+        ratio = self.ramp.ratio(self.step)
+        set_top_k_ratio(self.transformer, ratio)
+        losses = []
+        for turn in range(self.options.gradient_accumulation_steps):
+            with self.accelerator.accumulate(self.model):
+                loss = self._loss(next(batches).to(self.accelerator.device), turn)
+                self.accelerator.backward(loss)
+                losses.append(loss.detach())
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self._learning(), self.options.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rates = dict(zip(self.group_names, self.scheduler.get_last_lr(), strict=True))
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self._learning())
+        self.step += 1
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if not math.isfinite(loss):
+            raise RuntimeError(f"The loss is {loss} at step {self.step}; lower learning_rate or gate_learning_rate.")
+        return {"loss": loss, "grad_norm": float(norm), "top_k_ratio": ratio} | rates
+
+    def _loss(self, batch: Sample, turn: int) -> torch.Tensor:
+        accelerator, clean = self.accelerator, batch.clean.float()
+        place = (self.step * self.options.gradient_accumulation_steps + turn) * accelerator.num_processes
+        # Also seeds dropout.
+        torch.manual_seed((self.options.seed << 40) + place + accelerator.process_index)
+        noise = torch.randn(clean.shape).to(clean)
+        sigmas = self._draw_sigmas(len(clean)).to(clean)
+        with accelerator.autocast():
+            noisy = add_noise(clean, noise, sigmas)
+            prediction = predict(self.model, batch, noisy, sigmas, self.description.channel_axis)
+        return velocity_error(prediction, clean, noise).mean()
+
+    def _draw_sigmas(self, count: int) -> torch.Tensor:
+        """Noise levels of the options' distribution, those outside of its bounds drawn again."""
+        options = self.options
+        candidates = compute_density_for_timestep_sampling(
+            options.weighting_scheme, 64 * count, options.logit_mean, options.logit_std, options.mode_scale
+        )
+        candidates = shift_sigmas(candidates, self.shift).view(count, 64)
+        fits = (candidates >= options.min_sigma) & (candidates <= options.max_sigma)
+        chosen = candidates.gather(1, fits.int().argmax(1, keepdim=True)).squeeze(1)
+        # At 0 there is nothing to predict from.
+        return chosen.clamp(max(options.min_sigma, 1e-3), options.max_sigma)
+
+    def _judged_sigmas(self) -> torch.Tensor:
+        """Noise levels of the validation: evenly spread over what the options' bounds leave of the distribution."""
+        options = self.options
+        sigmas = logit_normal_quantiles((torch.arange(4096) + 0.5) / 4096, self.shift)
+        sigmas = sigmas[(sigmas >= options.min_sigma) & (sigmas <= options.max_sigma)]
+        count = options.validation_sigmas
+        return sigmas[((torch.arange(count) + 0.5) / count * len(sigmas)).long()]
+
+    def _loader(self) -> DataLoader:
+        """The batches of this process that are still to come."""
+        turns = self.options.gradient_accumulation_steps
+        order = BatchOrder(
+            self.shards.kinds(),
+            self.options.train_batch_size,
+            self.options.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            first_batch=self.step * turns,
+            batches=self.options.max_train_steps * turns,
+        )
+        return DataLoader(
+            self.shards, batch_sampler=order, collate_fn=collate, num_workers=self.options.dataloader_num_workers
+        )
+
+    def _validate(self) -> dict[str, float]:
+        """Loss and videos at the target ratio, of the averaged weights if there are some."""
+        set_top_k_ratio(self.transformer, self.options.top_k_ratio)
+        report = {}
+        with averages_in_place(self.ema, self._learning()):
+            if len(self.held_out):
+                report["validation_loss"] = validation_loss(
+                    self.accelerator, self.model, self.held_out, self.description.channel_axis, self._judged_sigmas(),
+                )  # fmt: skip
+            if self.options.validation_prompts:
+                self._make_videos()
+        return report
+
+    def _make_videos(self) -> None:
+        """Every process runs a sharded model; otherwise the main process is enough."""
+        accelerator, description, options = self.accelerator, self.description, self.options
+        if accelerator.is_main_process or accelerator.distributed_type == DistributedType.FSDP:
+            self.transformer.eval()
+            if self.pipe is None:
+                self.pipe = diffusers.DiffusionPipeline.from_pretrained(
+                    options.pretrained_model_name_or_path, **{options.subfolder: self.transformer}
+                )
+                self.pipe.set_progress_bar_config(disable=True)
+                for part in self.pipe.components.values():
+                    if isinstance(part, torch.nn.Module) and part is not self.transformer:
+                        part.to(accelerator.device)
+            sizes = dict(height=description.height, width=description.width, num_frames=description.num_frames)
+            steps = dict(num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale)
+            with accelerator.autocast():
+                videos = validation_videos(
+                    self.pipe, options.validation_prompts, description.call | sizes | steps, options.seed
+                )
+            self.transformer.train()
+            if accelerator.is_main_process:
+                log_videos(
+                    accelerator, self.folder / "validation", videos, options.validation_prompts, description.fps,
+                    self.step,
+                )  # fmt: skip
+        accelerator.wait_for_everyone()
+
+    def _save_result(self) -> Path:
+        """What `load_vsa` reads, with the averaged weights if there are some."""
+        if self.ema is not None:
+            self.ema.copy_to(self._learning())
+        weights = whole_state_dict(self.model)
+        path = self.folder / "final"
+        if self.accelerator.is_main_process:
+            save_vsa(
+                self.transformer, path, config=vsa_config(self.options), state_dict=weights,
+                contents="gates" if self.options.trainable == "gates" else "auto",
+                dtype=getattr(torch, self.options.result_dtype),
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What has to be the same for a training to go on."""
+        options = {name: value for name, value in asdict(self.options).items() if name not in FREE_OPTIONS}
+        return options | {"processes": self.accelerator.num_processes}
+
+    def _open_log(self) -> None:
+        """`metrics.jsonl`, without lines of steps that will be done again."""
+        self.log_file = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            self.log_file.write_text("".join(f"{line}\n" for line in kept))
+
+    def _log(self, report: dict[str, float]) -> None:
+        self.accelerator.log(report, step=self.step)
+        if self.accelerator.is_main_process:
+            with self.log_file.open("a") as log:
+                log.write(json.dumps({"step": self.step} | report) + "\n")
+
+    def _learning(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _only_group(self) -> str:
+        learning = [name for name, parameter in self.transformer.named_parameters() if parameter.requires_grad]
+        return "gate_lr" if all(map(is_gate, learning)) else "lr"
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Trackers take plain values only."""
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in options.items()
+    }
