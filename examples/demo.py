@@ -1,6 +1,6 @@
 """One prompt, made dense and with Video Sparse Attention: what it costs, and how close it is.
 
-    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--output DIRECTORY]
+    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--dense-steps 0.2] [--output DIRECTORY]
 
 Uses the tiny Wan model beside this file, on the GPU if there is one. Writes `side_by_side.mp4`, `contact_sheet.png` and
 `results.json`, and prints a table.
@@ -50,6 +50,7 @@ class Result:
 def main(
     prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
     ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.25, 0.125],  # noqa: B006
+    dense_steps: Annotated[float, typer.Option(help="Share of the steps, the first ones, that stay dense.")] = 0.2,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
@@ -68,6 +69,7 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')
+    console.print(f"The first {dense_steps:.0%} of the steps are dense in all of them.")
 
     videos, results = [], []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
@@ -75,7 +77,7 @@ def main(
         generate(pipe, call | {"num_inference_steps": 1}, seed)  # the first call of all is slower
         for task, ratio in zip(tasks, (None, *ratios), strict=True):
             if ratio is not None:
-                enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE)
+                enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps)
             latents, seconds = generate(pipe, call, seed, lambda task=task: progress.advance(task))
             videos.append(decode(pipe, latents))
             disable_vsa(pipe)
@@ -90,7 +92,8 @@ def main(
     write_video(output / "side_by_side.mp4", videos)
     write_contact_sheet(output / "contact_sheet.png", videos, results, call["prompt"])
     numbers = {"device": device, "tokens": grid.num_tokens, "tiles": grid.num_tiles, "padding": grid.padding}
-    numbers |= {"call": call, "seed": seed, "results": [asdict(result) for result in results]}
+    numbers |= {"call": call, "seed": seed, "dense_steps": dense_steps}
+    numbers["results"] = [asdict(result) for result in results]
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     console.print(table_of(results, grid))
     console.print(f"Left to right in {output / 'side_by_side.mp4'}: {', '.join(result.label for result in results)}.")
@@ -167,7 +170,7 @@ def write_contact_sheet(path: Path, videos: list[torch.Tensor], results: list[Re
             axis.set_yticks([])
             if video is videos[0]:
                 axis.set_title(f"frame {frame}", fontsize=9)
-        row[0].set_ylabel(f"{result.label}\n{result.seconds:.1f} s", fontsize=10)
+        row[0].set_ylabel(f"{result.label}\n{result.kept_tiles} of {results[0].kept_tiles} tiles", fontsize=10)
     figure.suptitle(prompt)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -34,7 +34,7 @@ class Settings:
 
 
 def _cpu(device: torch.device) -> Settings:
-    """For two cores and about two hours: mostly few tokens, the full grid at the end."""
+    """For two cores and about two hours: mostly few tokens, the full grid at the end. Too little for good videos."""
     tiny, full = Clips(64, 29, 1536), Clips(256, 61, 64)
     return Settings(
         device=device,
@@ -55,7 +55,7 @@ def _cpu(device: torch.device) -> Settings:
 
 
 def _gpu(device: torch.device) -> Settings:
-    """For one large GPU and about half an hour: the same path, with most of the time on full frames."""
+    """For one large GPU and about twenty minutes: the same path, with most of the time on full frames."""
     tiny, small, full = Clips(64, 29, 8192), Clips(128, 29, 8192), Clips(256, 61, 4096)
     return Settings(
         device=device,
@@ -64,7 +64,7 @@ def _gpu(device: torch.device) -> Settings:
         vae_crop=64,
         vae_frames=17,
         vae_lr=3e-3,
-        transformer_minutes=15,
+        transformer_minutes=9.5,
         transformer_lr=2e-3,
         phases=[
             Phase(until=0.10, clips=tiny, batch_size=128, shift=1.0),

@@ -115,6 +115,8 @@ def train_transformer(
     torch.manual_seed(0)
     model = TinyWan().to(device)
     positions = model.transformer.rope = SelectedFrames(model.transformer.rope)
+    if device.type == "cuda":  # 1.8 times as many steps
+        model.transformer.compile_repeated_blocks()
     run = TrainingRun(
         folder,
         model,

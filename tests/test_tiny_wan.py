@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tiny_wan_parts
 from tiny_wan_evaluation import evaluate_pipeline, generate, held_out_captions
-from tiny_wan_parts import TinyWan, build_vae, save_pipeline
+from tiny_wan_parts import TinyWan, build_vae, normalise_latents, save_pipeline
 from tiny_wan_settings import Settings
 from tiny_wan_training import Muon, TrainingRun, orthogonalise
 from tiny_wan_transformer import (
@@ -28,7 +28,7 @@ from tiny_wan_transformer import (
     load_clips,
     train_transformer,
 )
-from tiny_wan_vae import reconstruction_psnr, train_vae, with_past, without_past
+from tiny_wan_vae import encode_scenes, reconstruction_psnr, train_vae, with_past, without_past
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny_wan"
 CPU = torch.device("cpu")
@@ -84,6 +84,25 @@ def test_captions_hold_no_unknown_token(pipeline):
     captions = [description.caption for description in held_out_captions(50)]
     ids = pipeline.tokenizer(captions).input_ids
     assert pipeline.tokenizer.unk_token_id not in {token for row in ids for token in row}
+
+
+@torch.no_grad()
+def test_a_held_out_clip_is_denoised_by_its_caption(pipeline):
+    """One forward on the full grid, mostly noise; without training the error is above 1."""
+    scene = sample_scene(0, split="held_out")
+    assert scene.caption == "a small pink triangle moves right over purple stripes"
+    latents = normalise_latents(pipeline.vae, encode_scenes(pipeline.vae, [scene], 256, 61, CPU))
+    noise = torch.randn(latents.shape)
+
+    def error(caption: str) -> float:
+        embeds, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=32)
+        noisy = torch.lerp(latents, noise, 0.9)
+        velocity = pipeline.transformer(noisy, torch.tensor([900.0]), embeds, return_dict=False)[0]
+        return (velocity - (noise - latents)).square().mean().item()
+
+    right = error(scene.caption)
+    assert right < 0.08
+    assert error("a large red ring moves left over blue waves") > 2 * right
 
 
 def test_vae_reconstructs_a_held_out_clip(pipeline):
