@@ -17,9 +17,17 @@ from diffusers import (
 
 from oracle import relative_error
 from tiny_models import RECIPES, run
-from vsa_diffusers import VSA_DEFAULT, VSAAttnProcessor, VSAConfig, add_gate_compress, disable_vsa, enable_vsa
+from vsa_diffusers import (
+    VSA_DEFAULT,
+    VSAAttnProcessor,
+    VSAConfig,
+    add_gate_compress,
+    disable_vsa,
+    enable_vsa,
+    set_top_k_ratio,
+)
 from vsa_diffusers.models import attention_modules
-from vsa_diffusers.pipeline import is_dense_step
+from vsa_diffusers.pipeline import enabled_config, is_dense_step
 from vsa_diffusers.processor import FamilyAttnProcessor
 
 WAN, LTX = RECIPES[0], next(recipe for recipe in RECIPES if recipe.name == "ltx")
@@ -363,3 +371,29 @@ def test_dense_steps_compile_twice_and_no_more(counter):
         run(compiled, WAN, GRID)
         scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
     assert counter.frame_count == 2
+
+
+def test_the_ratio_can_change_without_enabling_anew():
+    model = enable_vsa(WAN.build(), config=VSAConfig(top_k=3, combine="merge"))
+    other = enable_vsa(WAN.build(), 0.2, combine="merge")
+    processor = model.blocks[0].attn1.processor
+    assert set_top_k_ratio(model, 0.2) is model
+    assert model.blocks[0].attn1.processor is processor
+    assert run(model, WAN, GRID).equal(run(other, WAN, GRID))
+    assert enabled_config(model) == enabled_config(other)
+    with pytest.raises(ValueError, match="top_k_ratio=0 must be in"):
+        set_top_k_ratio(model, 0)
+    with pytest.raises(ValueError, match="VSA is not enabled on WanTransformer3DModel; call enable_vsa first"):
+        set_top_k_ratio(disable_vsa(model), 0.2)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan-video", "cosmos-predict2"])
+def test_autocast_computes_as_dense_attention_does(name):
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    model = recipe.build()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = run(model, recipe, GRID).float()
+        exact = run(enable_vsa(model, 1.0, combine="merge"), recipe, GRID).float()
+        sparse = run(enable_vsa(model, 0.3, combine="merge"), recipe, GRID).float()
+    assert relative_error(exact, dense) < 0.03
+    assert relative_error(sparse, dense) > relative_error(exact, dense)

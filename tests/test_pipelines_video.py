@@ -32,6 +32,8 @@ from tiny_pipelines_video import (
     kandinsky5,
     kandinsky5_embeddings,
     kandinsky5_picture,
+    kandinsky6,
+    kandinsky6_embeddings,
     ltx,
     ltx2,
     ltx2_embeddings,
@@ -114,6 +116,11 @@ PIPELINES = [
     PipelineRecipe(
         "Kandinsky5I2IPipeline", kandinsky5_picture(image=True),
         lambda: PICTURE | kandinsky5_embeddings() | dict(image=image()),
+    ),
+    PipelineRecipe("Kandinsky6TI2VAPipeline", kandinsky6, lambda: TEXT | kandinsky6_embeddings()),
+    PipelineRecipe(
+        "Kandinsky6TI2VAPipeline", kandinsky6, lambda: TEXT | kandinsky6_embeddings() | dict(image=image()),
+        name="Kandinsky6TI2VAPipeline-image",
     ),
     PipelineRecipe("LTXPipeline", ltx, lambda: TEXT | SMALL | masked_embeddings()),
     PipelineRecipe("LTXImageToVideoPipeline", ltx, lambda: TEXT | SMALL | masked_embeddings() | dict(image=image())),

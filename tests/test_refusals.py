@@ -41,6 +41,25 @@ def test_skyreels_runs_dense_in_its_causal_mode_and_says_why(caplog):
     assert relative_error(run(model, recipe, GRID), dense) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["ltx2", "ltx2.3", "ltx2-references"])
+def test_ltx2_runs_dense_under_a_mask_between_video_tokens_and_says_why(name, caplog):
+    recipe, model = build(name)
+    torch.manual_seed(1)
+    inputs = recipe.inputs(GRID)
+    tokens = inputs["hidden_states"].shape[1]
+    # As IC-LoRA pipelines pass it: how much each token may attend to each other one.
+    inputs["video_self_attention_mask"] = torch.rand(2, tokens, tokens)
+    with torch.no_grad():
+        dense = model(**inputs, return_dict=False)[0]
+        enable_vsa(model, 0.3)
+        assert model(**inputs, return_dict=False)[0].equal(dense)
+        for position in range(recipe.sparse):
+            reason = f"transformer_blocks.{position}.attn1 runs dense: the call has an attention mask"
+            assert caplog.text.count(reason) == 1
+        del inputs["video_self_attention_mask"]
+        assert relative_error(model(**inputs, return_dict=False)[0], dense) > 1e-4
+
+
 def test_kandinsky_leaves_calls_with_nabla_attention_to_the_stock_processor(caplog):
     recipe, model = build("kandinsky5")
     calls = []

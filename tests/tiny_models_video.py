@@ -136,6 +136,21 @@ def kandinsky5_image(grid):
     return kandinsky5(grid, channels=9)
 
 
+def kandinsky6(grid, audio=11):
+    """Video and audio, the last latent frame the reference image at the first one's position."""
+    frames, height, width = grid
+    return dict(
+        hidden_states=torch.randn(2, frames, height, width, 9),
+        encoder_hidden_states=torch.randn(2, 8, 16),
+        pooled_projections=torch.randn(2, 16),
+        timestep=torch.tensor([700.0, 700.0]),
+        audio_hidden_states=torch.randn(2, audio, 6),
+        visual_rope_pos=(torch.arange(frames) % (frames - 1), torch.arange(height // 2), torch.arange(width // 2)),
+        encoder_attention_mask=torch.tensor([[True] * 8, [True] * 5 + [False] * 3])[:, None, None],
+        visual_token_type_ids=torch.tensor([[0] * (frames - 1) + [1]] * 2),
+    )
+
+
 COSMOS = dict(
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=2, mlp_ratio=2,
     text_embed_dim=16, adaln_lora_dim=4, max_size=(8, 32, 32),
@@ -147,6 +162,11 @@ COSMOS_CONTROLNET = dict(
 KANDINSKY5 = dict(
     in_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, out_visual_dim=4, model_dim=64, ff_dim=64,
     num_text_blocks=1, num_visual_blocks=2, axes_dims=(8, 12, 12),
+)  # fmt: skip
+KANDINSKY6 = dict(
+    in_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, out_visual_dim=4, model_dim=64, ff_dim=64,
+    num_text_blocks=1, num_visual_blocks=2, axes_dims=(8, 12, 12), in_audio_dim=6, out_audio_dim=6,
+    text_token_padding=True, ca_rope=True, cross_gates=True, fix_modulation=True, visual_token_type_num_embeddings=2,
 )  # fmt: skip
 COSMOS2 = COSMOS | dict(in_channels=5, extra_pos_embed_type=None)
 COSMOS_TRANSFER = COSMOS2 | dict(
@@ -191,4 +211,8 @@ VIDEO_RECIPES = [
     recipe("allegro", "AllegroTransformer3DModel", ALLEGRO, allegro, tags=("legacy",)),
     kandinsky5_recipe("kandinsky5", KANDINSKY5, kandinsky5),
     kandinsky5_recipe("kandinsky5-i2v", KANDINSKY5 | dict(visual_cond=True), kandinsky5_image),
-]
+    recipe(
+        "kandinsky6", "Kandinsky6Transformer3DModel", KANDINSKY6, kandinsky6, dense=12,
+        projections=("to_query", "to_key", "to_value"),
+    ),
+]  # fmt: skip

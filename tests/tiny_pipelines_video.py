@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel
 
 from tiny_models import LTX, LTX2, WAN, Recipe, diffusers_class
-from tiny_models_video import ALLEGRO, COSMOS, COSMOS2, COSMOS_CONTROLNET, KANDINSKY5
+from tiny_models_video import ALLEGRO, COSMOS, COSMOS2, COSMOS_CONTROLNET, KANDINSKY5, KANDINSKY6
 
 SIZE = dict(height=96, width=128)
 SMALL = dict(height=64, width=64)
@@ -28,6 +28,7 @@ TEXT = dict(num_frames=17, **SIZE, **CALL)
 PICTURE = SIZE | CALL
 QUERIES = {
     "Kandinsky5Transformer3DModel": ("to_query", "to_key", "to_value"),
+    "Kandinsky6Transformer3DModel": ("to_query", "to_key", "to_value"),
     None: ("to_q", "to_k", "to_v"),
 }
 
@@ -235,6 +236,17 @@ def kandinsky5_embeddings():
         embeds[f"{prefix}prompt_embeds_clip"] = torch.randn(1, 16)
         embeds[f"{prefix}prompt_cu_seqlens"] = torch.tensor([0, 8])
     return embeds
+
+
+def kandinsky6():
+    parts = kandinsky5()()
+    return parts | dict(transformer=transformer("Kandinsky6Transformer3DModel", KANDINSKY6))
+
+
+def kandinsky6_embeddings():
+    """Sound needs an audio VAE and a vocoder; the transformer's own test brings it."""
+    pooled = dict(pooled_prompt_embeds=torch.randn(1, 16), negative_pooled_prompt_embeds=torch.randn(1, 16))
+    return embeddings() | pooled | dict(sample_audio=False)
 
 
 def masked_embeddings(length=6):

@@ -78,7 +78,8 @@ class VSAAttnProcessor:
         processors = {name: getattr(attn.processor, "original", attn.processor) for name, attn in modules.items()}
         for name, each in configs.items():
             settled = settle_combine(each, modules[name], name)
-            processors[name] = family.processor(settled, processors[name], state, name, strict=True)
+            processor = family.processor_of(transformer, name)
+            processors[name] = processor(settled, processors[name], state, name, strict=True)
         return {f"{name}.processor": processor for name, processor in processors.items()}
 
     @property

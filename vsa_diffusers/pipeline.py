@@ -8,14 +8,15 @@ import logging
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 
 from .config import VSAConfig, module_configs
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
-from .processor import VideoState, settle_combine
+from .processor import FamilyAttnProcessor, VideoState, settle_combine
+from .tiles import check_top_k
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,51 @@ def disable_vsa(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     return pipe
 
 
+def set_top_k_ratio(pipe: PipelineOrTransformer, top_k_ratio: float) -> PipelineOrTransformer:
+    """Change the share of key tiles that every sparse module keeps. Cheap enough for every training step.
+
+    Args:
+        pipe: a pipeline or transformer on which VSA is enabled.
+        top_k_ratio: as in `enable_vsa`; replaces a `top_k`, too.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        ValueError: VSA is not enabled, or `top_k_ratio` is not in (0, 1]; nothing was changed then.
+    """
+    installations = [_installed(transformer) for transformer, _ in _transformers(pipe)]
+    check_top_k(None, top_k_ratio)
+    for installation in installations:
+        for processor in installation.processors:
+            processor.config = replace(processor.config, top_k=None, top_k_ratio=top_k_ratio)
+        if isinstance(installation.config, VSAConfig):
+            installation.config = replace(installation.config, top_k=None, top_k_ratio=top_k_ratio)
+    return pipe
+
+
+def enabled_config(transformer: torch.nn.Module) -> VSAConfig | Mapping[str, Any]:
+    """The config that VSA is enabled with.
+
+    Raises:
+        ValueError: it is not enabled.
+    """
+    return _installed(transformer).config
+
+
+def supported_parts(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The supported transformers of a pipeline by name; a transformer by itself is "transformer".
+
+    Raises:
+        ValueError, TypeError: there is none.
+    """
+    transformers = [transformer for transformer, _ in _transformers(pipe)]
+    if isinstance(pipe, torch.nn.Module):
+        return {"transformer": transformers[0]}
+    names = {id(getattr(part, "_orig_mod", part)): name for name, part in pipe.components.items()}
+    return {names[id(transformer)]: transformer for transformer in transformers}
+
+
 class ShapeHook:
     """Forward pre-hook of the transformer: tells its processors this forward's video shape, and whether it is dense.
 
@@ -138,6 +184,7 @@ class _Plan:
     state: VideoState
     hook: ShapeHook
     family: Family
+    config: VSAConfig | Mapping[str, Any]
 
     @classmethod
     def make(cls, pipe: Any, transformer: torch.nn.Module, family: Family, config: VSAConfig | Mapping) -> _Plan:
@@ -159,17 +206,20 @@ class _Plan:
             )
         state = VideoState(shared.video_shape)
         parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
-        return cls(transformer, modules, configs, state, ShapeHook(state, family, parameters, shared, pipe), family)
+        hook = ShapeHook(state, family, parameters, shared, pipe)
+        return cls(transformer, modules, configs, state, hook, family, config)
 
     def install(self) -> None:
-        originals = {}
+        originals, processors = {}, []
         for name, config in self.configs.items():
             attn = self.modules[name]
             originals[name] = original = getattr(attn, "processor", None) or _OwnForward(attn)
             strict = config.video_shape is not None
-            _put(attn, self.family.processor(config, original, self.state, name, strict))
+            processor = self.family.processor_of(self.transformer, name)
+            processors.append(processor(config, original, self.state, name, strict))
+            _put(attn, processors[-1])
         handle = self.transformer.register_forward_pre_hook(self.hook, with_kwargs=True)
-        setattr(self.transformer, _INSTALLATION, _Installation(originals, handle))
+        setattr(self.transformer, _INSTALLATION, _Installation(originals, handle, processors, self.config))
         dense = [name for name in self.modules if name not in self.configs]
         logger.info("%s: %d modules sparse, dense: %s", self.family.name, len(originals), dense or "none")
 
@@ -178,6 +228,15 @@ class _Plan:
 class _Installation:
     originals: dict[str, Any]
     handle: Any
+    processors: list[FamilyAttnProcessor]
+    config: VSAConfig | Mapping[str, Any]
+
+
+def _installed(transformer: torch.nn.Module) -> _Installation:
+    installation = getattr(transformer, _INSTALLATION, None)
+    if installation is None:
+        raise ValueError(f"VSA is not enabled on {type(transformer).__name__}; call enable_vsa first.")
+    return installation
 
 
 def _remove(transformer: torch.nn.Module) -> None:

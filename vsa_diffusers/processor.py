@@ -151,6 +151,7 @@ class FamilyAttnProcessor:
             text: number of text tokens before and after the video stream in `query`, `key` and `value`.
             text_mask: bool `[batch, sum(text)]`, False where text is padding.
         """
+        query, key, value = _autocast(query, key, value)
         before, after = text
         surplus = query.shape[1] - math.prod(shape) - before - after
         gate = None
@@ -176,6 +177,14 @@ class FamilyAttnProcessor:
             context_mask=text_mask,
             implementation=self.config.implementation,
         )
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast, what `scaled_dot_product_attention` would compute in; norms may have left fp32 behind."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def settle_combine(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:

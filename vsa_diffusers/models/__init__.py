@@ -42,6 +42,7 @@ _MODULE_OF_TRANSFORMER = {
     "HunyuanVideoFramepackTransformer3DModel": "framepack",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "Kandinsky5Transformer3DModel": "kandinsky5",
+    "Kandinsky6Transformer3DModel": "kandinsky6",
     "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
     "MiniMaxH3Transformer3DModel": "minimax_h3",
@@ -58,6 +59,7 @@ _MODULE_OF_ATTENTION = {
     "Cosmos3PackedMoTAttention": "cosmos3",
     "HeliosAttention": "helios",
     "Kandinsky5Attention": "kandinsky5",
+    "Kandinsky6Attention": "kandinsky6",
     "LTX2Attention": "ltx2",
     "LTXAttention": "ltx",
     "MiniMaxH3Attention": "minimax_h3",
@@ -73,11 +75,21 @@ REFUSED = {
     "AnyFlowFARTransformer3DModel": (
         "it generates chunk by chunk with a causal mask and a key-value cache, which VSA does not cover"
     ),
+    "Kandinsky6SRTransformer3DModel": (
+        "its self-attention is sparse already (nabla), over tokens that it has put into an order of its own"
+    ),
     "LatteTransformer3DModel": (
         "its attention is split into spatial and temporal layers, so that no layer attends over the 3D grid"
     ),
     "SanaVideoTransformer3DModel": (
         "its self-attention is linear attention, which has neither scores to select by nor a quadratic cost to save"
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "it refines window by window with a key-value cache, which VSA does not cover"
+    ),
+    "SanaWMTransformer3DModel": (
+        "its self-attention is a linear recurrence in most layers, which has neither scores to select by nor a "
+        "quadratic cost to save, and shares the others with a camera branch"
     ),
     "WanAnimate2Transformer3DModel": (
         "its queries attend to cached reference tokens through a block mask, which VSA does not cover"

@@ -30,6 +30,8 @@ class Family:
         checkpoints: public checkpoints, for the docs.
         stays_dense: what is never sparse in this family, for the docs.
         trained_gates: public checkpoints with trained gates, for the docs.
+        foreign_gates: why public checkpoints' gates cannot be used in this family, for the docs and `load_gates`.
+        processor_at: from the transformer and a module's name, its processor, where `processor` does not serve all.
     """
 
     name: str
@@ -41,6 +43,12 @@ class Family:
     checkpoints: tuple[str, ...] = ()
     stays_dense: str = "cross-attention"
     trained_gates: tuple[str, ...] = ()
+    foreign_gates: str = ""
+    processor_at: Callable[[torch.nn.Module, str], type[FamilyAttnProcessor]] | None = None
+
+    def processor_of(self, transformer: torch.nn.Module, name: str) -> type[FamilyAttnProcessor]:
+        """The processor that serves the module of this name."""
+        return self.processor if self.processor_at is None else self.processor_at(transformer, name)
 
     def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The video self-attention modules by name, in the order of the transformer's blocks.

@@ -67,4 +67,8 @@ FAMILY = Family(
     read_grid=read_grid,
     checkpoints=("MiniMaxAI/MiniMax-H3",),
     stays_dense="token refiner; text, audio and reference tokens attend densely",
+    foreign_gates=(
+        "The gates of `FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree` and its sisters, which have no bias, "
+        "weigh a coarse branch over tiles of text, references and audio too; here it covers the video alone."
+    ),
 )

@@ -12,10 +12,14 @@ from .joint import JointVSAProcessor, square_patch_grid, text_of_key_mask
 
 
 class MotifVideoVSAProcessor(JointVSAProcessor):
-    """Stands in for `MotifVideoAttnProcessor2_0`."""
+    """Stands in for `MotifVideoAttnProcessor2_0` in a block whose place in the model is unknown."""
 
     stock = transformer_motif_video.MotifVideoAttnProcessor2_0
     text_mask = staticmethod(text_of_key_mask)
+
+    def is_decoder(self, shape: tuple[int, int, int], text: tuple[int, int], text_mask: torch.Tensor | None) -> bool:
+        """Whether the second stream is the encoder's video: it is as long as the video, and has no mask."""
+        return text == (0, math.prod(shape)) and text_mask is None
 
     def attend(
         self,
@@ -28,14 +32,38 @@ class MotifVideoVSAProcessor(JointVSAProcessor):
         text: tuple[int, int] = (0, 0),
         text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As everywhere, but a second stream as long as the video is the encoder's video, in the decoder blocks.
+        """As everywhere, but the two videos of a decoder block have the same grid.
 
-        Both have the same grid, so together they make one of twice as many frames. The gate serves the first half.
+        Together they make one of twice as many frames. The gate serves the first half.
         """
-        if text == (0, math.prod(shape)) and text_mask is None:
+        if self.is_decoder(shape, text, text_mask):
             t, h, w = shape
             shape, text = (2 * t, h, w), (0, 0)
         return super().attend(attn, shape, query, key, value, hidden, text, text_mask)
+
+
+class MotifVideoEncoderVSAProcessor(MotifVideoVSAProcessor):
+    """Stands in for it in the encoder blocks, whose second stream is text and image tokens."""
+
+    def is_decoder(self, shape, text, text_mask) -> bool:
+        """Not, whatever the length of the text."""
+        return False
+
+
+class MotifVideoDecoderVSAProcessor(MotifVideoVSAProcessor):
+    """Stands in for it in the decoder blocks, whose second stream is the encoder's video."""
+
+    def is_decoder(self, shape, text, text_mask) -> bool:
+        """By its place."""
+        return True
+
+
+def processor_at(transformer: torch.nn.Module, name: str) -> type[MotifVideoVSAProcessor]:
+    """The last `num_decoder_layers` of the single-stream blocks are the decoder."""
+    stack, position, _ = name.split(".")
+    first = len(transformer.single_transformer_blocks) - transformer.config.num_decoder_layers
+    is_decoder = stack == "single_transformer_blocks" and int(position) >= first
+    return MotifVideoDecoderVSAProcessor if is_decoder else MotifVideoEncoderVSAProcessor
 
 
 FAMILY = Family(
@@ -43,6 +71,7 @@ FAMILY = Family(
     transformers=("MotifVideoTransformer3DModel",),
     modules=r"(single_)?transformer_blocks\.\d+\.attn",
     processor=MotifVideoVSAProcessor,
+    processor_at=processor_at,
     read_grid=square_patch_grid,
     checkpoints=("Motif-Technologies/Motif-Video-2B",),
     stays_dense="cross-attention; text and image tokens attend densely",
