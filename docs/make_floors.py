@@ -1,4 +1,4 @@
-"""Print the tables of floors and of wasted work in performance.md: pure arithmetic, no GPU.
+"""Print the tables of floors, of wasted work and of gradients in performance.md: pure arithmetic, no GPU.
 
 python docs/make_floors.py
 """
@@ -39,6 +39,20 @@ def waste() -> list[str]:
     return lines
 
 
+def gradients() -> list[str]:
+    """Milliseconds of the backward pass per ratio: its five products, and the seven that the two kernels make.
+
+    And for moving query, key, value, gate, output and its gradient in, and four gradients out.
+    """
+    lines = []
+    for name, shape in SHAPES.items():
+        dense = shape.dense_flops / MATRIX_FLOPS * 1e3
+        moved = 10 * 2 * shape.batch * shape.heads * shape.head_dim * shape.tokens / COPY_BYTES * 1e3
+        cells = [f"{dense * ratio * 2.5:.2f} / {dense * ratio * 3.5:.2f}" for ratio in RATIOS]
+        lines.append(f"| {name} | {dense * 2.5:.2f} | {' | '.join(cells)} | {moved:.2f} |")
+    return lines
+
+
 def _excess(grid: TileGrid) -> tuple[float, float]:
     sizes = (grid.token_index() >= 0).sum(1)
     rows = grid.num_tiles * 2 ** math.ceil(math.log2(grid.tile_capacity))
@@ -51,4 +65,4 @@ def _spaced(number: int) -> str:
 
 
 if __name__ == "__main__":
-    print(*floors(), "", *waste(), sep="\n")
+    print(*floors(), "", *waste(), "", *gradients(), sep="\n")

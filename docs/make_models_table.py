@@ -34,9 +34,16 @@ COLUMNS = ("Family", "Transformers", "Sparse", "Stays dense", "Checkpoints", "Wi
 def page() -> str:
     """The whole page."""
     families = sorted(known_families(), key=lambda family: family.name.lower())
+    foreign = "".join(f"\n{family.name}: {family.foreign_gates}\n" for family in families if family.foreign_gates)
     refused = [(f"`{name}`", reason) for name, reason in sorted(REFUSED.items())]
     return "\n".join(
-        [HEAD, table(COLUMNS, map(row, families)), GATES, REFUSALS, table(("Transformer", "Because"), refused)]
+        [
+            HEAD,
+            table(COLUMNS, map(row, families)),
+            GATES + foreign,
+            REFUSALS,
+            table(("Transformer", "Because"), refused),
+        ]
     )
 
 
