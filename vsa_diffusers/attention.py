@@ -15,6 +15,7 @@ from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, f
 COMBINES = ("gate", "sum", "sparse", "merge")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 FEW_TILES = 16
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def video_sparse_attention(
@@ -69,7 +70,8 @@ def video_sparse_attention(
     video_shape = check_video_shape(video_shape)
     if isinstance(block_size, str):
         check_auto_block_size(block_size, "gate" if gate is not None else combine)
-        block_size = fitting_block_size(video_shape)
+        fitting = fitting_block_size if torch.compiler.is_compiling() else _fitting_block_size
+        block_size = fitting(video_shape)
     grid = TileGrid(video_shape, check_block_size(block_size))
     before, after = _check_context(query, grid, context_tokens, context_mask)
     combine = _check_tensors(query, key, value, gate, combine)
@@ -87,16 +89,22 @@ def video_sparse_attention(
         output, *_ = _forward_op(*tensors, *numbers, implementation)
     else:
         problem = torch_impl.Problem(grid, count, combine, scale, before, after)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return _Attention.apply(*tensors, problem, implementation)
         output, *_ = _forward(*tensors, problem, implementation)
     return output
 
 
 def _needs_dispatcher(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether this call must go through the registered operator, which costs the host about 40 microseconds."""
+    """Whether this call must go through the registered operator, which takes the host longer than the launches do."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    grad = torch.is_grad_enabled()
-    return any(x is not None and (type(x) is not torch.Tensor or (grad and x.requires_grad)) for x in tensors)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(x is not None and type(x) not in PLAIN_TENSORS for x in tensors)
+
+
+_fitting_block_size = functools.lru_cache(maxsize=256)(fitting_block_size)
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
@@ -230,15 +238,20 @@ def _(query, key, value, gate, context_mask, *numbers):
     + ") -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(grad_output, query, key, value, gate, context_mask, indices, lse, output, *numbers):
-    """Gradients of query, key, value and gate (empty without a gate), by the implementation that ran forward."""
-    given, problem = (grad_output, query, key, value, gate, context_mask, indices), _problem(*numbers)
-    if output is None:
-        grads = torch_backward.backward(*given, problem)
-    else:
-        from . import kernels
-
-        grads = kernels.backward(*given, lse, output, problem)
+    """Gradients of query, key, value and gate (empty without a gate)."""
+    saved = (query, key, value, gate, context_mask, indices, lse, output)
+    grads = _gradients(grad_output, *saved, _problem(*numbers))
     return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _gradients(grad_output, query, key, value, gate, context_mask, indices, lse, output, problem: torch_impl.Problem):
+    """Gradients of query, key, value and gate (or `None`), by the implementation that ran forward."""
+    given = (grad_output, query, key, value, gate, context_mask, indices)
+    if output is None:
+        return torch_backward.backward(*given, problem)
+    from . import kernels
+
+    return kernels.backward(*given, lse, output, problem)
 
 
 @_backward_op.register_fake
@@ -247,11 +260,32 @@ def _(grad_output, query, key, value, gate, *_):
     return empty(query), empty(key), empty(value), query.new_empty(0) if gate is None else empty(gate)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    query, key, value, gate, context_mask, *ctx.numbers, _ = inputs
-    result, indices, lse = output
+class _Attention(torch.autograd.Function):
+    """The same formula as the registered operator's, for eager calls."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, gate, context_mask, problem, implementation):
+        tensors = (query, key, value, gate, context_mask)
+        results = _forward(*tensors, problem, implementation)
+        ctx.problem = problem
+        _save(ctx, tensors, results)
+        return results[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        return (*_gradients(grad_output, *ctx.saved_tensors, ctx.problem), None, None, None)
+
+
+def _save(ctx, tensors, results) -> None:
+    output, indices, lse = results
     # The PyTorch implementation recomputes what it needs, and has no log-sum-exp.
-    ctx.save_for_backward(query, key, value, gate, context_mask, indices, lse, result if lse.ndim == 3 else None)
+    ctx.save_for_backward(*tensors, indices, lse, output if lse.ndim == 3 else None)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.numbers = inputs[5:-1]
+    _save(ctx, inputs[:5], output)
 
 
 def _backward(ctx, grad_output, *_):

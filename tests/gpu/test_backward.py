@@ -40,6 +40,7 @@ KERNELS = (
     prepare.prepare_kernel,
     invert.restore_kernel,
     invert.invert_kernel,
+    invert.order_kernel,
     query_gradient.query_gradient_kernel,
     key_gradient.key_gradient_kernel,
     key_gradient.proxy_gradient_kernel,

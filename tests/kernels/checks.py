@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from oracle import relative_error, tile_numbers
-from vsa_diffusers.kernels import backward, forward
+from vsa_diffusers.kernels import backward, forward, run
 from vsa_diffusers.kernels.tuning import BackwardLaunch, Launch
 from vsa_diffusers.tiles import TileGrid
 from vsa_diffusers.torch_impl import Problem
@@ -199,7 +199,12 @@ def memory_full_of_nan(device: str):
 
 
 def check(case: Case, device: str = "cpu", launch: Launch | None = None) -> None:
-    """Run the case over memory full of NaN and compare everything it returns with fp64."""
+    """Run the case over memory full of NaN and compare everything it returns with fp64.
+
+    Another call like it comes first, so that a GPU is checked on launches that are made again.
+    """
+    if run.may_replay(case.inputs(device)[0]):
+        forward(*case.inputs(device), case.problem, launch or case.launch)
     query, key, value, gate, mask = case.inputs(device)
     with memory_full_of_nan(device):
         output, indices, lse = forward(query, key, value, gate, mask, case.problem, launch or case.launch)
@@ -220,11 +225,18 @@ def expected_gradients(grad_output, query, key, value, gate, mask, indices, prob
 
 
 def check_gradients(case: Case, device: str = "cpu", launch: BackwardLaunch | None = None) -> None:
-    """Run the case's backward pass over memory full of NaN and compare every gradient with fp64."""
-    query, key, value, gate, mask = case.inputs(device)
-    output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
-    grad_output = torch.randn_like(output)
-    given = (grad_output, query, key, value, gate, mask, indices)
+    """Run the case's backward pass over memory full of NaN and compare every gradient with fp64, as `check` does."""
+
+    def ready():
+        query, key, value, gate, mask = case.inputs(device)
+        output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
+        return (torch.randn_like(output), query, key, value, gate, mask, indices), lse, output
+
+    if run.may_replay(case.inputs(device)[0]):
+        given, lse, output = ready()
+        backward(*given, lse, output, case.problem, launch or case.backward_launch)
+    given, lse, output = ready()
+    _, query, _, _, gate, _, _ = given
     with memory_full_of_nan(device):
         grads = backward(*given, lse, output, case.problem, launch or case.backward_launch)
     assert (grads[3] is None) == (gate is None)

@@ -52,6 +52,7 @@ BACKWARD_KERNELS = {
     "prepare": prepare.prepare_kernel,
     "restore": invert.restore_kernel,
     "invert": invert.invert_kernel,
+    "order": invert.order_kernel,
     "query gradient": query_gradient.query_gradient_kernel,
     "proxy gradient": key_gradient.proxy_gradient_kernel,
     "key gradient": key_gradient.key_gradient_kernel,

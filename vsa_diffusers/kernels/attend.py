@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import SIZES, slot_offset, tile_box
+from .geometry import SIZES, grid_arguments, slot_offset, tile_box
 from .pool import Pooled
-from .rows import load_rows
+from .replay import Work
+from .rows import load_rows, tiled_sources
 from .select import GROUP, Lists
 from .tuning import Launch, power_of_two
 from .walk import softmax_step, walk_video
@@ -302,6 +303,7 @@ def attend_kernel(
 
 
 def attend(
+    work: Work,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -320,20 +322,14 @@ def attend(
     context = problem.before + problem.after
     block_m = power_of_two(grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    block_d = power_of_two(dim)
-    rows = (None, None) if pooled.rows is None else pooled.rows.unbind(0)
-    descriptors = (None, None)
-    if launch.layout == "descriptor":
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        descriptors = tuple(TensorDescriptor.from_tensor(x, [1, block_n, block_d]) for x in rows)
     programs = (grid.num_tiles + -(-context // block_m)) * batch * heads
-    attend_kernel[(programs,)](
+    work.launch(
+        attend_kernel,
+        (programs,),
         query,
         key,
         value,
-        *rows,
-        *descriptors,
+        *tiled_sources(pooled.rows, launch, block_n),
         lists.starts,
         lists.tail,
         lists.counts,
@@ -362,11 +358,9 @@ def attend(
         0 if lists.kept is None else lists.kept.shape[3],
         problem.before,
         problem.after,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         HEAD_DIM=dim,
-        BLOCK_D=block_d,
+        BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         GROUP=GROUP,
@@ -374,8 +368,6 @@ def attend(
         TAIL_STAGES=launch.tail_stages,
         PRECISION="ieee",
         HAS_CONTEXT=context > 0,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        **launch.options,
         enable_fp_fusion=False,  # fused, a huge logit would miss itself as the maximum by more than exp2 can hold
-        **({} if launch.registers is None else {"maxnreg": launch.registers}),
     )

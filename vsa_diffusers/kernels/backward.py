@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from ..torch_impl import Problem
@@ -13,7 +11,8 @@ from .key_gradient import key_gradient, proxy_gradients
 from .pool import pool
 from .prepare import prepare
 from .query_gradient import query_gradient
-from .run import dense_rows, this_device
+from .replay import Tensors, Work
+from .run import dense_rows, launch_or_replay, this_device, words_of
 from .tuning import BackwardLaunch, BackwardPlan, backward_plan
 
 
@@ -36,38 +35,42 @@ def backward(
     """
     query, key, value, output, grad_output = (dense_rows(x) for x in (query, key, value, output, grad_output))
     gate = None if gate is None else dense_rows(gate)
-    # Loads of 8 bits, even those of a mask, make Triton lay out 16-bit operands a second time.
-    context_mask = None if context_mask is None else context_mask.to(torch.int32).contiguous()
-    heads = query.shape[2]
-    token_stride = max(x.stride(1) for x in (query, key, value, grad_output))
-    chosen = backward_plan(query, problem, this_device(query), token_stride, launch)
+    context_mask = None if context_mask is None else words_of(context_mask)
     grads = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3 if gate is None else 4)]
     grad_gate = None if gate is None else grads[3]
-    tensors = (query, key, value, gate, output, grad_output, *grads[:3], grad_gate)
-    with contextlib.nullcontext() if query.device.type != "cuda" else torch.cuda.device(query.device):
-        for first in range(0, heads, chosen.heads):
-            part = slice(first, first + chosen.heads)
-            some = [None if x is None else x[:, :, part] for x in tensors]
-            _some_heads(some, context_mask, indices[:, part], lse[:, part], problem, chosen)
+
+    def launch_all(work: Work, tensors: Tensors) -> None:
+        query, key, value, _, _, grad_output, *_ = tensors
+        token_stride = max(x.stride(1) for x in (query, key, value, grad_output))
+        chosen = backward_plan(query, problem, this_device(query), token_stride, launch)
+        for first in range(0, query.shape[2], chosen.heads):
+            _some_heads(work, tensors, problem, chosen, slice(first, first + chosen.heads))
+
+    tensors = (query, key, value, gate, output, grad_output, *grads[:3], grad_gate, indices, lse, context_mask)
+    launch_or_replay("backward", tensors, problem, launch, launch_all)
     return (*grads[:3], grad_gate)
 
 
-def _some_heads(tensors, context_mask, indices, lse, problem: Problem, chosen: BackwardPlan) -> None:
-    """All kernels for some of the heads; what they need in between is freed on return."""
-    query, key, value, gate, output, grad_output, grad_query, grad_key, grad_value, grad_gate = tensors
+def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: BackwardPlan, heads: slice) -> None:
+    """All kernels for some of the heads; what they need in between is free afterwards."""
+    *sequences, indices, lse, context_mask = tensors
+    sequences = work.heads(sequences, 2, heads)
+    query, key, value, gate, output, grad_output, grad_query, grad_key, grad_value, grad_gate = sequences
+    indices, lse = work.heads((indices, lse), 1, heads)
     keys_tiled, queries_tiled = (x.layout != "direct" for x in (chosen.query, chosen.key))
-    pooled = pool(query, key, value, problem, tiled=keys_tiled)
+    pooled = pool(work, query, key, value, problem, tiled=keys_tiled)
     coarse = None
     if problem.has_coarse:
-        coarse, coarse_lse = coarse_attention(pooled.means, problem.scale, chosen.precision)
-    prepared = prepare(query, output, grad_output, gate, coarse, lse, grad_gate, problem, tiled=queries_tiled)
-    kept = restore(indices, problem, tiled=keys_tiled)
+        coarse, coarse_lse = coarse_attention(work, pooled.means, problem.scale, chosen.precision)
+    prepared = prepare(work, query, output, grad_output, gate, coarse, lse, grad_gate, problem, tiled=queries_tiled)
+    kept = restore(work, indices, problem, tiled=keys_tiled)
     query_means = means = None
     if problem.has_coarse:
-        query_means, means = coarse_gradients(pooled.means, coarse_lse, prepared, problem.scale, chosen.precision)
+        query_means, means = coarse_gradients(work, pooled.means, coarse_lse, prepared, problem.scale, chosen.precision)
     elif problem.combine == "merge" and problem.top_k < problem.grid.num_tiles:
-        means = proxy_gradients(query, grad_output, pooled, prepared, kept.bits, problem, chosen.key)
+        means = proxy_gradients(work, query, grad_output, pooled, prepared, kept.bits, problem, chosen.key)
     query_gradient(
+        work,
         query,
         key,
         value,
@@ -81,10 +84,15 @@ def _some_heads(tensors, context_mask, indices, lse, problem: Problem, chosen: B
         problem,
         chosen.query,
     )
+    # The lists of the key tiles take the room of these.
+    work.free(*pooled, kept.starts, kept.tail, kept.counts)
+    if problem.has_coarse:
+        work.free(coarse, coarse_lse, prepared.sums, prepared.deltas, query_means)
     bits = kept.bits
-    del pooled, kept  # the lists of the key tiles take their room
-    keepers = invert(bits, problem, tiled=queries_tiled)
+    del pooled, kept
+    keepers = invert(work, bits, problem, tiled=queries_tiled)
     key_gradient(
+        work,
         query,
         key,
         value,
@@ -98,3 +106,4 @@ def _some_heads(tensors, context_mask, indices, lse, problem: Problem, chosen: B
         problem,
         chosen.key,
     )
+    work.end_part()

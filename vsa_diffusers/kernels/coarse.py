@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .prepare import Prepared
+from .replay import Work
 from .rows import BACKWARD_SIZES
 from .tuning import power_of_two
 
@@ -145,27 +146,34 @@ def _form(head_dim: int) -> dict[str, int]:
     }
 
 
-def coarse_attention(means: torch.Tensor, scale: float, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+def coarse_attention(
+    work: Work, means: torch.Tensor, scale: float, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Coarse output fp32 `[P, N, D]` and log-sum-exp (base 2) `[P, N]`, from means fp32 `[3, B, H, N, D]`."""
     _, batch, heads, num_tiles, dim = means.shape
     form = _form(dim)
-    coarse = means.new_empty((batch * heads, num_tiles, dim))
-    lse = means.new_empty((batch * heads, num_tiles))
-    coarse_kernel[(-(-num_tiles // form["BLOCK_M"]) * batch * heads,)](
-        means, coarse, lse, batch * heads, num_tiles, scale * math.log2(math.e), PRECISION=precision, **form
-    )
+    coarse = work.empty(means, (batch * heads, num_tiles, dim))
+    lse = work.empty(means, (batch * heads, num_tiles))
+    programs = -(-num_tiles // form["BLOCK_M"]) * batch * heads
+    numbers = (batch * heads, num_tiles, scale * math.log2(math.e))
+    work.launch(coarse_kernel, (programs,), means, coarse, lse, *numbers, PRECISION=precision, **form)
     return coarse, lse
 
 
 def coarse_gradients(
-    means: torch.Tensor, lse: torch.Tensor, prepared: Prepared, scale: float, precision: str
+    work: Work, means: torch.Tensor, lse: torch.Tensor, prepared: Prepared, scale: float, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the means of query `[P, N, D]`, and of key and value `[1, 2, P, N, D]`, fp32."""
     assert prepared.sums is not None
     places, num_tiles, dim = prepared.sums.shape
     form = _form(dim)
-    query_gradient, gradients = torch.empty_like(prepared.sums), lse.new_empty((1, 2, places, num_tiles, dim))
-    coarse_gradient_kernel[(-(-num_tiles // form["BLOCK_M"]) * places, 2)](
+    query_gradient, gradients = (
+        work.empty(lse, (places, num_tiles, dim)),
+        work.empty(lse, (1, 2, places, num_tiles, dim)),
+    )
+    work.launch(
+        coarse_gradient_kernel,
+        (-(-num_tiles // form["BLOCK_M"]) * places, 2),
         means,
         lse,
         prepared.sums,

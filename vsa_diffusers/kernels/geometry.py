@@ -4,14 +4,23 @@ The tokens of a tile are numbered over its valid tokens only: slot s of a tile o
 (s // (e_w * e_h), s // e_w % e_h, s % e_w) of it. A tile-ordered copy holds the tiles one after another, unpadded.
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+
+from ..tiles import TileGrid
 
 # Arguments whose values must not make variants of a kernel.
 SIZES = (
     *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
     *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b", "first_row"),
 )
+
+
+def grid_arguments(grid: TileGrid) -> tuple[int, ...]:
+    """Video shape, tiles along height and width, and block size, as the kernels take them."""
+    return (*grid.video_shape, *grid.tiles_per_axis[1:], *grid.block_size)
 
 
 @triton.jit

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import tile_box, tile_row
+from .geometry import grid_arguments, tile_box, tile_row
+from .replay import Work
 from .rows import BACKWARD_SIZES
-from .select import GROUP, tail_width
+from .select import GROUP, tail_groups, tail_width
 
 PART = 64  # list entries that a program takes at a time
+LINES = 32  # key tiles that a program puts in order
 
 
 class Kept(NamedTuple):
@@ -38,7 +40,7 @@ class Keepers(NamedTuple):
     tail: torch.Tensor | None  # (first row or token, shape) of every group of the partial ones, [P, K * groups, 2]
     counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
     offsets: torch.Tensor  # where the two lists of a key tile begin: int32 [P, N, 2]
-    order: torch.Tensor  # key tiles, those with the longest lists first: int64 [P, N]
+    order: torch.Tensor  # key tiles, those with the longest lists first: int32 [P, N]
 
 
 @triton.jit
@@ -117,13 +119,17 @@ def restore_kernel(
     GROUP: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Program (query tile of one head)."""
+    """Program (query tile of one head). Its bits are cleared first."""
     place = (tl.program_id(0) // num_tiles).to(tl.int64)
     line = tl.program_id(0) % num_tiles
     one = tl.arange(0, 1)
     entry = place * num_tiles + line + one
     listed = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
     words = bits + place * tl.cdiv(num_tiles, 32) * num_tiles + line
+    for begin in range(0, tl.cdiv(num_tiles, 32), PART):
+        word = begin + tl.arange(0, PART)
+        tl.store(words + word.to(tl.int64) * num_tiles, tl.zeros((PART,), tl.int32), word < tl.cdiv(num_tiles, 32))
+    tl.debug_barrier()
     full_before = tl.zeros((1,), tl.int32)
     groups_before = tl.zeros((1,), tl.int32)
     for begin in range(0, top_k, PART):
@@ -159,7 +165,6 @@ def restore_kernel(
 def invert_kernel(
     bits,
     counts,
-    walked,
     offsets,
     starts,
     tail,
@@ -220,11 +225,46 @@ def invert_kernel(
     if starts is None:
         tl.store(counts + entry, full_before, line_mask)
         tl.store(counts + entry + 1, groups_before, line_mask)
-        rows = full_before * (BLOCK_T * BLOCK_H * BLOCK_W) + groups_before * GROUP
-        tl.store(walked + place * num_tiles + line, rows, line_mask)
 
 
-def restore(indices: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def order_kernel(
+    counts,
+    offsets,
+    order,
+    num_tiles,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LINES: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Program (`LINES` key tiles of one head): where their lists begin, and their rank, the longest first."""
+    blocks = tl.cdiv(num_tiles, LINES)
+    place = (tl.program_id(0) // blocks).to(tl.int64)
+    line = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
+    line_mask = line < num_tiles
+    counts += place * num_tiles * 2
+    rows = tl.load(counts + line * 2, line_mask, other=0) * TILE
+    rows += tl.load(counts + line * 2 + 1, line_mask, other=0) * GROUP
+    full_before = tl.zeros((LINES,), tl.int32)
+    groups_before = tl.zeros((LINES,), tl.int32)
+    rank = tl.zeros((LINES,), tl.int32)
+    for begin in range(0, num_tiles, PART):
+        tile = begin + tl.arange(0, PART)
+        full = tl.load(counts + tile * 2, tile < num_tiles, other=0)[None, :]
+        groups = tl.load(counts + tile * 2 + 1, tile < num_tiles, other=0)[None, :]
+        earlier = tile[None, :] < line[:, None]  # [LINES, PART]
+        full_before += tl.sum(tl.where(earlier, full, 0), 1)
+        groups_before += tl.sum(tl.where(earlier, groups, 0), 1)
+        its_rows = tl.where(tile[None, :] < num_tiles, full * TILE + groups * GROUP, -1)
+        rank += tl.sum(((its_rows > rows[:, None]) | ((its_rows == rows[:, None]) & earlier)).to(tl.int32), 1)
+    entry = (place * num_tiles + line) * 2
+    tl.store(offsets + entry, full_before, line_mask)
+    tl.store(offsets + entry + 1, groups_before, line_mask)
+    tl.store(order + place * num_tiles + rank, line, line_mask)
+
+
+def restore(work: Work, indices: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
     """The lists that the forward pass walked, from `indices` int32 `[B, H, N, K]`.
 
     `tiled` asks for rows of the tile-ordered copy instead of tokens of the sequence.
@@ -233,12 +273,14 @@ def restore(indices: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
     grid, width = problem.grid, tail_width(problem)
     places = batch * heads
     kept = Kept(
-        starts=indices.new_empty((places, num_tiles, top_k)),
-        tail=indices.new_empty((places, num_tiles, width, 2)) if width else None,
-        counts=indices.new_empty((places, num_tiles, 2)),
-        bits=indices.new_zeros((places, -(-num_tiles // 32), num_tiles)),
+        starts=work.empty(indices, (places, num_tiles, top_k)),
+        tail=work.empty(indices, (places, num_tiles, width, 2)) if width else None,
+        counts=work.empty(indices, (places, num_tiles, 2)),
+        bits=work.empty(indices, (places, -(-num_tiles // 32), num_tiles)),
     )
-    restore_kernel[(places * num_tiles,)](
+    work.launch(
+        restore_kernel,
+        (places * num_tiles,),
         indices,
         kept.starts,
         kept.tail,
@@ -249,54 +291,63 @@ def restore(indices: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
         top_k,
         width,
         indices.stride(0),
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         TILED=tiled,
-        TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
-        GROUP=GROUP,
+        **tail_groups(grid),
         PART=PART,
         num_warps=1,
     )
     return kept
 
 
-def invert(bits: torch.Tensor, problem: Problem, *, tiled: bool) -> Keepers:
+def invert(work: Work, bits: torch.Tensor, problem: Problem, *, tiled: bool) -> Keepers:
     """The lists of the key tiles, from the bits of `Kept`."""
     places, words, num_tiles = bits.shape
     grid, top_k = problem.grid, problem.top_k
     full_tiles, groups = _full_tiles_and_groups(problem)
-    counts = bits.new_empty((places, num_tiles, 2))
-    walked = bits.new_empty((places, num_tiles))
+    keepers = Keepers(
+        starts=work.empty(bits, (places, top_k * full_tiles)),
+        tail=work.empty(bits, (places, top_k * groups, 2)) if groups else None,
+        counts=work.empty(bits, (places, num_tiles, 2)),
+        offsets=work.empty(bits, (places, num_tiles, 2)),
+        order=work.empty(bits, (places, num_tiles)),
+    )
 
     def walk(offsets, starts, tail) -> None:
-        invert_kernel[(places * words,)](
+        work.launch(
+            invert_kernel,
+            (places * words,),
             bits,
-            counts,
-            walked,
+            keepers.counts,
             offsets,
             starts,
             tail,
             num_tiles,
             top_k * full_tiles,
             top_k * groups,
-            *grid.video_shape,
-            *grid.tiles_per_axis[1:],
-            *grid.block_size,
+            *grid_arguments(grid),
             TILED=tiled,
-            TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
-            GROUP=GROUP,
+            **tail_groups(grid),
             PART=PART,
             num_warps=4,
         )
 
     walk(None, None, None)
-    offsets = counts.cumsum(1, dtype=torch.int32) - counts
-    order = walked.argsort(dim=1, descending=True, stable=True)
-    starts = bits.new_empty((places, top_k * full_tiles))
-    tail = bits.new_empty((places, top_k * groups, 2)) if groups else None
-    walk(offsets, starts, tail)
-    return Keepers(starts, tail, counts, offsets, order)
+    work.launch(
+        order_kernel,
+        (places * -(-num_tiles // LINES),),
+        keepers.counts,
+        keepers.offsets,
+        keepers.order,
+        num_tiles,
+        TILE=grid.tile_capacity,
+        GROUP=GROUP,
+        LINES=LINES,
+        PART=PART,
+        num_warps=4,
+    )
+    walk(keepers.offsets, keepers.starts, keepers.tail)
+    return keepers
 
 
 def _full_tiles_and_groups(problem: Problem) -> tuple[int, int]:

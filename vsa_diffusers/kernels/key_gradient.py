@@ -16,11 +16,22 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import slot_offset, tile_box, tile_row
+from .geometry import grid_arguments, slot_offset, tile_box, tile_row
 from .invert import Keepers
 from .pool import Pooled
 from .prepare import Prepared
-from .rows import BACKWARD_SIZES, TAIL, block_offset, load_rows, load_stats, rows_of, tail_rows, task_of
+from .replay import Work
+from .rows import (
+    BACKWARD_SIZES,
+    TAIL,
+    block_offset,
+    load_rows,
+    load_stats,
+    rows_of,
+    tail_rows,
+    task_of,
+    tiled_sources,
+)
 from .select import GROUP
 from .tuning import Launch, power_of_two
 
@@ -123,7 +134,7 @@ def key_gradient_kernel(
     item = (place // heads).to(tl.int64)
     head = (place % heads).to(tl.int64)
     place = place.to(tl.int64)
-    tile = tl.load(order + place * num_tiles + rank).to(tl.int32)
+    tile = tl.load(order + place * num_tiles + rank)
     tokens, _, exists, size = rows_of(
         in_context,
         tile,
@@ -354,6 +365,7 @@ def proxy_gradient_kernel(
 
 
 def proxy_gradients(
+    work: Work,
     query: torch.Tensor,
     grad_output: torch.Tensor,
     pooled: Pooled,
@@ -369,8 +381,10 @@ def proxy_gradients(
     block_n = max(16, min(launch.keys, power_of_two(grid.tile_capacity)))
     programs = -(-grid.num_tiles // block_m) * batch * heads
     parts = max(1, min(grid.num_tiles, PROXY_PROGRAMS // programs))
-    gradients = prepared.stats.new_empty((parts, 2, batch * heads, grid.num_tiles, dim))
-    proxy_gradient_kernel[(programs, parts)](
+    gradients = work.empty(prepared.stats, (parts, 2, batch * heads, grid.num_tiles, dim))
+    work.launch(
+        proxy_gradient_kernel,
+        (programs, parts),
         query,
         grad_output,
         *((None, None) if prepared.rows is None else prepared.rows.unbind(0)),
@@ -389,23 +403,20 @@ def proxy_gradients(
         parts,
         problem.before,
         sequence,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         STAGES=launch.stages,
         PRECISION="ieee",
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **({} if launch.registers is None else {"maxnreg": launch.registers}),
+        **launch.options,
     )
     return gradients
 
 
 def key_gradient(
+    work: Work,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -424,19 +435,14 @@ def key_gradient(
     grid, context = problem.grid, problem.num_context
     block_m = power_of_two(grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    rows = (None, None) if prepared.rows is None else prepared.rows.unbind(0)
-    descriptors = (None, None)
-    if launch.layout == "descriptor":
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        descriptors = tuple(TensorDescriptor.from_tensor(x, [1, block_n, power_of_two(dim)]) for x in rows)
-    key_gradient_kernel[((grid.num_tiles + -(-context // block_m)) * batch * heads,)](
+    work.launch(
+        key_gradient_kernel,
+        ((grid.num_tiles + -(-context // block_m)) * batch * heads,),
         query,
         key,
         value,
         grad_output,
-        *rows,
-        *descriptors,
+        *tiled_sources(prepared.rows, launch, block_n),
         prepared.stats,
         keepers.starts,
         keepers.tail,
@@ -462,9 +468,7 @@ def key_gradient(
         0 if mean_gradients is None else len(mean_gradients),
         problem.before,
         problem.after,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
@@ -474,7 +478,5 @@ def key_gradient(
         STAGES=launch.stages,
         PRECISION="ieee",
         HAS_CONTEXT=context > 0,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **({} if launch.registers is None else {"maxnreg": launch.registers}),
+        **launch.options,
     )

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import SIZES, slot_offset, tile_box, tile_row
+from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
+from .replay import Work
 from .tuning import power_of_two
 
 
@@ -131,18 +132,22 @@ def pool_kernel(
         _pool_one(source, mean, proxies, at, rows, copy, None, tokens, row, size, value_s, SLOTS, HEAD_DIM, BLOCK_D)
 
 
-def pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, problem: Problem, *, tiled: bool) -> Pooled:
+def pool(
+    work: Work, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, problem: Problem, *, tiled: bool
+) -> Pooled:
     """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order as well."""
     batch, _, heads, dim = query.shape
     grid, merge = problem.grid, problem.combine == "merge"
     num_tiles = grid.num_tiles
-    means = query.new_empty((3, batch, heads, num_tiles, dim), dtype=torch.float32)
-    proxies = query.new_empty((2, batch, heads, num_tiles, dim)) if merge else None
-    rows = query.new_empty((2, batch * heads, grid.num_tokens, dim)) if tiled else None
-    log_size = means.new_empty(num_tiles) if merge else None
-    longest = means.new_empty((2, batch, heads, num_tiles))
+    means = work.empty(query, (3, batch, heads, num_tiles, dim), torch.float32)
+    proxies = work.empty(query, (2, batch, heads, num_tiles, dim)) if merge else None
+    rows = work.empty(query, (2, batch * heads, grid.num_tokens, dim)) if tiled else None
+    log_size = work.empty(means, (num_tiles,)) if merge else None
+    longest = work.empty(means, (2, batch, heads, num_tiles))
     needs_value = tiled or problem.combine != "sparse"
-    pool_kernel[(batch * heads * num_tiles, 3 if needs_value else 2)](
+    work.launch(
+        pool_kernel,
+        (batch * heads * num_tiles, 3 if needs_value else 2),
         query,
         key,
         value,
@@ -158,9 +163,7 @@ def pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, problem: P
         batch * heads,
         num_tiles,
         problem.before,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),

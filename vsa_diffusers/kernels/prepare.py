@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
+from .geometry import grid_arguments
+from .replay import Work
 from .rows import BACKWARD_SIZES, load_rows, rows_of, task_of
 from .tuning import power_of_two
 
@@ -148,6 +150,7 @@ def prepare_kernel(
 
 
 def prepare(
+    work: Work,
     query: torch.Tensor,
     output: torch.Tensor,
     grad_output: torch.Tensor,
@@ -163,15 +166,17 @@ def prepare(
     batch, sequence, heads, dim = query.shape
     grid = problem.grid
     places = batch * heads
-    rows = query.new_empty((2, places, grid.num_tokens, dim)) if tiled else None
+    rows = work.empty(query, (2, places, grid.num_tokens, dim)) if tiled else None
     prepared = Prepared(
-        stats=lse.new_empty((2, places, sequence)),
+        stats=work.empty(lse, (2, places, sequence)),
         rows=rows,
-        sums=None if coarse is None else torch.empty_like(coarse),
-        deltas=None if coarse is None else coarse.new_empty(coarse.shape[:2]),
+        sums=None if coarse is None else work.empty(coarse, coarse.shape),
+        deltas=None if coarse is None else work.empty(coarse, coarse.shape[:2]),
     )
     block_m = power_of_two(grid.tile_capacity)
-    prepare_kernel[((grid.num_tiles + -(-problem.num_context // block_m)) * places,)](
+    work.launch(
+        prepare_kernel,
+        ((grid.num_tiles + -(-problem.num_context // block_m)) * places,),
         query,
         output,
         grad_output,
@@ -194,9 +199,7 @@ def prepare(
         grid.num_tiles,
         problem.before,
         problem.after,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,

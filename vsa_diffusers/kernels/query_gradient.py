@@ -13,10 +13,22 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
+from .geometry import grid_arguments
 from .invert import Kept
 from .pool import Pooled
 from .prepare import Prepared
-from .rows import BACKWARD_SIZES, TAIL, block_offset, load_rows, load_stats, rows_of, tail_rows, task_of
+from .replay import Work
+from .rows import (
+    BACKWARD_SIZES,
+    TAIL,
+    block_offset,
+    load_rows,
+    load_stats,
+    rows_of,
+    tail_rows,
+    task_of,
+    tiled_sources,
+)
 from .select import GROUP
 from .tuning import Launch, power_of_two
 
@@ -248,6 +260,7 @@ def query_gradient_kernel(
 
 
 def query_gradient(
+    work: Work,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -266,20 +279,15 @@ def query_gradient(
     grid, context = problem.grid, problem.num_context
     block_m = power_of_two(grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    rows = (None, None) if pooled.rows is None else pooled.rows.unbind(0)
-    descriptors = (None, None)
-    if launch.layout == "descriptor":
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        descriptors = tuple(TensorDescriptor.from_tensor(x, [1, block_n, power_of_two(dim)]) for x in rows)
     merges = problem.combine == "merge" and problem.top_k < grid.num_tiles
-    query_gradient_kernel[((grid.num_tiles + -(-context // block_m)) * batch * heads,)](
+    work.launch(
+        query_gradient_kernel,
+        ((grid.num_tiles + -(-context // block_m)) * batch * heads,),
         query,
         key,
         value,
         grad_output,
-        *rows,
-        *descriptors,
+        *tiled_sources(pooled.rows, launch, block_n),
         prepared.stats,
         kept.starts,
         kept.tail,
@@ -304,9 +312,7 @@ def query_gradient(
         0 if kept.tail is None else kept.tail.shape[2],
         problem.before,
         problem.after,
-        *grid.video_shape,
-        *grid.tiles_per_axis[1:],
-        *grid.block_size,
+        *grid_arguments(grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
@@ -317,7 +323,5 @@ def query_gradient(
         PRECISION="ieee",
         STATS_TILED=prepared.rows is not None,
         HAS_CONTEXT=context > 0,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **({} if launch.registers is None else {"maxnreg": launch.registers}),
+        **launch.options,
     )

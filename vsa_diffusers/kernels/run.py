@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -11,6 +11,7 @@ import triton
 from ..torch_impl import Problem
 from .attend import attend, attend_kernel
 from .pool import pool
+from .replay import Replays, Tensors, Work
 from .select import MAX_TILES, select
 from .tuning import Device, Launch, Plan, device_of, plan
 
@@ -18,6 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 MIN_TRITON = (3, 6)  # the earliest release whose interpreter agrees with fp64 throughout
 INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
+replays = Replays()
 
 
 def is_recent_triton() -> bool:
@@ -61,44 +63,63 @@ def forward(
     """
     query, key, value = (dense_rows(x) for x in (query, key, value))
     gate = None if gate is None else dense_rows(gate)
-    context_mask = None if context_mask is None else context_mask.to(torch.int32).contiguous()
+    context_mask = None if context_mask is None else words_of(context_mask)
     batch, sequence, heads, dim = query.shape
-    chosen = plan(query, problem, this_device(query), max(key.stride(1), value.stride(1)), launch)
     output = query.new_empty((batch, sequence, heads, dim))
     indices = query.new_empty((batch, heads, problem.grid.num_tiles, problem.top_k), dtype=torch.int32)
     lse = query.new_empty((batch, heads, sequence), dtype=torch.float32)
-    with _on(query.device):
+
+    def launch_all(work: Work, tensors: Tensors) -> None:
+        query, key, value, *_ = tensors
+        chosen = plan(query, problem, this_device(query), max(key.stride(1), value.stride(1)), launch)
         for first in range(0, heads, chosen.heads):
-            _some_heads((query, key, value, gate, context_mask), (output, indices, lse), problem, chosen, first)
+            _some_heads(work, tensors, problem, chosen, slice(first, first + chosen.heads))
+
+    tensors = (query, key, value, gate, output, indices, lse, context_mask)
+    launch_or_replay("forward", tensors, problem, launch, launch_all)
     return output, indices, lse
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def launch_or_replay(
+    what: str, tensors: Tensors, problem: Problem, launch: object, launch_all: Callable[[Work, Tensors], None]
+) -> None:
+    """Run `launch_all` on the device of `tensors`, or, on a GPU that has seen such a call, what it launched then."""
+    query = tensors[0]
+    assert query is not None
+    with on_device(query.device):
+        if may_replay(query):
+            replays.run((what, query.shape, query.device, problem, launch), tensors, launch_all)
+        else:
+            launch_all(Work(), tensors)
+
+
+def may_replay(query: torch.Tensor) -> bool:
+    """Whether addresses are all that a kernel needs to be launched again."""
+    return query.is_cuda and not INTERPRETED
+
+
+def words_of(mask: torch.Tensor) -> torch.Tensor:
+    """A mask in 32-bit words: loads of 8 bits make Triton lay out 16-bit operands a second time."""
+    return mask.to(torch.int32).contiguous()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; making it current takes time even where it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
-def _some_heads(inputs, outputs, problem: Problem, chosen: Plan, first: int) -> None:
-    """All kernels for `chosen.heads` heads from `first` on; what they need in between is freed on return."""
-    *tensors, context_mask = inputs
-    output, indices, lse = outputs
-    if chosen.heads < output.shape[2]:
-        part = slice(first, first + chosen.heads)
-        tensors = [None if x is None else x[:, :, part] for x in tensors]
-        output, indices, lse = output[:, :, part], indices[:, part], lse[:, part]
-    query, key, value, gate = tensors
+def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, heads: slice) -> None:
+    """All kernels for some of the heads; what they need in between is free afterwards."""
+    *sequences, indices, lse, context_mask = tensors
+    query, key, value, gate, output = work.heads(sequences, 2, heads)
+    indices, lse = work.heads((indices, lse), 1, heads)
     tiled = chosen.attend.layout != "direct"
-    pooled = pool(query, key, value, problem, tiled=tiled)
-    lists = select(
-        pooled,
-        indices,
-        problem,
-        tiled=tiled,
-        precision=chosen.precision,
-    )
-    attend(query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
+    pooled = pool(work, query, key, value, problem, tiled=tiled)
+    lists = select(work, pooled, indices, problem, tiled=tiled, precision=chosen.precision)
+    attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
+    work.end_part()
 
 
 def this_device(x: torch.Tensor) -> Device:

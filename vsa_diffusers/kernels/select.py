@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tiles import TileGrid
 from ..torch_impl import Problem
-from .geometry import SIZES, tile_box, tile_row
+from .geometry import SIZES, grid_arguments, tile_box, tile_row
 from .pool import Pooled
+from .replay import Work
 from .tuning import power_of_two
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
@@ -249,7 +251,14 @@ def tail_width(problem: Problem) -> int:
     return -(-largest // GROUP) * min(problem.top_k, grid.num_tiles - full)
 
 
-def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bool, precision: str) -> Lists:
+def tail_groups(grid: TileGrid) -> dict[str, int]:
+    """What the kernels that write lists must know of partial tiles: how many groups the largest makes."""
+    return {"TAIL_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
+
+
+def select(
+    work: Work, pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bool, precision: str
+) -> Lists:
     """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks.
 
     Args:
@@ -265,21 +274,23 @@ def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bo
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     per_tile = (batch, heads, num_tiles)
     lists = Lists(
-        starts=indices.new_empty((*per_tile, top_k)),
-        tail=indices.new_empty((*per_tile, width, 2)) if width else None,
-        counts=indices.new_empty((*per_tile, 2)) if width else None,
-        kept=indices.new_empty((*per_tile, keys // 32)) if merge else None,
-        coarse=means.new_empty((*per_tile, dim)) if coarse else None,
-        reach=means.new_empty((batch, heads)),
+        starts=work.empty(indices, (*per_tile, top_k)),
+        tail=work.empty(indices, (*per_tile, width, 2)) if width else None,
+        counts=work.empty(indices, (*per_tile, 2)) if width else None,
+        kept=work.empty(indices, (*per_tile, keys // 32)) if merge else None,
+        coarse=work.empty(means, (*per_tile, dim)) if coarse else None,
+        reach=work.empty(means, (batch, heads)),
     )
     num_warps = min(16, max(1, keys // (32 * SCORES_PER_THREAD)))
     rows = min(block_m, max(1, 512 // keys))
     all_rows = batch * heads * -(-num_tiles // block_m) * block_m
     at_once = min(all_rows, max(block_m, WORKSPACE_BYTES // (4 * keys) // block_m * block_m))
-    scores = means.new_empty((at_once, keys))
+    scores = work.empty(means, (at_once, keys))
     for first_row in range(0, all_rows, at_once):
         some_rows = min(at_once, all_rows - first_row)
-        scores_kernel[(some_rows // block_m,)](
+        work.launch(
+            scores_kernel,
+            (some_rows // block_m,),
             means,
             pooled.longest,
             scores,
@@ -299,7 +310,9 @@ def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bo
             num_stages=2,
             enable_fp_fusion=False,  # as in the sparse kernel
         )
-        top_k_kernel[(some_rows // rows,)](
+        work.launch(
+            top_k_kernel,
+            (some_rows // rows,),
             scores,
             indices,
             lists.starts,
@@ -312,17 +325,14 @@ def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bo
             top_k,
             width,
             indices.stride(0),
-            *grid.video_shape,
-            *grid.tiles_per_axis[1:],
-            *grid.block_size,
+            *grid_arguments(grid),
             BLOCK_M=block_m,
             ROWS=rows,
             KEYS=keys,
             PART=min(keys, 256),
             TILED=tiled,
             PARTIAL=width > 0,
-            TAIL_GROUPS=-(-(grid.tile_capacity - 1) // GROUP),
-            GROUP=GROUP,
+            **tail_groups(grid),
             num_warps=num_warps,
         )
     return lists

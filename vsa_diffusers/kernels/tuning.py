@@ -36,6 +36,12 @@ class Launch:
     registers: int | None = None
     tail_stages: int = 1
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes of it."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
 
 @dataclass(frozen=True)
 class Plan:

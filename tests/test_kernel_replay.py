@@ -1,0 +1,126 @@
+"""Seen by a stub driver: a second call hands the compiled kernels what launching them anew would have handed them."""
+
+import importlib.util
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from vsa_diffusers.kernels.run import is_recent_triton
+
+if not is_recent_triton():
+    pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
+
+from vsa_diffusers.kernels import backward, forward, run, tuning
+from vsa_diffusers.kernels.replay import Replays
+from vsa_diffusers.tiles import TileGrid
+from vsa_diffusers.torch_impl import Problem
+
+
+class StubDriver:
+    """A Hopper GPU as far as compiling and launching go; launches are noted and nothing runs."""
+
+    def __init__(self):
+        self.launches = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, *_: (name, name, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+        )
+
+    def launcher_cls(self, source, metadata):
+        def launch(grid_0, grid_1, grid_2, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            self.launches.append(
+                (function, (grid_0, grid_1, grid_2), dict(zip(source.fn.arg_names, arguments, strict=True)))
+            )
+
+        return launch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return id(self)
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    saved = dict(vars(triton.runtime.driver))
+    stub = StubDriver()
+    triton.runtime.driver.set_active(stub)
+    monkeypatch.setattr(run, "replays", Replays())
+    monkeypatch.setattr(run, "may_replay", lambda query: True)
+    monkeypatch.setattr(run, "device_of", lambda index: tuning.Device((9, 0), tuning.HAS_DESCRIPTORS))
+    yield stub
+    vars(triton.runtime.driver).update(saved)
+
+
+def comparable(launches, tensors):
+    """Launches with every pointer named: which tensor it belongs to, and bytes from its start."""
+
+    def named(value):
+        if hasattr(value, "block_shape"):
+            return tuple(value.shape), tuple(value.strides), tuple(value.block_shape), named(value.base)
+        address = value.data_ptr() if hasattr(value, "data_ptr") else value
+        for name, x in tensors.items():
+            if isinstance(address, int) and x.data_ptr() <= address < x.data_ptr() + x.nbytes:
+                return name, address - x.data_ptr()
+        return "workspace" if hasattr(value, "data_ptr") or (isinstance(value, int) and value > 2**32) else value
+
+    return [(name, grid, {key: named(x) for key, x in arguments.items()}) for name, grid, arguments in launches]
+
+
+@pytest.mark.parametrize(("combine", "video_shape", "heads"), [("gate", (6, 8, 8), 2), ("merge", (32, 16, 18), 3)])
+def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, combine, video_shape, heads, monkeypatch):
+    monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**24)  # the larger shape goes through in two parts
+    grid = TileGrid(video_shape, (4, 4, 4))
+    problem = Problem(grid, 3, combine, 0.1, before=2)
+    calls, alive, empty = [], [], torch.empty
+    # A workspace that is gone could be told from the tensors that take its place no more.
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: alive.append(empty(*args, **options)) or alive[-1])
+    for _ in range(2):
+        given = {name: torch.empty(1, grid.num_tokens + 2, heads, 64, dtype=torch.bfloat16) for name in "qkvgo"}
+        gate = given["g"] if combine == "gate" else None
+        output, indices, lse = forward(given["q"], given["k"], given["v"], gate, None, problem)
+        grads = backward(given["o"], given["q"], given["k"], given["v"], gate, None, indices, lse, output, problem)
+        given |= {"output": output, "indices": indices, "lse": lse}
+        given |= {f"gradient {index}": x for index, x in enumerate(grads) if x is not None}
+        calls.append(comparable(driver.launches, given))
+        driver.launches.clear()
+    first, second = calls
+    assert len(first) >= 13
+    assert [launch[:2] for launch in first] == [launch[:2] for launch in second]
+    for (name, _, once), (_, _, again) in zip(first, second, strict=True):
+        assert once == again, name
+    own = {x[0] for _, _, arguments in first for x in arguments.values() if isinstance(x, tuple)}
+    assert own >= {"q", "k", "v", "o", "output", "indices", "lse", "gradient 0", "gradient 1", "gradient 2"}
+
+
+def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
+    def call(*video_shape):
+        query = torch.empty(1, TileGrid(video_shape, (4, 4, 4)).num_tokens, 1, 64, dtype=torch.bfloat16)
+        forward(query, query, query, None, None, Problem(TileGrid(video_shape, (4, 4, 4)), 2, "sum", 0.1))
+
+    def variants():
+        kernels = (run.attend_kernel, run.pool.__globals__["pool_kernel"])
+        return [len(kernel.device_caches[driver.get_current_device()][0]) for kernel in kernels]
+
+    call(8, 8, 8)
+    before = variants()
+    call(8, 12, 8)
+    call(12, 8, 8)
+    assert variants() == before == [1, 1]
+    assert len(run.replays.known) == 3
+    assert len(driver.launches) == 12

@@ -1,0 +1,235 @@
+"""Launches that are made once the ordinary way, and from then on again with nothing but other addresses.
+
+Most of what the host does for a call comes out the same for every call of the same shapes: the plan, the grids, the
+arguments, the look-up of each compiled kernel. A `Recording` notes them while the first call runs; a `Replay` fills in
+the addresses of the next call's tensors, and takes all memory in between as one workspace.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+ALIGNMENT = 512  # bytes, as PyTorch's allocator for CUDA devices aligns
+Tensors = Sequence[Any]  # those of a call, `None` for an optional one that was not given
+
+
+class Work:
+    """Where the kernels of one call get their memory, and how they are launched: one by one, as they come."""
+
+    def empty(self, like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory on the device of `like`, and of its dtype unless told otherwise, until `free` or `end_part`."""
+        return like.new_empty(shape, dtype=dtype)
+
+    def heads(self, tensors: Tensors, axis: int, part: slice) -> list[torch.Tensor | None]:
+        """Some of the heads of the call's own tensors."""
+        return [None if x is None else x[(slice(None),) * axis + (part,)] for x in tensors]
+
+    def free(self, *tensors: torch.Tensor | None) -> None:
+        """What follows may overwrite these."""
+
+    def end_part(self) -> None:
+        """What follows may overwrite everything that came from `empty`."""
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+        """`kernel[grid](*arguments, **options)`."""
+        kernel[grid](*arguments, **options)
+
+
+class Place(NamedTuple):
+    """Where an argument's memory lies: bytes from the start of one of the call's tensors, or of the workspace."""
+
+    argument: int
+    tensor: int
+    offset: int
+    form: Any  # the tensor or descriptor as it was recorded, without its memory
+
+
+class Step(NamedTuple):
+    """One launch. `run` takes all arguments in the kernel's own order."""
+
+    run: Callable[..., object]
+    arguments: list[object]
+    pointers: list[Place]
+    descriptors: list[Place]
+
+
+class Replay:
+    """The launches of a call that was recorded, for other tensors of the same dtypes, shapes, strides and alignment."""
+
+    def __init__(self, steps: list[Step], workspace_bytes: int, interpreted: bool):
+        self.steps = steps
+        self.workspace_bytes = workspace_bytes
+        self.interpreted = interpreted
+
+    def run(self, tensors: Tensors) -> None:
+        """Launch everything on `tensors`, in the order in which they were recorded."""
+        device = next(x.device for x in tensors if x is not None)
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        if self.interpreted:
+            return self._interpret([*tensors, workspace])
+        starts = [0 if x is None else x.data_ptr() for x in tensors]
+        starts.append(workspace.data_ptr())
+        for run, recorded, pointers, descriptors in self.steps:
+            arguments = recorded.copy()
+            for argument, tensor, offset, _ in pointers:
+                arguments[argument] = starts[tensor] + offset
+            for argument, tensor, offset, descriptor in descriptors:
+                moved = copy.copy(descriptor)
+                moved.base = _Address(starts[tensor] + offset)
+                arguments[argument] = moved
+            run(*arguments)
+        return None
+
+    def _interpret(self, tensors: Tensors) -> None:
+        """The same for Triton's interpreter, which wants tensors where a GPU takes addresses."""
+
+        def view(place: Place, like: torch.Tensor) -> torch.Tensor:
+            whole = tensors[place.tensor]
+            assert whole is not None
+            if place.tensor == len(tensors) - 1:  # the workspace
+                whole = whole[place.offset :][: like.nbytes].view(like.dtype)
+                return whole.as_strided(like.shape, like.stride())
+            first = whole.storage_offset() + place.offset // like.itemsize
+            return whole.as_strided(like.shape, like.stride(), first)
+
+        for run, recorded, pointers, descriptors in self.steps:
+            arguments = recorded.copy()
+            for place in pointers:
+                arguments[place.argument] = view(place, place.form)
+            for place in descriptors:
+                moved = copy.copy(place.form)
+                moved.base = view(place, place.form.base)
+                arguments[place.argument] = moved
+            run(*arguments)
+
+
+class _Address:
+    """What a tensor descriptor asks of its tensor when a kernel is launched."""
+
+    def __init__(self, address: int):
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Recording(Work):
+    """Launches as `Work` does, and notes what a `Replay` needs. `tensors` are the call's own, inputs and outputs."""
+
+    def __init__(self, tensors: Tensors):
+        # Tensors are told apart by identity: their memory may overlap, where query, key and value are one projection.
+        self.tensors = [None if x is None else x.detach() for x in tensors]
+        self.workspace = len(self.tensors)
+        self.places = {id(x): (index, 0) for index, x in enumerate(self.tensors)}
+        self.views: list[object] = []  # keeps what `places` tells apart alive
+        self.rooms: dict[int, tuple[torch.Tensor, int, int]] = {}  # tensor in the workspace, its start and end
+        self.workspace_bytes = 0
+        self.steps: list[Step] = []
+        self.interpreted = False
+
+    def empty(self, like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        x = super().empty(like, shape, dtype)
+        size = -(-max(x.nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        start = 0  # the first gap that is wide enough
+        for _, taken, end in sorted(self.rooms.values(), key=lambda room: room[1]):
+            if taken - start >= size:
+                break
+            start = end
+        self.rooms[id(x)] = x, start, start + size
+        self.workspace_bytes = max(self.workspace_bytes, start + size)
+        return x
+
+    def heads(self, tensors: Tensors, axis: int, part: slice) -> list[torch.Tensor | None]:
+        parts = super().heads(tensors, axis, part)
+        for whole, some in zip(tensors, parts, strict=True):
+            if whole is not None and some is not None:
+                index, offset = self.places[id(whole)]
+                self.places[id(some)] = index, offset + some.data_ptr() - whole.data_ptr()
+        self.views += parts
+        return parts
+
+    def free(self, *tensors: torch.Tensor | None) -> None:
+        for x in tensors:
+            self.rooms.pop(id(x), None)
+
+    def end_part(self) -> None:
+        self.rooms.clear()
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+        compiled = kernel[grid](*arguments, **options)
+        names = kernel.arg_names
+        named = dict(zip(names, arguments, strict=False)) | options
+        ordered = [named[name] for name in names]
+        pointers, descriptors = [], []
+        for index, argument in enumerate(ordered):
+            if isinstance(argument, torch.Tensor):
+                pointers.append(Place(index, *self._place(argument), _form(argument)))
+                ordered[index] = None
+            elif hasattr(argument, "block_shape"):
+                form = copy.copy(argument)
+                form.base = _form(argument.base)
+                descriptors.append(Place(index, *self._place(argument.base), form))
+                ordered[index] = None
+        self.interpreted = not isinstance(kernel, triton.runtime.JITFunction)
+        run = kernel[grid] if self.interpreted else compiled[(*grid, 1, 1)[:3]]
+        self.steps.append(Step(run, ordered, pointers, descriptors))
+
+    def _place(self, x: torch.Tensor) -> tuple[int, int]:
+        """Which tensor `x` belongs to, and bytes from there. Memory from `empty` is never shared, so addresses tell."""
+        if id(x) in self.places:
+            return self.places[id(x)]
+        if id(x) in self.rooms:
+            return self.workspace, self.rooms[id(x)][1]
+        for whole, start, _ in self.rooms.values():
+            offset = x.data_ptr() - whole.data_ptr()
+            if 0 <= offset < whole.nbytes:
+                return self.workspace, start + offset
+        raise AssertionError("A kernel was given memory that is neither an argument of the call nor from its workspace")
+
+    def replay(self) -> Replay:
+        """What was recorded."""
+        return Replay(self.steps, self.workspace_bytes, self.interpreted)
+
+
+def _form(x: torch.Tensor) -> torch.Tensor:
+    """Dtype, shape and strides of a tensor, without its memory."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+class Replays:
+    """Replays of the latest kinds of calls, at most `most` of them."""
+
+    def __init__(self, most: int = 256):
+        self.most = most
+        self.known: dict[Hashable, Replay] = {}
+        self.lock = threading.Lock()
+
+    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Work, Tensors], None]) -> None:
+        """`launch_all` the first time that `key` is seen; from then on what it did, again for these tensors.
+
+        Args:
+            key: everything that decides which kernels are launched, and with which numbers.
+            tensors: those that the launches read and write.
+            launch_all: takes where to launch, and `tensors`.
+        """
+        key = (key, *[x if x is None else (x.dtype, x.stride(), x.data_ptr() % 16) for x in tensors])
+        replay = self.known.get(key)
+        if replay is not None:
+            replay.run(tensors)
+            return
+        recording = Recording(tensors)
+        launch_all(recording, recording.tensors)
+        with self.lock:
+            while len(self.known) >= self.most:
+                del self.known[next(iter(self.known))]
+            self.known[key] = recording.replay()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.known.clear()
