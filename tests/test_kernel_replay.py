@@ -2,16 +2,12 @@
 
 import importlib.util
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
-
-import triton
-from triton.backends.compiler import GPUTarget
 
 from vsa_diffusers.kernels.run import is_recent_triton
 
@@ -24,47 +20,13 @@ from vsa_diffusers.tiles import TileGrid
 from vsa_diffusers.torch_impl import Problem
 
 
-class StubDriver:
-    """A Hopper GPU as far as compiling and launching go; launches are noted and nothing runs."""
-
-    def __init__(self):
-        self.launches = []
-        self.utils = SimpleNamespace(
-            load_binary=lambda name, *_: (name, name, 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-        )
-
-    def launcher_cls(self, source, metadata):
-        def launch(grid_0, grid_1, grid_2, stream, function, packed, launch_metadata, enter, leave, *arguments):
-            self.launches.append(
-                (function, (grid_0, grid_1, grid_2), dict(zip(source.fn.arg_names, arguments, strict=True)))
-            )
-
-        return launch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return id(self)
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
 @pytest.fixture
 def driver(monkeypatch):
-    saved = dict(vars(triton.runtime.driver))
-    stub = StubDriver()
-    triton.runtime.driver.set_active(stub)
+    from stub_driver import hopper_stub
+
     monkeypatch.setattr(run, "replays", Replays())
-    monkeypatch.setattr(run, "may_replay", lambda query: True)
-    monkeypatch.setattr(run, "device_of", lambda index: tuning.Device((9, 0), tuning.HAS_DESCRIPTORS))
-    yield stub
-    vars(triton.runtime.driver).update(saved)
+    with hopper_stub() as stub:
+        yield stub
 
 
 def comparable(launches, tensors):

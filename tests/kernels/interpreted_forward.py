@@ -71,7 +71,7 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
 
 
 def test_scores_beyond_the_workspace_take_turns(monkeypatch):
-    monkeypatch.setattr(select, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(select, "workspace_bytes", lambda elements: 0)
     query, key, value = (torch.randn(1, 6 * 6 * 4, 3, 16) for _ in range(3))
     problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25)
     _, indices, _ = forward(query, key, value, None, None, problem)

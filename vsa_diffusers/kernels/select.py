@@ -27,7 +27,7 @@ from .tuning import power_of_two
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
 SCORES_PER_THREAD = 64  # that a thread of top_k_kernel holds
-WORKSPACE_BYTES = 2**26
+LEAST_WORKSPACE_BYTES = 2**26
 
 
 class Lists(NamedTuple):
@@ -65,6 +65,12 @@ def _threshold(ordered, top_k, ROWS: tl.constexpr):
     return threshold
 
 
+@triton.jit
+def workspace_width(num_tiles):
+    """Scores between two rows of the workspace, so many that rows begin at whole cache lines."""
+    return tl.cdiv(num_tiles, 32) * 32
+
+
 @triton.jit(do_not_specialize=SIZES)
 def scores_kernel(
     means,
@@ -83,7 +89,7 @@ def scores_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, KEYS]`, from row `first_row` of all."""
+    """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, width]`, from row `first_row` of all."""
     blocks = tl.cdiv(num_tiles, BLOCK_M)
     task = first_row // BLOCK_M + tl.program_id(0)
     place = (task // blocks).to(tl.int64)
@@ -107,7 +113,7 @@ def scores_kernel(
         mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
         k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        tl.store(scores + lane[:, None] * KEYS + column[None, :], s, column[None, :] < num_tiles)
+        tl.store(scores + lane[:, None] * workspace_width(num_tiles) + column[None, :], s, column[None, :] < num_tiles)
         if coarse is not None:
             s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
             v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
@@ -164,7 +170,7 @@ def top_k_kernel(
     first = first_row + tl.program_id(0) * ROWS
     line = first % padded + tl.arange(0, ROWS)
     lane = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scores_at = scores + lane[:, None] * KEYS
+    scores_at = scores + lane[:, None] * workspace_width(num_tiles)
     if first % padded >= num_tiles:
         return
     key = tl.arange(0, KEYS)[None, :]
@@ -251,6 +257,14 @@ def tail_width(problem: Problem) -> int:
     return -(-largest // GROUP) * min(problem.top_k, grid.num_tiles - full)
 
 
+def workspace_bytes(elements: int) -> int:
+    """Room for scores beside a key of so many elements: an eighth of what key and value take in 16 bits, if not more.
+
+    The fewer turns scores and top-k take, the more programs each of their launches has.
+    """
+    return max(LEAST_WORKSPACE_BYTES, elements // 2)
+
+
 def tail_groups(grid: TileGrid) -> dict[str, int]:
     """What the kernels that write lists must know of partial tiles: how many groups the largest makes."""
     return {"TAIL_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
@@ -284,8 +298,10 @@ def select(
     num_warps = min(16, max(1, keys // (32 * SCORES_PER_THREAD)))
     rows = min(block_m, max(1, 512 // keys))
     all_rows = batch * heads * -(-num_tiles // block_m) * block_m
-    at_once = min(all_rows, max(block_m, WORKSPACE_BYTES // (4 * keys) // block_m * block_m))
-    scores = work.empty(means, (at_once, keys))
+    row_bytes = 4 * (-(-num_tiles // 32) * 32)
+    at_once = workspace_bytes(batch * heads * grid.num_tokens * dim) // (row_bytes * block_m) * block_m
+    at_once = min(all_rows, max(block_m, at_once))
+    scores = work.empty(means, (at_once, row_bytes // 4))
     for first_row in range(0, all_rows, at_once):
         some_rows = min(at_once, all_rows - first_row)
         work.launch(
