@@ -169,10 +169,12 @@ def attend_kernel(
         keys_left = tl.where(in_context, video_tokens % TILE, listed_keys)
         pooled = tl.where(in_context, 0, num_tiles)
 
-    bounded = False
+    # Bounded, if norms allow it; and online where they do not, or where weights have vanished.
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    to_do = True
+    bound = 0.0
     if reach is not None:
         # No logit is further from zero than the norms of the longest row and the longest key allow.
         if HAS_CONTEXT:
@@ -181,9 +183,13 @@ def attend_kernel(
         else:
             norm = tl.load(longest + line)
         bound = norm * tl.load(reach + place) * tl.abs(scale)
-        bounded = bound < FARTHEST
-        if bounded:
-            highest = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.maximum(bound - HEADROOM, 0.0)
+        to_do = bound < FARTHEST
+    for attempt in tl.static_range(0 if reach is not None else 1, 2):
+        if to_do:
+            if attempt == 0:
+                highest = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.maximum(bound - HEADROOM, 0.0)
+            else:
+                highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             highest, total, acc = walk_video(
                 q,
                 highest,
@@ -219,58 +225,17 @@ def attend_kernel(
                 BLOCK_D,
                 BLOCK_N,
                 GROUP,
-                STAGES,
-                TAIL_STAGES,
+                STAGES if attempt == 0 or reach is None or HAS_CONTEXT else 1,
+                TAIL_STAGES if attempt == 0 else 1,
                 TILED,
                 HAS_CONTEXT,
-                True,
+                attempt == 0,
                 PRECISION,
             )
-            bounded = tl.min(tl.where(row_mask, total, 1.0), 0) > LEAST_TOTAL
-    if not bounded:
-        highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        highest, total, acc = walk_video(
-            q,
-            highest,
-            scale,
-            key_base,
-            value_base,
-            key_descriptor,
-            value_descriptor,
-            starts,
-            tail,
-            kept,
-            proxies,
-            log_size,
-            full_tiles,
-            listed_tiles,
-            keys_left,
-            listed_keys,
-            pooled,
-            in_context,
-            place,
-            line,
-            key_s,
-            value_s,
-            batch_heads,
-            num_tiles,
-            video_h,
-            video_w,
-            BLOCK_T,
-            BLOCK_H,
-            BLOCK_W,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-            BLOCK_N,
-            GROUP,
-            STAGES if reach is None or HAS_CONTEXT else 1,
-            1,
-            TILED,
-            HAS_CONTEXT,
-            False,
-            PRECISION,
-        )
+            if attempt == 0:
+                to_do = tl.min(tl.where(row_mask, total, 1.0), 0) <= LEAST_TOTAL
+        elif attempt == 0:
+            to_do = True
 
     # Context keys.
     if HAS_CONTEXT:
