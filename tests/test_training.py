@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from training_material import precompute, training_options, write_videos
 from vsa_training.objective import logit_normal_quantiles
 from vsa_training.options import Options
@@ -224,18 +225,46 @@ def test_gradient_checkpointing_changes_nothing(material, tmp_path):
     assert metrics(tmp_path / "recomputed") == [pytest.approx(line, rel=1e-4) for line in metrics(tmp_path / "kept")]
 
 
-def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_path):
-    options = dict(train_batch_size=1, max_train_steps=4, validation_steps=2, use_ema=True)
-    train(training_options(material, tmp_path / "one", gradient_accumulation_steps=2, **options))
-    given = vars(training_options(material, tmp_path / "two", **options)).items()
-    words = [f"--{name}={value}" for name, value in given if not isinstance(value, list) and value is not None]
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "WanTransformerBlock",
+}  # fmt: skip
+
+
+def train_two_processes(options: Options, *, sharded: bool) -> None:
+    given = [(name, value) for name, value in vars(options).items() if value is not None]
+    words = [f"--{name}={value}" for name, value in given if not isinstance(value, list)]
+    script = [str(ROOT / "tests" / "fsdp_on_cpu.py")] if sharded else []
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script,
         str(ROOT / "examples" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",
     ]  # fmt: skip
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    environment = ENVIRONMENT | (SHARDED if sharded else {})
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert metrics(tmp_path / "two") == [pytest.approx(line, rel=1e-3) for line in metrics(tmp_path / "one")]
+
+
+@pytest.mark.parametrize(("sharded", "rank"), [(False, 0), (True, 0), (True, 4)])
+def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_path, sharded, rank):
+    options = dict(train_batch_size=1, max_train_steps=5, validation_steps=2, use_ema=True, rank=rank)
+    train(training_options(material, tmp_path / "one", gradient_accumulation_steps=2, **options))
+    train_two_processes(training_options(material, tmp_path / "two", **options), sharded=sharded)
+    assert metrics(tmp_path / "two") == [pytest.approx(line, rel=1e-4) for line in metrics(tmp_path / "one")]
+    file = "pytorch_lora_weights.safetensors" if rank else "diffusion_pytorch_model.safetensors"
+    one, two = (load_file(tmp_path / name / "final" / "transformer" / file) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_path):
+    options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True)
+    train_two_processes(options, sharded=True)
+    straight = metrics(tmp_path / "run")
+    for left in ("checkpoint-0000006", "final"):
+        (tmp_path / "run" / left).rename(tmp_path / left)
+    train_two_processes(options, sharded=True)
+    assert metrics(tmp_path / "run") == [pytest.approx(line, rel=1e-5) for line in straight]
 
 
 @pytest.mark.parametrize(

@@ -98,14 +98,15 @@ def test_what_is_chosen_learns_at_its_own_rate():
 def test_averages_are_in_place_for_a_while_only():
     from diffusers.training_utils import EMAModel
 
-    parameter = torch.nn.Parameter(torch.zeros(2))
+    model = torch.nn.Linear(1, 2, bias=False)
+    parameter = model.weight
     ema = EMAModel([parameter], decay=0.5)
     parameter.data.fill_(4.0)
     ema.step([parameter])
-    with averages_in_place(ema, [parameter]):
+    with averages_in_place(ema, model):
         inside = parameter.detach().clone()
     assert inside.equal(ema.shadow_params[0])
-    assert parameter.tolist() == [4.0, 4.0]
+    assert parameter.tolist() == [[4.0], [4.0]]
 
 
 @pytest.mark.parametrize("block_size", [(4, 4, 4), (2, 2, 4)])

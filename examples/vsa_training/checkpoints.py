@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .averages import averages_in_place
+from .averages import averages_in_place, learning_parameters
 
 STATE_NAME = "state.json"
 
@@ -157,20 +157,17 @@ class Checkpoints:
         whole = {"state": dict(states), "param_groups": groups}
         set_optimizer_state_dict(self.model, self._inner_optimizer(), optim_state_dict=whole, options=options)
 
-    def _learning(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def _averages(self) -> dict[str, torch.Tensor] | None:
         """Averaged weights by name; the average itself knows no names."""
         if self.ema is None:
             return None
-        with averages_in_place(self.ema, self._learning()):
+        with averages_in_place(self.ema, self.model):
             averages = whole_state_dict(self.model, trainable_only=True)
             return {name: tensor.clone() for name, tensor in averages.items()}
 
     def _set_averages(self, optimization_step: int) -> None:
         """Take the model's present weights as the averages."""
-        for average, parameter in zip(self.ema.shadow_params, self._learning(), strict=True):
+        for average, parameter in zip(self.ema.shadow_params, learning_parameters(self.model), strict=True):
             average.copy_(parameter.detach())
         self.ema.optimization_step = optimization_step
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vsa_diffusers import save_vsa, set_top_k_ratio
 
-from .averages import averages_in_place
+from .averages import averages_in_place, learning_parameters
 from .checkpoints import Checkpoints, whole_state_dict
 from .dataset import BatchOrder, Description, Sample, Shards, collate, split_shards
 from .models import load_transformer, prepare_transformer, shrink_frozen, vsa_config
@@ -96,7 +96,11 @@ class Trainer:
             num_warmup_steps=options.lr_warmup_steps,
             num_training_steps=options.max_train_steps,
         )
-        self.ema = EMAModel(self._learning(), decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
+        self.ema = (
+            EMAModel(learning_parameters(self.model), decay=options.ema_decay, use_ema_warmup=True)
+            if options.use_ema
+            else None
+        )
         self.checkpoints = Checkpoints(
             self.folder, self.accelerator, self.model, self.optimizer, self.scheduler, self.ema,
             options.checkpoints_total_limit,
@@ -148,14 +152,14 @@ class Trainer:
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self._learning(), self.options.max_grad_norm)
+                    norm = self.accelerator.clip_grad_norm_(learning_parameters(self.model), self.options.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         rates = dict(zip(self.group_names, self.scheduler.get_last_lr(), strict=True))
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         if self.ema is not None:
-            self.ema.step(self._learning())
+            self.ema.step(learning_parameters(self.model))
         self.step += 1
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         if not math.isfinite(loss):
@@ -214,7 +218,7 @@ class Trainer:
         """Loss and videos at the target ratio, of the averaged weights if there are some."""
         set_top_k_ratio(self.transformer, self.options.top_k_ratio)
         report = {}
-        with averages_in_place(self.ema, self._learning()):
+        with averages_in_place(self.ema, self.model):
             if len(self.held_out):
                 report["validation_loss"] = validation_loss(
                     self.accelerator, self.model, self.held_out, self.description.channel_axis, self._judged_sigmas(),
@@ -253,7 +257,7 @@ class Trainer:
     def _save_result(self) -> Path:
         """What `load_vsa` reads, with the averaged weights if there are some."""
         if self.ema is not None:
-            self.ema.copy_to(self._learning())
+            self.ema.copy_to(learning_parameters(self.model))
         weights = whole_state_dict(self.model)
         path = self.folder / "final"
         if self.accelerator.is_main_process:
@@ -284,9 +288,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             with self.log_file.open("a") as log:
                 log.write(json.dumps({"step": self.step} | report) + "\n")
-
-    def _learning(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _only_group(self) -> str:
         learning = [name for name, parameter in self.transformer.named_parameters() if parameter.requires_grad]
