@@ -74,7 +74,7 @@ def main(
     videos, results = [], []
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
         tasks = [progress.add_task(name_of(ratio), total=call["num_inference_steps"] + 1) for ratio in (None, *ratios)]
-        generate(pipe, call | {"num_inference_steps": 1}, seed)  # the first call of all is slower
+        warm_up(pipe, call, seed, ratios[0] if device == "cuda" and ratios else None)
         for task, ratio in zip(tasks, (None, *ratios), strict=True):
             if ratio is not None:
                 enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps)
@@ -126,6 +126,15 @@ def generate(pipe: WanPipeline, call: dict, seed: int, on_step=lambda: None) -> 
     latents = pipe(**call, generator=generator, output_type="latent", callback_on_step_end=callback).frames
     synchronize()
     return latents, time.perf_counter() - start
+
+
+def warm_up(pipe: WanPipeline, call: dict, seed: int, ratio: float | None) -> None:
+    """The first call of all is slower, and so is, on a GPU, the first one with VSA: it compiles the kernels."""
+    generate(pipe, call | {"num_inference_steps": 1}, seed)
+    if ratio is not None:
+        enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE)
+        generate(pipe, call | {"num_inference_steps": 1}, seed)
+        disable_vsa(pipe)
 
 
 def synchronize() -> None:
