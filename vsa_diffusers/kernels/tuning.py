@@ -23,7 +23,9 @@ class Launch:
     Args:
         layout: where it reads key and value: `"direct"` from the inputs, `"tiled"` from a copy in tile order,
             `"descriptor"` from that copy through tensor descriptors (compute capability 9.0 or later).
-        warps, stages: warps of a program, and buffers of its main loop's pipeline.
+        warps: warps of a program.
+        stages: stages of its main loop's pipeline. Where a tile begins is looked up before its rows are read, and takes
+            its part of them: 2, 3 and 4 hold two steps in flight, 5 and 6 three, 7 four.
         keys: keys of one step, at most; a power of two.
         registers: most registers of a thread, so that more programs share a processor (CUDA only).
         tail_stages: buffers where it walks partial tiles.

@@ -143,7 +143,8 @@ def walk_video(
     if proxies is not None:
         mean_key = proxies + place * num_tiles * HEAD_DIM
         mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-        for first in tl.range(0, pooled, BLOCK_N, num_stages=STAGES):
+        # Nothing here is looked up before it is loaded, so two stages do; more would take the room of a second program.
+        for first in tl.range(0, pooled, BLOCK_N, num_stages=min(STAGES, 2)):
             index = first + column
             exists = index < num_tiles
             word = tl.load(kept + index // 32, exists, other=-1)
