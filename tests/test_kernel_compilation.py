@@ -86,16 +86,16 @@ def test_the_widest_heads_fit_into_little_shared_memory():
     assert len(_reports(86, head_dim=256)) == 4
 
 
-@pytest.mark.parametrize(("stages", "buffers"), [(2, 2), (5, 3)])
+@pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("combine", ["gate", "merge"])
-def test_deeper_pipelines_leave_room_for_two_programs(combine, stages, buffers):
+def test_deeper_pipelines_leave_room_for_two_programs(combine, stages):
     from compilation import SHARED_LIMIT, compile_call
     from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, Launch
 
     if not HAS_DESCRIPTORS:
         pytest.skip("runs with Triton 3.4 or later")
     kernel = compile_call(90, combine=combine, launch=Launch("descriptor", stages=stages))["attend"]
-    assert f"memdesc<{buffers}x64x128xbf16" in kernel.asm["ttgir"]
+    assert f"memdesc<{stages}x64x128xbf16" in kernel.asm["ttgir"]
     assert 2 * kernel.metadata.shared + 1024 <= SHARED_LIMIT[90]  # of which each program takes 1024 bytes
 
 

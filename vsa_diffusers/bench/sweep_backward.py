@@ -24,8 +24,8 @@ def candidates(table: Any, head_dim: int) -> Iterator[tuple[str, Any]]:
 
     layouts = LAYOUTS[::-1] if HAS_DESCRIPTORS else LAYOUTS[1::-1]
     forms = {
-        "query": [(4, 2, 64), (4, 5, 32), (4, 7, 32), (4, 3, 32), (8, 2, 64)],
-        "key": [(4, 3, 32), (4, 5, 32), (4, 7, 32), (8, 3, 64), (8, 5, 64)],
+        "query": [(4, 2, 64), (4, 3, 32), (4, 4, 32), (8, 2, 64)],
+        "key": [(4, 2, 32), (4, 3, 32), (4, 4, 32), (8, 2, 64)],
     }
     if head_dim > 128:
         forms = {kernel: [(8, 2, 32), (8, 1, 32), (8, 1, 64), (4, 1, 32)] for kernel in forms}

@@ -25,6 +25,7 @@ from .rows import (
     BACKWARD_SIZES,
     TAIL,
     block_offset,
+    list_start,
     load_rows,
     load_stats,
     rows_of,
@@ -176,13 +177,11 @@ def key_gradient_kernel(
         listed_tiles = tl.where(in_context, 0, listed_tiles)
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
     starts += place * full_length + tl.load(offsets + entry)
+    next_start = list_start(starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
-        index = step // STEPS
         inside = step % STEPS * BLOCK_N + column
-        if HAS_CONTEXT:
-            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
-        else:
-            start = tl.load(starts + index)
+        start = next_start
+        next_start = list_start(starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
         present = inside < TILE if RAGGED else None
         offset = inside
         if query_descriptor is not None:

@@ -22,6 +22,7 @@ from .rows import (
     BACKWARD_SIZES,
     TAIL,
     block_offset,
+    list_start,
     load_rows,
     load_stats,
     rows_of,
@@ -163,17 +164,16 @@ def query_gradient_kernel(
     else:
         full_tiles = top_k
         groups = 0
+    listed_tiles = full_tiles
     if HAS_CONTEXT:
-        listed_tiles = tl.where(in_context, 0, full_tiles)
+        listed_tiles = tl.where(in_context, 0, listed_tiles)
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
     starts += line * top_k
+    next_start = list_start(starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
-        index = step // STEPS
         inside = step % STEPS * BLOCK_N + column
-        if HAS_CONTEXT:
-            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
-        else:
-            start = tl.load(starts + index)
+        start = next_start
+        next_start = list_start(starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
         present = inside < TILE if RAGGED else None
         bias = tl.where(present, 0.0, float("-inf")) if RAGGED else None
         if key_descriptor is not None:

@@ -87,6 +87,19 @@ def rows_of(
 
 
 @triton.jit
+def list_start(starts, index, listed_tiles, in_context, TILE: tl.constexpr, HAS_CONTEXT: tl.constexpr):
+    """Where the tile at this place of a list begins.
+
+    Loops ask for the next one while they work on one: looked up where it is used, it would take every other stage of
+    the pipeline.
+    """
+    start = tl.load(starts + index, mask=index < listed_tiles, other=0)
+    if HAS_CONTEXT:
+        start = tl.where(in_context, index * TILE, start)
+    return start
+
+
+@triton.jit
 def load_rows(base, offset, exists, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `[ROWS, BLOCK_D]` that begin at `base + offset`; `exists` is `None` where every row does."""
     at = base + offset[:, None] + dim[None, :]

@@ -23,9 +23,7 @@ class Launch:
     Args:
         layout: where it reads key and value: `"direct"` from the inputs, `"tiled"` from a copy in tile order,
             `"descriptor"` from that copy through tensor descriptors (compute capability 9.0 or later).
-        warps: warps of a program.
-        stages: stages of its main loop's pipeline. Where a tile begins is looked up before its rows are read, and takes
-            its part of them: 2, 3 and 4 hold two steps in flight, 5 and 6 three, 7 four.
+        warps, stages: warps of a program, and buffers of its main loop's pipeline.
         keys: keys of one step, at most; a power of two.
         registers: most registers of a thread, so that more programs share a processor (CUDA only).
         tail_stages: buffers where it walks partial tiles.
@@ -91,7 +89,7 @@ _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
         (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
     8: (
-        (128, Launch("tiled", 4, 3, 32), Launch("direct", 4, 3, 32)),
+        (128, Launch("tiled", 4, 2, 32), Launch("direct", 4, 2, 32)),
         (256, Launch("tiled", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
     0: (  # 64 KB of shared memory
@@ -145,13 +143,13 @@ WHOLE_BACKWARD_COPY_BYTES = 2**27
 # As `_TABLE`, for the backward pass; `keys` counts queries where the kernel walks those.
 _BACKWARD_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     9: (
-        (64, Launch("descriptor", 4, 3), Launch("descriptor", 4, 3)),
-        (128, Launch("descriptor", 4, 2), Launch("descriptor", 4, 3, 32)),
+        (64, Launch("descriptor", 4, 2), Launch("descriptor", 4, 2)),
+        (128, Launch("descriptor", 4, 2), Launch("descriptor", 4, 2, 32)),
         (256, Launch("descriptor", 8, 2, 32), Launch("descriptor", 8, 1, 32)),
     ),
     8: (
-        (64, Launch("tiled", 4, 3, 32), Launch("tiled", 4, 3, 32)),
-        (128, Launch("tiled", 4, 3, 32), Launch("tiled", 8, 2, 32)),
+        (64, Launch("tiled", 4, 2, 32), Launch("tiled", 4, 2, 32)),
+        (128, Launch("tiled", 4, 2, 32), Launch("tiled", 8, 2, 32)),
         (256, Launch("tiled", 8, 1, 32), Launch("tiled", 8, 1, 16)),
     ),
     0: (

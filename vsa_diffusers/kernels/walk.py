@@ -6,7 +6,7 @@ M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
 import triton
 import triton.language as tl
 
-from .rows import load_rows, tail_rows
+from .rows import list_start, load_rows, tail_rows
 
 
 @triton.jit
@@ -89,13 +89,11 @@ def walk_video(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # Full tiles, without masks.
+    next_start = list_start(starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
-        index = step // STEPS
         inside = step % STEPS * BLOCK_N + column
-        if HAS_CONTEXT:
-            start = tl.where(in_context, index * TILE, tl.load(starts + index, mask=index < listed_tiles, other=0))
-        else:
-            start = tl.load(starts + index)
+        start = next_start
+        next_start = list_start(starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
         exists = inside < TILE if TILE % BLOCK_N != 0 else None
         bias = tl.where(exists, 0.0, float("-inf")) if TILE % BLOCK_N != 0 else None
         if key_descriptor is not None:
@@ -143,7 +141,7 @@ def walk_video(
     if proxies is not None:
         mean_key = proxies + place * num_tiles * HEAD_DIM
         mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-        # Nothing here is looked up before it is loaded, so two stages do; more would take the room of a second program.
+        # More stages than two would take the room of a second program.
         for first in tl.range(0, pooled, BLOCK_N, num_stages=min(STAGES, 2)):
             index = first + column
             exists = index < num_tiles
