@@ -23,8 +23,54 @@ def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> 
     return (scale or query.shape[-1] ** -0.5) * means[0] @ means[1].transpose(-1, -2)
 
 
+def quarter_numbers(video_shape, block_size) -> torch.Tensor:
+    """The quarter (0 to 3) of its tile that every token in sequence order lies in, `[T * H * W]`."""
+    _, h, w = torch.meshgrid(*(torch.arange(extent) for extent in video_shape), indexing="ij")
+    below, right = (x % block >= math.ceil(block / 2) for x, block in zip((h, w), block_size[1:], strict=True))
+    return (2 * below + right).flatten()
+
+
+def quarter_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
+    """Logarithms of attention estimated from quarters of tiles, `[batch, heads, tiles, tiles]`, fp64."""
+    tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
+    scale, num_tiles = scale or query.shape[-1] ** -0.5, int(tile.max()) + 1
+    q, k = (x[:, before : before + len(tile)].double().transpose(1, 2) for x in (query, key))
+    scores = torch.zeros(*q.shape[:2], num_tiles, num_tiles, dtype=torch.float64)
+    cells = [(tile == n) & (quarter == part) for n in range(num_tiles) for part in range(4)]
+    for n, own in enumerate(cells):
+        if not own.any():
+            continue
+        mean_q = q[:, :, own].mean(2)
+        mass, whole = torch.zeros_like(scores[:, :, 0]), torch.zeros_like(scores[:, :, 0])
+        shift = scale * (k @ mean_q[..., None]).amax((2, 3))
+        for m in range(num_tiles):
+            tokens = k[:, :, tile == m]
+            whole[..., m] = tokens.shape[2] * (scale * (mean_q * tokens.mean(2)).sum(-1) - shift).exp()
+            for cell in cells[4 * m : 4 * m + 4]:
+                if cell.any():
+                    logit = scale * (mean_q * k[:, :, cell].mean(2)).sum(-1)
+                    mass[..., m] += cell.sum() * (logit - shift).exp()
+        scores[:, :, n // 4] += own.sum() / (tile == n // 4).sum() * mass / whole.sum(-1, keepdim=True)
+    return scores.log()
+
+
+SCORES = {"mean": coarse_scores, "quarters": quarter_scores}
+
+
 def reference(
-    query, key, value, video_shape, *, top_k, block_size, combine, gate=None, scale=None, before=0, context_mask=None
+    query,
+    key,
+    value,
+    video_shape,
+    *,
+    top_k,
+    block_size,
+    combine,
+    gate=None,
+    scale=None,
+    before=0,
+    context_mask=None,
+    selection="mean",
 ) -> torch.Tensor:
     """`[batch, sequence, heads, head_dim]` in fp64. Every tensor as in `video_sparse_attention`."""
     scale = scale or query.shape[-1] ** -0.5
@@ -32,6 +78,7 @@ def reference(
     num_tiles = int(tile.max()) + 1
     video = slice(before, before + len(tile))
     scores = coarse_scores(query, key, video_shape, block_size, scale, before)
+    selected_by = SCORES[selection](query, key, video_shape, block_size, scale, before)
     q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
     sequence = q.shape[2]
     is_context = torch.ones(sequence, dtype=torch.bool)
@@ -47,7 +94,7 @@ def reference(
             logits = scale * q[b, h] @ k[b, h].T
             allowed = valid.expand(sequence, sequence).clone()
             kept = torch.zeros(num_tiles, num_tiles, dtype=torch.bool)
-            kept.scatter_(1, scores[b, h].topk(top_k, dim=1).indices, True)
+            kept.scatter_(1, selected_by[b, h].topk(top_k, dim=1).indices, True)
             allowed[video, video] = kept[tile][:, tile]
             logits = logits.masked_fill(~allowed, -math.inf)
             values = v[b, h]
