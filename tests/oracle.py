@@ -17,7 +17,7 @@ def tile_numbers(video_shape, block_size) -> torch.Tensor:
 
 def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
     """Scores between tile means, `[batch, heads, tiles, tiles]`, fp64."""
-    tile = tile_numbers(video_shape, block_size)
+    tile = tile_numbers(video_shape, block_size).to(query.device)
     video = slice(before, before + len(tile))
     means = [_means(x[:, video].double().transpose(1, 2), tile) for x in (query, key)]
     return (scale or query.shape[-1] ** -0.5) * means[0] @ means[1].transpose(-1, -2)
@@ -31,27 +31,14 @@ def quarter_numbers(video_shape, block_size) -> torch.Tensor:
 
 
 def quarter_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
-    """Logarithms of attention estimated from quarters of tiles, `[batch, heads, tiles, tiles]`, fp64."""
+    """The highest logit between quarters of two tiles, `[batch, heads, tiles, tiles]`, fp64."""
     tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
-    scale, num_tiles = scale or query.shape[-1] ** -0.5, int(tile.max()) + 1
-    q, k = (x[:, before : before + len(tile)].double().transpose(1, 2) for x in (query, key))
-    scores = torch.zeros(*q.shape[:2], num_tiles, num_tiles, dtype=torch.float64)
-    cells = [(tile == n) & (quarter == part) for n in range(num_tiles) for part in range(4)]
-    for n, own in enumerate(cells):
-        if not own.any():
-            continue
-        mean_q = q[:, :, own].mean(2)
-        mass, whole = torch.zeros_like(scores[:, :, 0]), torch.zeros_like(scores[:, :, 0])
-        shift = scale * (k @ mean_q[..., None]).amax((2, 3))
-        for m in range(num_tiles):
-            tokens = k[:, :, tile == m]
-            whole[..., m] = tokens.shape[2] * (scale * (mean_q * tokens.mean(2)).sum(-1) - shift).exp()
-            for cell in cells[4 * m : 4 * m + 4]:
-                if cell.any():
-                    logit = scale * (mean_q * k[:, :, cell].mean(2)).sum(-1)
-                    mass[..., m] += cell.sum() * (logit - shift).exp()
-        scores[:, :, n // 4] += own.sum() / (tile == n // 4).sum() * mass / whole.sum(-1, keepdim=True)
-    return scores.log()
+    member = torch.nn.functional.one_hot(4 * tile + quarter, 4 * int(tile.max()) + 4).to(query.device).double()
+    counts = member.sum(0)
+    pool = (member / counts.clamp_min(1)).T
+    q, k = (pool @ x[:, before : before + len(tile)].double().transpose(1, 2) for x in (query, key))
+    logits = (scale or query.shape[-1] ** -0.5) * q @ k.transpose(-1, -2) + counts.log() + counts.log()[:, None]
+    return logits.unflatten(3, (-1, 4)).amax(-1).unflatten(2, (-1, 4)).amax(3)
 
 
 SCORES = {"mean": coarse_scores, "quarters": quarter_scores}

@@ -53,31 +53,25 @@ def quarters(valid: torch.Tensor, grid: TileGrid) -> torch.Tensor:
 
 
 def quarter_scores(
-    query: torch.Tensor, key: torch.Tensor, mean_key: torch.Tensor, counts: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor, scale: float
 ) -> Iterator[torch.Tensor]:
-    """Logarithm of the attention that each key tile gets from a query tile, estimated from quarters of both.
+    """The highest logit between a quarter of the query tile and one of the key tile, a chunk of query tiles at a time.
 
-    The mean of a query quarter `q` gives each key tile the sum over its quarters `k` of `tokens(k) exp(scale q . k)`.
-    That is divided by the sum of `tokens exp(scale q . mean)` over all key tiles, and averaged over the tokens of the
-    query tile.
+    A quarter counts as often as it has tokens: `scale * query . key + log(tokens of the one * tokens of the other)`.
 
     Args:
         query, key: means of the quarters `[B, H, N, 4, D]`; any finite number where a quarter is empty.
-        mean_key: means of the tiles `[B, H, N, D]`.
         counts: tokens of every quarter `[N, 4]`.
 
     Yields:
-        `[B, H, c, N]`, a chunk of query tiles at a time.
+        `[B, H, c, N]`.
     """
     weight = counts.to(query.dtype).log()  # -inf where a quarter is empty
-    tile_weight = counts.sum(1).to(query.dtype).log()
-    keys, tiles = key.flatten(2, 3).transpose(-1, -2), mean_key.transpose(-1, -2)
-    rows = _chunk(mean_key, 3 * QUARTERS**2)
-    for part, own in zip(query.split(rows, dim=2), (weight - tile_weight[:, None]).split(rows), strict=True):
-        lines = part.flatten(2, 3)  # [B, H, c * 4, D]
-        mass = (lines @ keys * scale).unflatten(3, (-1, QUARTERS)).add_(weight).logsumexp(-1)  # [B, H, c * 4, N]
-        whole = (lines @ tiles * scale + tile_weight).logsumexp(-1)
-        yield (mass - (whole - own.flatten())[..., None]).unflatten(2, (-1, QUARTERS)).logsumexp(3)
+    keys = key.flatten(2, 3).transpose(-1, -2)
+    rows = _chunk(key[:, :, :, 0], 2 * QUARTERS**2)
+    for part, own in zip(query.split(rows, dim=2), weight.split(rows), strict=True):
+        logits = (part.flatten(2, 3) @ keys * scale).unflatten(3, (-1, QUARTERS)).add_(weight)  # [B, H, c * 4, N, 4]
+        yield (logits.amax(-1) + own.flatten()[:, None]).unflatten(2, (-1, QUARTERS)).amax(3)
 
 
 def _chunk(means: torch.Tensor, scores: int) -> int:

@@ -116,7 +116,7 @@ class Tiled:
         members = quarters(self.valid, self.problem.grid)
         counts = members.sum(1)
         share = members.to(self.mean_key.dtype) / counts[:, None].clamp_min(1)
-        return quarter_scores(self._means(query, share), self._means(key, share), self.mean_key, counts, scale)
+        return quarter_scores(self._means(query, share), self._means(key, share), counts, scale)
 
     def chunks(self) -> Iterator[slice]:
         """Ranges of query tiles whose gathered keys are about a sixteenth of key and value, or one tile."""

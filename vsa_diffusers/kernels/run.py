@@ -90,7 +90,7 @@ def _some_heads(inputs, outputs, problem: Problem, chosen: Plan, first: int) -> 
         output, indices, lse = output[:, :, part], indices[:, part], lse[:, part]
     query, key, value, gate = tensors
     tiled = chosen.attend.layout != "direct"
-    pooled = pool(query, key, value, problem, tiled=tiled)
+    pooled = pool(query, key, value, problem, tiled=tiled, parts=problem.selection == "quarters")
     lists = select(
         pooled,
         indices,

@@ -20,6 +20,7 @@ import triton.language as tl
 from ..torch_impl import Problem
 from .geometry import SIZES, tile_box, tile_row
 from .pool import Pooled
+from .quarters import quarter_scores
 from .tuning import power_of_two
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
@@ -105,7 +106,8 @@ def scores_kernel(
         mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
         k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        tl.store(scores + lane[:, None] * KEYS + column[None, :], s, column[None, :] < num_tiles)
+        if scores is not None:
+            tl.store(scores + lane[:, None] * KEYS + column[None, :], s, column[None, :] < num_tiles)
         if coarse is not None:
             s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
             v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
@@ -282,7 +284,7 @@ def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bo
         scores_kernel[(some_rows // block_m,)](
             means,
             pooled.longest,
-            scores,
+            scores if pooled.quarters is None else None,
             lists.coarse,
             lists.reach,
             first_row,
@@ -299,6 +301,8 @@ def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bo
             num_stages=2,
             enable_fp_fusion=False,  # as in the sparse kernel
         )
+        if pooled.quarters is not None:
+            quarter_scores(pooled, scores, first_row, some_rows, problem.scale, block_m=block_m, precision=precision)
         top_k_kernel[(some_rows // rows,)](
             scores,
             indices,
