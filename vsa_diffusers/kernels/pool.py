@@ -59,7 +59,7 @@ def _pool_one(
         tl.store(longest, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
     if rows is not None:
         tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
-    return wide
+    return x
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -185,6 +185,6 @@ def pool(
         SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        num_warps=1 if tiled else 2,
+        num_warps=4 if parts and dim > 128 else 1 if tiled and not parts else 2,
     )
     return Pooled(means, proxies, rows, log_size, longest, quarters, log_counts)

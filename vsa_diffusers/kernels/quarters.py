@@ -28,15 +28,16 @@ def quarter_of(slot, size, extent_h, extent_w, BLOCK_H: tl.constexpr, BLOCK_W: t
 @triton.jit
 def store_quarters(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
+    part = tl.arange(0, 16)  # the least rows of a product, which needs fewer registers than four masked sums
     dim = tl.arange(0, BLOCK_D)
-    for part in tl.static_range(4):
-        inside = quarter == part
-        count = tl.sum(inside.to(tl.int32), 0)
-        mean = tl.sum(tl.where(inside[:, None], x, 0.0), 0) / tl.maximum(count, 1)
-        tl.store(quarters + part * HEAD_DIM + dim, mean.to(quarters.dtype.element_ty), dim < HEAD_DIM)
-        if log_counts is not None:
-            log_count = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-            tl.store(log_counts + part, log_count)
+    member = part[:, None] == quarter[None, :]
+    count = tl.sum(member.to(tl.int32), 1)
+    sums = tl.dot(tl.where(member, 1.0, 0.0).to(x.dtype), x, input_precision="ieee")  # [16, D]
+    mean = (sums / tl.maximum(count, 1)[:, None]).to(quarters.dtype.element_ty)
+    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, (part[:, None] < 4) & (dim[None, :] < HEAD_DIM))
+    if log_counts is not None:
+        log_count = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+        tl.store(log_counts + part, log_count, part < 4)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,8 +71,8 @@ def quarter_scores_kernel(
     quarter_query = quarters + place * num_tiles * (4 * HEAD_DIM)
     quarter_key = quarter_query + batch_heads.to(tl.int64) * num_tiles * (4 * HEAD_DIM)
     row = 4 * tile + tl.arange(0, 4 * TILES)
-    mask = (row[:, None] < 4 * num_tiles) & (dim[None, :] < HEAD_DIM)
-    q = tl.load(quarter_query + row[:, None] * HEAD_DIM + dim[None, :], mask, other=0.0)  # [R, D]
+    own_mask = (row[:, None] < 4 * num_tiles) & (dim[None, :] < HEAD_DIM)
+    q = tl.load(quarter_query + row[:, None] * HEAD_DIM + dim[None, :], own_mask, other=0.0)  # [R, D]
     own = tl.load(log_counts + row, row < 4 * num_tiles, other=0.0)
     lane = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
     highest = tl.full((4 * TILES, BLOCK_N), float("-inf"), tl.float32)

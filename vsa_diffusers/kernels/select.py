@@ -262,7 +262,8 @@ def select(pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bo
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, power_of_two(num_tiles))
-    block_m = 16 if dim > 128 or batch * heads * num_tiles < 16384 else 32
+    few = batch * heads * num_tiles < 16384 and pooled.quarters is None
+    block_m = 16 if dim > 128 or few else 32
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     per_tile = (batch, heads, num_tiles)
