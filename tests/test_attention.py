@@ -144,9 +144,12 @@ def test_inputs_of_any_strides_give_the_same():
     assert video_sparse_attention(*fused, shape, combine="merge").equal(expected)
 
 
-@pytest.mark.parametrize("combine", ["gate", "sum", "sparse", "merge"])
+@pytest.mark.parametrize(
+    ("combine", "selection"),
+    [("gate", "mean"), ("sum", "mean"), ("sparse", "mean"), ("merge", "mean"), ("merge", "quarters")],
+)
 @pytest.mark.parametrize("context", [(0, 0), (2, 3)])
-def test_gradients_pass_gradcheck(combine, context):
+def test_gradients_pass_gradcheck(combine, selection, context):
     shape = (2, 3, 4)
     query, key, value, gate = (
         x.requires_grad_()
@@ -157,7 +160,7 @@ def test_gradients_pass_gradcheck(combine, context):
 
     def call(query, key, value, gate):
         return video_sparse_attention(
-            query, key, value, shape, top_k=3, block_size=(2, 2, 2), combine=combine,
+            query, key, value, shape, top_k=3, block_size=(2, 2, 2), combine=combine, selection=selection,
             gate=gate if combine == "gate" else None, context_tokens=context, context_mask=mask,
         )  # fmt: skip
 

@@ -58,9 +58,10 @@ def video_sparse_attention(
         context_tokens: `(before, after)`, tokens in the sequence that are not on the grid (text, reference frames).
             Every video query attends to all of them exactly; they attend densely to everything.
         context_mask: bool `[batch, before + after]`, False where a context key is padding.
-        selection: `"mean"`: key tiles are scored by tile means. `"quarters"`: by an estimate of the attention they get,
-            from means over 2 x 2 quarters of the tiles in space; closer to dense attention for 20 times the products
-            of scores. Its time on a GPU has not been measured. It changes which tiles are kept, and nothing else.
+        selection: what key tiles are scored by. `"mean"`: the logit between tile means. `"quarters"`: the highest logit
+            between means of 2 x 2 quarters of the tiles in space, weighed by their tokens; it comes closer to dense
+            attention and makes 16 times the products of scores. Its time on a GPU has not been measured. The coarse
+            branch and pooled keys stay tile means.
         implementation: `"triton"`, kernels for CUDA and ROCm devices; `"torch"`, which runs on any device; or `"auto"`,
             the kernels for 16-bit inputs where they can run.
 

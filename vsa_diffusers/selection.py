@@ -1,8 +1,8 @@
 """Which key tiles a query tile keeps: the `top_k` of highest score, by one of two kinds of scores.
 
-`"mean"`: the product of the tiles' means. `"quarters"`: an estimate of the attention that the key tile gets, from means
-over quarters of the tiles. A tile's tokens fall into 2 x 2 quarters along h and w, split after `ceil(block / 2)` tokens
-of the block; in partial tiles some hold fewer tokens than others, or none.
+`"mean"`: the logit between the tiles' means. `"quarters"`: the highest logit between the mean of a quarter of the query
+tile and that of a quarter of the key tile. Quarters are 2 x 2 parts of a tile along h and w, split after `ceil(h / 2)`
+and `ceil(w / 2)` tokens of the block; in partial tiles some hold fewer tokens than others, or none.
 
 Shapes: B batch, H heads, N tiles, C tile capacity, D head_dim, c query tiles of a chunk.
 """
@@ -57,7 +57,8 @@ def quarter_scores(
 ) -> Iterator[torch.Tensor]:
     """The highest logit between a quarter of the query tile and one of the key tile, a chunk of query tiles at a time.
 
-    A quarter counts as often as it has tokens: `scale * query . key + log(tokens of the one * tokens of the other)`.
+    A quarter weighs as many tokens as it has, so the logit is `scale * query . key + log(own tokens * its tokens)`: the
+    largest part of what the softmax over all tokens would give to the key tile, before it is normalised.
 
     Args:
         query, key: means of the quarters `[B, H, N, 4, D]`; any finite number where a quarter is empty.
@@ -68,13 +69,13 @@ def quarter_scores(
     """
     weight = counts.to(query.dtype).log()  # -inf where a quarter is empty
     keys = key.flatten(2, 3).transpose(-1, -2)
-    rows = _chunk(key[:, :, :, 0], 2 * QUARTERS**2)
+    rows = _chunk(key, 2 * QUARTERS**2)
     for part, own in zip(query.split(rows, dim=2), weight.split(rows), strict=True):
         logits = (part.flatten(2, 3) @ keys * scale).unflatten(3, (-1, QUARTERS)).add_(weight)  # [B, H, c * 4, N, 4]
         yield (logits.amax(-1) + own.flatten()[:, None]).unflatten(2, (-1, QUARTERS)).amax(3)
 
 
 def _chunk(means: torch.Tensor, scores: int) -> int:
-    """Query tiles `[B, H, N, D]` whose `scores` numbers for every pair of tiles fit the bound, or one."""
-    batch, heads, num_tiles, _ = means.shape
+    """Query tiles whose `scores` numbers for every key tile of `means` `[B, H, N, ...]` fit the bound, or one."""
+    batch, heads, num_tiles = means.shape[:3]
     return max(1, MIN_CHUNK_BYTES // (4 * scores * batch * heads * num_tiles))

@@ -138,7 +138,7 @@ def pool_kernel(
         )
         if quarters is not None:
             part = quarter_of(slot, size, extent_h, extent_w, BLOCK_H, BLOCK_W)
-            store_quarters(x, part, quarters + 4 * (copies + summary * HEAD_DIM), None, HEAD_DIM, BLOCK_D)
+            store_quarters(x, part, quarters + 4 * (copies + at), None, HEAD_DIM, BLOCK_D)
     else:
         source = value + item * value_b + head * value_h
         at = copies + summary * HEAD_DIM
