@@ -1,4 +1,4 @@
-"""`selection="quarters"`: scores against the oracle for full, partial and one-token tiles, and where the option goes."""
+"""`selection="quarters"`: scores against the oracle, for full, partial and one-token tiles; where the option goes."""
 
 from unittest import mock
 

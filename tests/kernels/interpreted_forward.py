@@ -109,7 +109,8 @@ def test_a_negative_scale_works():
     assert relative_error(output, video_sparse_attention(-query, key, value, (5, 6, 7), scale=0.2, **arguments)) < 1e-5
 
 
-def test_gradients_flow_through_the_indices_of_the_forward():
+@pytest.mark.parametrize("selection", ["mean", "quarters"])
+def test_gradients_flow_through_the_indices_of_the_forward(selection):
     case = JOINT
     grads = []
     torch.manual_seed(1)
@@ -123,6 +124,7 @@ def test_gradients_flow_through_the_indices_of_the_forward():
             combine=case.combine,
             context_tokens=(case.before, case.after),
             context_mask=mask,
+            selection=selection,
             implementation=implementation,
         )
         grads.append(torch.autograd.grad(output.square().sum(), leaves))

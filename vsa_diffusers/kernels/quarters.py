@@ -7,12 +7,17 @@ Shapes: B batch, H heads of this pass, N tiles, D head_dim, M query tiles of a p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from .geometry import SIZES, quotient
 from .tuning import power_of_two
+
+if TYPE_CHECKING:
+    from .pool import Pooled
 
 
 @triton.jit
@@ -91,7 +96,7 @@ def quarter_scores_kernel(
 
 
 def quarter_scores(
-    pooled, scores: torch.Tensor, first_row: int, rows: int, scale: float, *, block_m, precision
+    pooled: Pooled, scores: torch.Tensor, first_row: int, rows: int, scale: float, *, block_m: int, precision: str
 ) -> None:
     """Fill `rows` rows of the workspace `scores` `[rows, KEYS]`.
 
@@ -100,6 +105,7 @@ def quarter_scores(
         first_row: of all rows; they are counted with each head's last block of `block_m` rows full.
         precision: of the products where the inputs are 32 bits wide.
     """
+    assert pooled.quarters is not None
     _, batch, heads, num_tiles, _, dim = pooled.quarters.shape
     wide = pooled.quarters.element_size() > 2
     tiles = 8 if wide else 16 if dim > 128 else block_m
