@@ -24,6 +24,7 @@ from vsa_diffusers import enable_vsa, video_sparse_attention
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 MODEL = Path(__file__).parent / "tiny_wan"
+Parts = tuple[int, int, int]
 Calls = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -50,7 +51,7 @@ def record_calls(model: Path, steps: int, every: int) -> tuple[Calls, tuple[int,
     return calls, shapes.pop()
 
 
-def block_means(x: torch.Tensor, parts: tuple[int, int, int], order: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+def block_means(x: torch.Tensor, parts: Parts, order: torch.Tensor, grid: TileGrid) -> torch.Tensor:
     """Means of each tile's `parts` blocks, `[tiles, blocks, head_dim]`, for tiles that are all full."""
     tiles = x[order].unflatten(1, grid.block_size)
     for axis, count in enumerate(parts):
@@ -58,13 +59,41 @@ def block_means(x: torch.Tensor, parts: tuple[int, int, int], order: torch.Tenso
     return tiles.mean((2, 4, 6)).flatten(1, 3)
 
 
-def scores_by_means(query_parts: tuple[int, int, int], key_parts: tuple[int, int, int]) -> Callable:
+def logits_of_means(query, key, parts: tuple[Parts, Parts], order, grid) -> torch.Tensor:
+    """Logits between the means of query and key blocks, `[tiles, blocks, tiles, blocks]`."""
+    q, k = (block_means(x, each, order, grid) for x, each in zip((query, key), parts, strict=True))
+    return torch.einsum("iad,jbd->iajb", q, k) * q.shape[-1] ** -0.5
+
+
+def scores_by_means(*parts: Parts) -> Callable:
     """Share of attention that each key tile gets from the query tile's block means, `[tiles, tiles]`."""
 
     def scores(query, key, order, grid):
-        q, k = block_means(query, query_parts, order, grid), block_means(key, key_parts, order, grid)
-        logits = torch.einsum("iad,jbd->iajb", q, k) * q.shape[-1] ** -0.5
+        logits = logits_of_means(query, key, parts, order, grid)
         return logits.flatten(2).softmax(-1).unflatten(2, logits.shape[2:]).sum(3).mean(1)
+
+    return scores
+
+
+def against_tile_means(*parts: Parts) -> Callable:
+    """As `scores_by_means`, but what each query block gives away is summed over the means of whole key tiles."""
+
+    def scores(query, key, order, grid):
+        whole = logits_of_means(query, key, (parts[0], (1, 1, 1)), order, grid).logsumexp((2, 3), keepdim=True)
+        mass = (logits_of_means(query, key, parts, order, grid) - whole).logsumexp((1, 3))
+        return mass.softmax(-1)
+
+    return scores
+
+
+def highest_pair(*parts: Parts, relative: bool = False) -> Callable:
+    """The highest logit of a query block and a key block; `relative` to the highest that the query block has."""
+
+    def scores(query, key, order, grid):
+        logits = logits_of_means(query, key, parts, order, grid)
+        if relative:
+            logits = logits - logits.amax((2, 3), keepdim=True)
+        return logits.amax((1, 3)).softmax(-1)
 
     return scores
 
@@ -77,13 +106,17 @@ def exact_mass(query, key, order, grid):
 
 
 RULES = {
-    "mean of query, mean of key (what VSA does)": scores_by_means((1, 1, 1), (1, 1, 1)),
+    'mean of query, mean of key (selection="mean")': scores_by_means((1, 1, 1), (1, 1, 1)),
     "keys in 2 halves, in time": scores_by_means((1, 1, 1), (2, 1, 1)),
     "keys in 4 quarters, in space": scores_by_means((1, 1, 1), (1, 2, 2)),
     "queries in 2 halves, in time": scores_by_means((2, 1, 1), (1, 1, 1)),
     "queries in 4 quarters, in space": scores_by_means((1, 2, 2), (1, 1, 1)),
     "both in 2 halves, in time": scores_by_means((2, 1, 1), (2, 1, 1)),
     "both in 4 quarters, in space": scores_by_means((1, 2, 2), (1, 2, 2)),
+    "both in 4 quarters, sums over tile means": against_tile_means((1, 2, 2), (1, 2, 2)),
+    "highest pair of quarters, per query quarter": highest_pair((1, 2, 2), (1, 2, 2), relative=True),
+    'highest pair of quarters (selection="quarters")': highest_pair((1, 2, 2), (1, 2, 2)),
+    "highest pair of 2 halves, in width": highest_pair((1, 1, 2), (1, 1, 2)),
     "both in 8 parts": scores_by_means((2, 2, 2), (2, 2, 2)),
     "exact mass (not available to a kernel)": exact_mass,
 }
@@ -131,7 +164,7 @@ def main(
         table.add_column(column)
     for name, row in means.items():
         table.add_row(name, *(f"{row[column]:.3f}" for column in columns))
-    Console(width=140).print(table)
+    Console(width=150).print(table)
     if output is not None:
         output.write_text(json.dumps(means, indent=2) + "\n")
 

@@ -17,14 +17,47 @@ def tile_numbers(video_shape, block_size) -> torch.Tensor:
 
 def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
     """Scores between tile means, `[batch, heads, tiles, tiles]`, fp64."""
-    tile = tile_numbers(video_shape, block_size)
+    tile = tile_numbers(video_shape, block_size).to(query.device)
     video = slice(before, before + len(tile))
     means = [_means(x[:, video].double().transpose(1, 2), tile) for x in (query, key)]
     return (scale or query.shape[-1] ** -0.5) * means[0] @ means[1].transpose(-1, -2)
 
 
+def quarter_numbers(video_shape, block_size) -> torch.Tensor:
+    """The quarter (0 to 3) of its tile that every token in sequence order lies in, `[T * H * W]`."""
+    _, h, w = torch.meshgrid(*(torch.arange(extent) for extent in video_shape), indexing="ij")
+    below, right = (x % block >= math.ceil(block / 2) for x, block in zip((h, w), block_size[1:], strict=True))
+    return (2 * below + right).flatten()
+
+
+def quarter_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
+    """The highest logit between quarters of two tiles, `[batch, heads, tiles, tiles]`, fp64."""
+    tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
+    member = torch.nn.functional.one_hot(4 * tile + quarter, 4 * int(tile.max()) + 4).to(query.device).double()
+    counts = member.sum(0)
+    pool = (member / counts.clamp_min(1)).T
+    q, k = (pool @ x[:, before : before + len(tile)].double().transpose(1, 2) for x in (query, key))
+    logits = (scale or query.shape[-1] ** -0.5) * q @ k.transpose(-1, -2) + counts.log() + counts.log()[:, None]
+    return logits.unflatten(3, (-1, 4)).amax(-1).unflatten(2, (-1, 4)).amax(3)
+
+
+SCORES = {"mean": coarse_scores, "quarters": quarter_scores}
+
+
 def reference(
-    query, key, value, video_shape, *, top_k, block_size, combine, gate=None, scale=None, before=0, context_mask=None
+    query,
+    key,
+    value,
+    video_shape,
+    *,
+    top_k,
+    block_size,
+    combine,
+    gate=None,
+    scale=None,
+    before=0,
+    context_mask=None,
+    selection="mean",
 ) -> torch.Tensor:
     """`[batch, sequence, heads, head_dim]` in fp64. Every tensor as in `video_sparse_attention`."""
     scale = scale or query.shape[-1] ** -0.5
@@ -32,6 +65,7 @@ def reference(
     num_tiles = int(tile.max()) + 1
     video = slice(before, before + len(tile))
     scores = coarse_scores(query, key, video_shape, block_size, scale, before)
+    selected_by = SCORES[selection](query, key, video_shape, block_size, scale, before)
     q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
     sequence = q.shape[2]
     is_context = torch.ones(sequence, dtype=torch.bool)
@@ -47,7 +81,7 @@ def reference(
             logits = scale * q[b, h] @ k[b, h].T
             allowed = valid.expand(sequence, sequence).clone()
             kept = torch.zeros(num_tiles, num_tiles, dtype=torch.bool)
-            kept.scatter_(1, scores[b, h].topk(top_k, dim=1).indices, True)
+            kept.scatter_(1, selected_by[b, h].topk(top_k, dim=1).indices, True)
             allowed[video, video] = kept[tile][:, tile]
             logits = logits.masked_fill(~allowed, -math.inf)
             values = v[b, h]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from oracle import coarse_scores, reference, relative_error
+from oracle import SCORES, reference, relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.attention import _warn_few_tiles
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
@@ -31,9 +31,9 @@ def sdpa(query, key, value, mask=None):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), mask).transpose(1, 2)
 
 
-def clear_choice(query, key, shape, block, top_k, before) -> bool:
+def clear_choice(query, key, shape, block, top_k, before, selection) -> bool:
     """Whether the top-k is beyond doubt: no near-tie at its edge that rounding could decide otherwise."""
-    ranked = coarse_scores(query, key, shape, block, before=before).sort(-1, descending=True).values
+    ranked = SCORES[selection](query, key, shape, block, before=before).sort(-1, descending=True).values
     return top_k == ranked.shape[-1] or bool((ranked[..., top_k - 1] - ranked[..., top_k] > 1e-5).all())
 
 
@@ -46,10 +46,11 @@ def clear_choice(query, key, shape, block, top_k, before) -> bool:
     context=st.sampled_from([(0, 0), (3, 0), (0, 5), (2, 4)]),
     masked=st.booleans(),
     batch=st.integers(1, 2),
+    selection=st.sampled_from(["mean", "quarters"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 10_000),
 )
-def test_output_equals_the_oracle(shape, block, combine, ratio, context, masked, batch, dtype, seed):
+def test_output_equals_the_oracle(shape, block, combine, ratio, context, masked, batch, selection, dtype, seed):
     before, after = context
     query, key, value, gate = make_inputs(shape, batch=batch, before=before, after=after, dtype=dtype, seed=seed)
     mask = None
@@ -57,15 +58,15 @@ def test_output_equals_the_oracle(shape, block, combine, ratio, context, masked,
         mask = torch.rand(batch, before + after, generator=torch.Generator().manual_seed(seed)) < 0.6
     gate = gate if combine == "gate" else None
     top_k = num_selected_tiles(TileGrid(shape, block).num_tiles, ratio)
-    if not clear_choice(query, key, shape, block, top_k, before):
+    if not clear_choice(query, key, shape, block, top_k, before, selection):
         return
     actual = video_sparse_attention(
         query, key, value, shape, top_k_ratio=ratio, block_size=block, gate=gate, combine=combine,
-        context_tokens=context, context_mask=mask,
+        context_tokens=context, context_mask=mask, selection=selection,
     )  # fmt: skip
     expected = reference(
         query, key, value, shape, top_k=top_k, block_size=block, combine=combine, gate=gate, before=before,
-        context_mask=mask,
+        context_mask=mask, selection=selection,
     )  # fmt: skip
     assert actual.dtype == dtype
     assert relative_error(actual, expected) < TOLERANCES[dtype]
@@ -143,9 +144,12 @@ def test_inputs_of_any_strides_give_the_same():
     assert video_sparse_attention(*fused, shape, combine="merge").equal(expected)
 
 
-@pytest.mark.parametrize("combine", ["gate", "sum", "sparse", "merge"])
+@pytest.mark.parametrize(
+    ("combine", "selection"),
+    [("gate", "mean"), ("sum", "mean"), ("sparse", "mean"), ("merge", "mean"), ("merge", "quarters")],
+)
 @pytest.mark.parametrize("context", [(0, 0), (2, 3)])
-def test_gradients_pass_gradcheck(combine, context):
+def test_gradients_pass_gradcheck(combine, selection, context):
     shape = (2, 3, 4)
     query, key, value, gate = (
         x.requires_grad_()
@@ -156,7 +160,7 @@ def test_gradients_pass_gradcheck(combine, context):
 
     def call(query, key, value, gate):
         return video_sparse_attention(
-            query, key, value, shape, top_k=3, block_size=(2, 2, 2), combine=combine,
+            query, key, value, shape, top_k=3, block_size=(2, 2, 2), combine=combine, selection=selection,
             gate=gate if combine == "gate" else None, context_tokens=context, context_mask=mask,
         )  # fmt: skip
 
@@ -180,7 +184,7 @@ def test_registration_passes_opcheck(combine):
     query, key, value, gate = (x.requires_grad_() for x in make_inputs((3, 4, 5), batch=2, before=1, after=2))
     mask = torch.ones(2, 3, dtype=torch.bool)
     gate = gate if combine == "gate" else None
-    numbers = ([3, 4, 5], [2, 2, 2], 3, combine, 0.2, 1, 2, "torch")
+    numbers = ([3, 4, 5], [2, 2, 2], 3, combine, 0.2, 1, 2, "quarters", "torch")
     torch.library.opcheck(torch.ops.vsa_diffusers.attention.default, (query, key, value, gate, mask, *numbers))
 
 
@@ -197,9 +201,10 @@ def test_calls_without_gradients_skip_the_dispatcher_only_where_they_may():
     assert fake.shape == query.shape
 
 
-def test_it_compiles_without_graph_break_and_without_recompiling_for_new_sizes():
+@pytest.mark.parametrize("selection", ["mean", "quarters"])
+def test_it_compiles_without_graph_break_and_without_recompiling_for_new_sizes(selection):
     def layer(query, key, value, video_shape):
-        return video_sparse_attention(query, key, value, video_shape, top_k_ratio=0.5, combine="merge") + 1
+        return 1 + video_sparse_attention(query, key, value, video_shape, combine="merge", selection=selection)
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -233,6 +238,7 @@ BAD_CALLS = {
     "block too large": (dict(block_size=(8, 8, 8)), "512 tokens; at most 128"),
     "block not three": (dict(block_size=(4, 4)), "block_size="),
     "unknown combine": (dict(combine="mix"), "combine='mix' is unknown; choose one of 'gate'"),
+    "unknown selection": (dict(selection="max"), "selection='max' is unknown; choose one of 'mean', 'quarters'"),
     "unknown implementation": (dict(implementation="cuda"), "implementation='cuda' is unknown"),
     "gate mode without gate": (dict(combine="gate"), 'combine="gate" needs gate='),
     "gate not used": (dict(combine="merge", gate=torch.zeros(1, 96, 2, 32)), "combine='merge' does not use it"),

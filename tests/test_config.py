@@ -22,6 +22,7 @@ def test_a_config_survives_its_json(tmp_path):
         dense_steps=0.25,
         dense_layers=[0, -1],
         modules=["blocks.*"],
+        selection="quarters",
     )
     assert config.block_size == (3, 5, 4)
     config.save_pretrained(tmp_path / "new")
@@ -42,6 +43,7 @@ def test_a_config_survives_its_json(tmp_path):
         (dict(block_size=(4, 4)), "block_size="),
         (dict(block_size=(16, 4, 4)), "256 tokens; at most 128"),
         (dict(combine="mean"), "combine='mean' is unknown; choose one of 'auto', 'gate'"),
+        (dict(selection="max"), "selection='max' is unknown; choose one of 'mean', 'quarters'"),
         (dict(implementation="cuda"), "implementation='cuda' is unknown"),
         (dict(video_shape=(4, 0, 4)), "video_shape="),
         (dict(dense_steps=-1), "dense_steps=-1"),
@@ -101,13 +103,13 @@ def test_later_patterns_override_earlier_ones_key_by_key():
     config = {
         "default": {"top_k_ratio": 0.4},
         "*.attn1": {"block_size_3d": [2, 4, 8]},
-        "blocks.1.*": {"top_k_ratio": 0.1},
+        "blocks.1.*": {"top_k_ratio": 0.1, "selection": "quarters"},
         "blocks.2.*": {"enable": False},
     }
     resolved = resolve(config)
     assert list(resolved) == [VIDEO[0], VIDEO[1], VIDEO[3]]
     assert resolved[VIDEO[0]] == VSAConfig(top_k_ratio=0.4, block_size=(2, 4, 8))
-    assert resolved[VIDEO[1]] == VSAConfig(top_k_ratio=0.1, block_size=(2, 4, 8))
+    assert resolved[VIDEO[1]] == VSAConfig(top_k_ratio=0.1, block_size=(2, 4, 8), selection="quarters")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,15 @@ def test_shipped_configurations_compile_without_spills(target, head_dim):
         assert (each.spills or 0) <= (512 if each.kernel == "attend" else 0), each
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_quarter_scores_compile_without_spills(target, head_dim):
+    reports = {each.kernel: each for each in _reports(target, head_dim=head_dim, combine="sum", selection="quarters")}
+    assert list(reports) == ["pool", "scores", "quarter scores", "top_k", "attend"]
+    for name in ("pool", "scores", "quarter scores", "top_k"):
+        assert not reports[name].spills, reports[name]
+
+
 @pytest.mark.parametrize(("target", "head_dim"), [(90, 64), *((target, 128) for target in TARGETS)])
 def test_the_backward_pass_compiles_without_spills(target, head_dim):
     case = {"gradients": True, "combine": "merge", "head_dim": head_dim}
@@ -69,12 +78,14 @@ def test_every_kind_of_backward_call_compiles_within_shared_memory(case):
         {"video_shape": (24, 45, 80), "block_size": (3, 5, 4), "combine": "sparse"},
         {"video_shape": (24, 45, 80), "block_size": (4, 4, 8), "combine": "sum"},
         {"head_dim": 72, "batch": 2},
+        {"head_dim": 72, "selection": "quarters", "combine": "merge", "block_size": (2, 5, 10), "context": (0, 9)},
+        {"dtype": torch.float32, "selection": "quarters", "combine": "sparse"},
         {"head_dim": 128, "dtype": torch.float32, "context": (3, 0)},
     ],
     ids=str,
 )
 def test_every_kind_of_call_compiles_within_shared_memory(case):
-    assert len(_reports(90, **case)) == 4
+    assert len(_reports(90, **case)) == 4 + ("selection" in case)
 
 
 def test_the_gradients_of_the_widest_heads_fit_into_little_shared_memory():
@@ -83,7 +94,7 @@ def test_the_gradients_of_the_widest_heads_fit_into_little_shared_memory():
 
 
 def test_the_widest_heads_fit_into_little_shared_memory():
-    assert len(_reports(86, head_dim=256)) == 4
+    assert len(_reports(86, head_dim=256, selection="quarters")) == 5
 
 
 @pytest.mark.parametrize("stages", [2, 3])

@@ -31,13 +31,16 @@ def test_the_exact_rule_finds_where_the_attention_is(call):
     assert (exact_mass(query, key, order, GRID).argmax(1) == 5).float().mean() > 0.5
 
 
-def test_the_first_rule_is_what_the_operator_does(call):
+@pytest.mark.parametrize("selection", ["mean", "quarters"])
+def test_a_rule_named_after_a_selection_is_what_the_operator_does(selection, call):
     order = GRID.token_index()
     tile_of = torch.empty(GRID.num_tokens, dtype=torch.long)
     tile_of[order.flatten()] = torch.arange(GRID.num_tiles).repeat_interleave(order.shape[1])
-    scores = next(iter(RULES.values()))(*call[:2], order, GRID)
+    rule = next(rule for name, rule in RULES.items() if f'selection="{selection}"' in name)
+    scores = rule(*call[:2], order, GRID)
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(3).indices, value=True)
     for combine, ours in zip(("merge", "sparse"), outputs(*call, kept, order, tile_of), strict=True):
         query, key, value = (x[None, :, None] for x in call)
-        expected = video_sparse_attention(query, key, value, GRID.video_shape, top_k=3, combine=combine)
+        options = {"top_k": 3, "combine": combine, "selection": selection}
+        expected = video_sparse_attention(query, key, value, GRID.video_shape, **options)
         assert torch.allclose(ours, expected[0, :, 0], atol=1e-5)

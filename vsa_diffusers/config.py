@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention import COMBINES, IMPLEMENTATIONS, check_auto_block_size, check_choice
+from .selection import SELECTIONS
 from .tiles import check_block_size, check_top_k, check_video_shape
 
 CONFIG_NAME = "vsa_config.json"
@@ -31,6 +32,7 @@ _PATTERN_KEYS = {
     "top_k": "top_k",
     "video_shape": "video_shape",
     "combine": "combine",
+    "selection": "selection",
     "implementation": "implementation",
 }
 
@@ -51,6 +53,7 @@ class VSAConfig:
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
         modules: patterns (`fnmatch`) of module names that become sparse; `None` means every video self-attention.
         implementation: as in `video_sparse_attention`.
+        selection: as in `video_sparse_attention`.
 
     Raises:
         ValueError: a field is not as described; the message names it, its value and the mend.
@@ -65,11 +68,13 @@ class VSAConfig:
     dense_layers: tuple[int, ...] = ()
     modules: tuple[str, ...] | None = None
     implementation: str = "auto"
+    selection: str = "mean"
 
     def __post_init__(self) -> None:
         check_top_k(self.top_k, self.top_k_ratio)
         check_choice("combine", self.combine, ("auto", *COMBINES))
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        check_choice("selection", self.selection, SELECTIONS)
         steps = self.dense_steps
         whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
         if not whole and not (isinstance(steps, float) and 0 <= steps <= 1):

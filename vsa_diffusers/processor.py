@@ -175,6 +175,7 @@ class FamilyAttnProcessor:
             combine=self.config.combine,
             context_tokens=(before + surplus, after) if self.surplus == "before" else (before, after + surplus),
             context_mask=text_mask,
+            selection=self.config.selection,
             implementation=self.config.implementation,
         )
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .selection import MIN_CHUNK_BYTES, mean_scores, quarter_scores, quarters, select_tiles
 from .tiles import TileGrid
-
-MIN_CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Problem:
     scale: float
     before: int = 0
     after: int = 0
+    selection: str = "mean"
 
     @property
     def video(self) -> slice:
@@ -58,7 +58,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, S, H, D]` and the selected tiles `[B, H, N, K]` (int32, ascending)."""
     tiled = Tiled(query, key, value, context_mask, problem)
-    indices = select_tiles(tiled.mean_query, tiled.mean_key, problem.scale, problem.top_k)
+    indices = select_tiles(tiled.scores(query, key), problem.top_k)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     for tiles in tiled.chunks():
         selected = indices[:, :, tiles]
@@ -82,25 +82,6 @@ def forward(
     return output, indices
 
 
-def select_tiles(mean_query: torch.Tensor, mean_key: torch.Tensor, scale: float, top_k: int) -> torch.Tensor:
-    """The `top_k` key tiles with the highest coarse score per head and query tile.
-
-    Args:
-        mean_query, mean_key: pooled `[B, H, N, D]`.
-
-    Returns:
-        int32 `[B, H, N, top_k]`, ascending, so that neighbouring query tiles walk the keys together.
-    """
-    batch, heads, num_tiles, _ = mean_query.shape
-    rows = max(1, MIN_CHUNK_BYTES // (4 * batch * heads * num_tiles))
-    keys = mean_key.transpose(-1, -2)
-    chunks = []
-    for part in mean_query.split(rows, dim=2):
-        chosen = (part @ keys * scale).topk(top_k, dim=-1, sorted=False).indices
-        chunks.append(chosen.sort(dim=-1).values.to(torch.int32))
-    return torch.cat(chunks, dim=2)
-
-
 class Tiled:
     """The inputs cut into tiles: key and value copied in tile order, the means, and the extra keys of every row."""
 
@@ -118,13 +99,24 @@ class Tiled:
         # An empty slot reads its tile's first token: finite, and masked out of every softmax.
         self.index = torch.where(self.valid, index, index[:, :1]) + problem.before
         self.sizes = self.valid.sum(1)
-        self.mean_query, self.mean_key, self.mean_value = (self._means(x) for x in (query, key, value))
+        share = self.valid.to(accumulator(key.dtype)) / self.sizes[:, None]
+        self.mean_query, self.mean_key, self.mean_value = (self._means(x, share) for x in (query, key, value))
         self.key_tiles, self.value_tiles = (self._tiles(x) for x in (key, value))  # [B * H * N, C * D]
         self.extra_key, self.extra_value, self.extra_bias = self._extra(key, value, context_mask)
         token_bytes = key.shape[0] * key.shape[2] * key.shape[3] * key.element_size() * 2
         per_tile = token_bytes * (problem.top_k * grid.tile_capacity + self.extra_key.shape[2])
         budget = max(MIN_CHUNK_BYTES, token_bytes * grid.num_tokens // 16)
         self._chunk = max(1, budget // per_tile)
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What the key tiles are selected by, `[B, H, c, N]` for one chunk of query tiles after another."""
+        scale = self.problem.scale
+        if self.problem.selection == "mean":
+            return mean_scores(self.mean_query, self.mean_key, scale)
+        members = quarters(self.valid, self.problem.grid)
+        counts = members.sum(1)
+        share = members.to(self.mean_key.dtype) / counts[:, None].clamp_min(1)
+        return quarter_scores(self._means(query, share), self._means(key, share), counts, scale)
 
     def chunks(self) -> Iterator[slice]:
         """Ranges of query tiles whose gathered keys are about a sixteenth of key and value, or one tile."""
@@ -198,13 +190,12 @@ class Tiled:
         needed = context_mask is not None or problem.combine == "merge" or problem.grid.padding > 0
         return torch.cat(keys, 2), torch.cat(values, 2), bias if needed else None
 
-    def _means(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean over each tile's valid tokens, `[B, H, N, D]`, accumulated in fp32."""
-        weight = self.valid.to(accumulator(x.dtype)) / self.sizes[:, None]
+    def _means(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Sums over each tile's slots by their `weight` `[N, C]` or `[N, C, parts]`: `[B, H, N, (parts,) D]`."""
         means = []
         for index, share in zip(self.index.split(64), weight.split(64), strict=True):
             tokens = x.index_select(1, index.flatten()).unflatten(1, index.shape).to(weight.dtype)
-            means.append(torch.einsum("bnchd,nc->bhnd", tokens, share))
+            means.append(torch.einsum("bnchd,nc...->bhn...d", tokens, share))
         return torch.cat(means, 2)
 
     def _tiles(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from checks import (
     JOINT,
     MODE_CASES,
     MODES,
+    QUARTER_CASES,
     SHAPE_CASES,
     SPREAD_CASES,
     STRIDE_CASES,
@@ -31,7 +32,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a machine with a CUDA GPU"),
 ]
-SMALL = [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES, *DIM_CASES, *STRIDE_CASES, *SPREAD_CASES]
+SMALL = [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES, *DIM_CASES, *STRIDE_CASES, *SPREAD_CASES, *QUARTER_CASES]
 MEDIUM = Case(video_shape=(9, 18, 22), top_k=20, combine="merge", head_dim=128, dtype=torch.bfloat16, heads=3)
 
 
@@ -51,6 +52,12 @@ def test_small_cases_match_fp64(case):
 @pytest.mark.parametrize("combine", ["gate", "sparse"])
 def test_rows_far_below_their_bound_match_fp64(combine):
     check_rows_far_below_their_bound(combine, "cuda")
+
+
+@pytest.mark.parametrize("combine", ["gate", "merge"])
+@pytest.mark.parametrize("layout", ["direct", "tiled"])
+def test_quarters_of_many_tiles_match_fp64(layout, combine):
+    check(replace(MEDIUM, selection="quarters", layout=layout, combine=combine, batch=2, before=3), "cuda")
 
 
 @pytest.mark.parametrize("layout", tuning.LAYOUTS)

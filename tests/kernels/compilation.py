@@ -30,6 +30,7 @@ from vsa_diffusers.kernels import (
     key_gradient,
     pool,
     prepare,
+    quarters,
     query_gradient,
     run,
     select,
@@ -41,6 +42,7 @@ from vsa_diffusers.torch_impl import Problem
 KERNELS = {
     "pool": pool.pool_kernel,
     "scores": select.scores_kernel,
+    "quarter scores": quarters.quarter_scores_kernel,
     "top_k": select.top_k_kernel,
     "attend": attend.attend_kernel,
 }
@@ -141,6 +143,7 @@ def compile_call(
     ratio: float = 0.2,
     context: tuple[int, int] = (0, 0),
     masked: bool = False,
+    selection: str = "mean",
     batch: int = 1,
     heads: int = 12,
     launch: Launch | BackwardLaunch | None = None,
@@ -149,7 +152,7 @@ def compile_call(
     grid = TileGrid(video_shape, block_size)
     shape = (batch, grid.num_tokens + sum(context), heads, head_dim)
     query, key, value, gate = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(4))
-    problem = Problem(grid, num_selected_tiles(grid.num_tiles, ratio), combine, head_dim**-0.5, *context)
+    problem = Problem(grid, num_selected_tiles(grid.num_tiles, ratio), combine, head_dim**-0.5, *context, selection)
     mask = torch.empty((batch, sum(context)), dtype=torch.bool, device="meta") if masked else None
     gate = gate if combine == "gate" else None
     compiled: dict[str, object] = {}
@@ -217,6 +220,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--combines", nargs="+", default=["gate", "merge"])
+    parser.add_argument("--selection", choices=["mean", "quarters"], default="mean")
     parser.add_argument("--backward", action="store_true", help="the kernels of the backward pass")
     parser.add_argument("--only", help="print nothing but this kernel")
     parser.add_argument("--layout", choices=["direct", "tiled", "descriptor"])
@@ -232,6 +236,7 @@ def main() -> None:
         for head_dim in args.head_dims:
             for combine in args.combines:
                 case = {"head_dim": head_dim, "combine": combine, "launch": launch, "gradients": args.backward}
+                case["selection"] = args.selection
                 for label, kernel in compile_call(name, **case).items():
                     if args.only in (None, label):
                         print(head_dim, combine, report(label, name, kernel), flush=True)

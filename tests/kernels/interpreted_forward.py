@@ -12,6 +12,7 @@ from checks import (
     DIM_CASES,
     JOINT,
     MODE_CASES,
+    QUARTER_CASES,
     SHAPE_CASES,
     SPREAD_CASES,
     STRIDE_CASES,
@@ -56,6 +57,11 @@ def test_every_head_dimension_dtype_stride_and_scale_matches_fp64(case):
     check(case)
 
 
+@pytest.mark.parametrize("case", QUARTER_CASES, ids=str)
+def test_tiles_are_selected_by_their_quarters(case):
+    check(case)
+
+
 def test_tiles_that_score_alike_are_kept_from_the_left():
     query = torch.zeros(1, 5 * 6 * 7, 1, 16)
     value = torch.randn_like(query)
@@ -70,10 +76,11 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
     check(case)
 
 
-def test_scores_beyond_the_workspace_take_turns(monkeypatch):
+@pytest.mark.parametrize("selection", ["mean", "quarters"])
+def test_scores_beyond_the_workspace_take_turns(monkeypatch, selection):
     monkeypatch.setattr(select, "workspace_bytes", lambda elements: 0)
     query, key, value = (torch.randn(1, 6 * 6 * 4, 3, 16) for _ in range(3))
-    problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25)
+    problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25, selection=selection)
     _, indices, _ = forward(query, key, value, None, None, problem)
     check_indices(query, key, indices, problem)
 
@@ -102,7 +109,8 @@ def test_a_negative_scale_works():
     assert relative_error(output, video_sparse_attention(-query, key, value, (5, 6, 7), scale=0.2, **arguments)) < 1e-5
 
 
-def test_gradients_flow_through_the_indices_of_the_forward():
+@pytest.mark.parametrize("selection", ["mean", "quarters"])
+def test_gradients_flow_through_the_indices_of_the_forward(selection):
     case = JOINT
     grads = []
     torch.manual_seed(1)
@@ -116,6 +124,7 @@ def test_gradients_flow_through_the_indices_of_the_forward():
             combine=case.combine,
             context_tokens=(case.before, case.after),
             context_mask=mask,
+            selection=selection,
             implementation=implementation,
         )
         grads.append(torch.autograd.grad(output.square().sum(), leaves))

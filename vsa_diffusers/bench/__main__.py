@@ -79,7 +79,7 @@ def _measure_shape(shape: Shape, device: str, implementations: list[str], args: 
     calls: list[tuple[str, Callable[[float], subjects.Call]]] = [
         (
             f"{implementation} {combine}",
-            functools.partial(_ours, inputs, shape, combine, implementation, args.block_size),
+            functools.partial(_ours, inputs, shape, combine, implementation, args),
         )
         for implementation in implementations
         for combine in args.combines
@@ -97,8 +97,8 @@ def _measure_shape(shape: Shape, device: str, implementations: list[str], args: 
             yield _row(shape, name, ratio, result, fastest, args.backward)
 
 
-def _ours(inputs, shape, combine, implementation, block_size, ratio) -> subjects.Call:
-    return subjects.ours(inputs, shape, ratio, combine, implementation, block_size)
+def _ours(inputs, shape, combine, implementation, args: argparse.Namespace, ratio) -> subjects.Call:
+    return subjects.ours(inputs, shape, ratio, combine, implementation, args.block_size, args.selection)
 
 
 def _row(shape: Shape, what: str, ratio: float | None, result: Measurement, dense_ms: float, backward: bool):
@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--combines", nargs="+", default=["gate", "merge"], choices=["gate", "sum", "sparse", "merge"])
     parser.add_argument("--implementations", nargs="+", choices=["auto", "triton", "torch"])
     parser.add_argument("--block-size", nargs="+", default=["4", "4", "4"], help='three numbers, or "auto"')
+    parser.add_argument(
+        "--selection", choices=["mean", "quarters"], default="mean", help="what key tiles are scored by"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--backward", action="store_true", help="measure forward and backward together")
     parser.add_argument("--json", type=Path, help="write all rows to this file")

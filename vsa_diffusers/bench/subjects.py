@@ -30,7 +30,13 @@ def dense(inputs: list[torch.Tensor], device: str) -> Iterator[tuple[str, Call]]
 
 
 def ours(
-    inputs: list[torch.Tensor], shape: Shape, ratio: float, combine: str, implementation: str, block_size=(4, 4, 4)
+    inputs: list[torch.Tensor],
+    shape: Shape,
+    ratio: float,
+    combine: str,
+    implementation: str,
+    block_size=(4, 4, 4),
+    selection: str = "mean",
 ) -> Call:
     """One call of `video_sparse_attention`."""
     query, key, value, gate = inputs
@@ -45,6 +51,7 @@ def ours(
             block_size=block_size,
             combine=combine,
             gate=gate if combine == "gate" else None,
+            selection=selection,
             implementation=implementation,
         )
 

@@ -60,3 +60,9 @@ def slot_offset(slot, extent_h, extent_w, video_h, video_w):
 def tile_row(t, h, w, extent_t, extent_h, video_h, video_w):
     """Row of a tile's first token in the tile-ordered copy: the tokens of all tiles before it."""
     return t * video_h * video_w + extent_t * (h * video_w + extent_h * w)
+
+
+@triton.jit
+def workspace_width(num_tiles):
+    """Scores between two rows of the workspace, so many that rows begin at whole cache lines."""
+    return tl.cdiv(num_tiles, 32) * 32

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
+from .quarters import quarter_of, store_quarters
 from .replay import Work
 from .tuning import power_of_two
 
@@ -25,6 +26,8 @@ class Pooled(NamedTuple):
     rows: torch.Tensor | None  # key and value in tile order, [2, B * H, V, D]
     log_size: torch.Tensor | None  # log2 of the tile sizes, fp32 [N]
     longest: torch.Tensor  # norm of the longest row of each tile, fp32 [query and key, B, H, N]
+    quarters: torch.Tensor | None  # means of their quarters in the dtype of the inputs, [query and key, B, H, N, 4, D]
+    log_counts: torch.Tensor | None  # logarithm of the tokens in each quarter, fp32 [N, 4]
 
 
 @triton.jit
@@ -57,6 +60,7 @@ def _pool_one(
         tl.store(longest, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
     if rows is not None:
         tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
+    return x
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -69,6 +73,8 @@ def pool_kernel(
     rows,
     log_size,
     longest,
+    quarters,
+    log_counts,
     query_b,
     query_s,
     query_h,
@@ -117,14 +123,23 @@ def pool_kernel(
     if which == 0:
         source = query + item * query_b + head * query_h
         longest += summary
-        _pool_one(source, mean, None, 0, None, 0, longest, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
+        x = _pool_one(source, mean, None, 0, None, 0, longest, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
+        if quarters is not None:
+            counts_at = log_counts + 4 * tile
+            part = quarter_of(slot, size, extent_h, extent_w, BLOCK_H, BLOCK_W)
+            store_quarters(x, part, quarters + summary * (4 * HEAD_DIM), counts_at, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
     elif which == 1:
         source = key + item * key_b + head * key_h
         at = summary * HEAD_DIM
         longest += batch_heads * num_tiles + summary
-        _pool_one(source, mean, proxies, at, rows, copy, longest, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D)
+        x = _pool_one(
+            source, mean, proxies, at, rows, copy, longest, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D
+        )
+        if quarters is not None:
+            part = quarter_of(slot, size, extent_h, extent_w, BLOCK_H, BLOCK_W)
+            store_quarters(x, part, quarters + 4 * (copies + at), None, HEAD_DIM, BLOCK_D)
     else:
         source = value + item * value_b + head * value_h
         at = copies + summary * HEAD_DIM
@@ -133,9 +148,16 @@ def pool_kernel(
 
 
 def pool(
-    work: Work, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, problem: Problem, *, tiled: bool
+    work: Work,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    problem: Problem,
+    *,
+    tiled: bool,
+    parts: bool = False,
 ) -> Pooled:
-    """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order as well."""
+    """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order; with `parts`, quarters."""
     batch, _, heads, dim = query.shape
     grid, merge = problem.grid, problem.combine == "merge"
     num_tiles = grid.num_tiles
@@ -144,6 +166,8 @@ def pool(
     rows = work.empty(query, (2, batch * heads, grid.num_tokens, dim)) if tiled else None
     log_size = work.empty(means, (num_tiles,)) if merge else None
     longest = work.empty(means, (2, batch, heads, num_tiles))
+    quarters = work.empty(query, (2, batch, heads, num_tiles, 4, dim)) if parts else None
+    log_counts = work.empty(means, (num_tiles, 4)) if parts else None
     needs_value = tiled or problem.combine != "sparse"
     work.launch(
         pool_kernel,
@@ -156,6 +180,8 @@ def pool(
         rows,
         log_size,
         longest,
+        quarters,
+        log_counts,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -167,6 +193,6 @@ def pool(
         SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        num_warps=1 if tiled else 2,
+        num_warps=4 if parts and dim > 128 else 1 if tiled and not parts else 2,
     )
-    return Pooled(means, proxies, rows, log_size, longest)
+    return Pooled(means, proxies, rows, log_size, longest, quarters, log_counts)

@@ -116,7 +116,7 @@ def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, he
     query, key, value, gate, output = work.heads(sequences, 2, heads)
     indices, lse = work.heads((indices, lse), 1, heads)
     tiled = chosen.attend.layout != "direct"
-    pooled = pool(work, query, key, value, problem, tiled=tiled)
+    pooled = pool(work, query, key, value, problem, tiled=tiled, parts=problem.selection == "quarters")
     lists = select(work, pooled, indices, problem, tiled=tiled, precision=chosen.precision)
     attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
     work.end_part()

@@ -19,8 +19,9 @@ import triton.language as tl
 
 from ..tiles import TileGrid
 from ..torch_impl import Problem
-from .geometry import SIZES, grid_arguments, tile_box, tile_row
+from .geometry import SIZES, grid_arguments, tile_box, tile_row, workspace_width
 from .pool import Pooled
+from .quarters import quarter_scores
 from .replay import Work
 from .tuning import power_of_two
 
@@ -65,12 +66,6 @@ def _threshold(ordered, top_k, ROWS: tl.constexpr):
     return threshold
 
 
-@triton.jit
-def workspace_width(num_tiles):
-    """Scores between two rows of the workspace, so many that rows begin at whole cache lines."""
-    return tl.cdiv(num_tiles, 32) * 32
-
-
 @triton.jit(do_not_specialize=SIZES)
 def scores_kernel(
     means,
@@ -113,7 +108,9 @@ def scores_kernel(
         mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
         k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        tl.store(scores + lane[:, None] * workspace_width(num_tiles) + column[None, :], s, column[None, :] < num_tiles)
+        if scores is not None:
+            to = lane[:, None] * workspace_width(num_tiles) + column[None, :]
+            tl.store(scores + to, s, column[None, :] < num_tiles)
         if coarse is not None:
             s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
             v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
@@ -283,7 +280,8 @@ def select(
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, power_of_two(num_tiles))
-    block_m = 16 if dim > 128 or batch * heads * num_tiles < 16384 else 32
+    few = batch * heads * num_tiles < 16384 and pooled.quarters is None
+    block_m = 16 if dim > 128 or few else 32
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     per_tile = (batch, heads, num_tiles)
@@ -309,7 +307,7 @@ def select(
             (some_rows // block_m,),
             means,
             pooled.longest,
-            scores,
+            scores if pooled.quarters is None else None,
             lists.coarse,
             lists.reach,
             first_row,
@@ -326,6 +324,9 @@ def select(
             num_stages=2,
             enable_fp_fusion=False,  # as in the sparse kernel
         )
+        if pooled.quarters is not None:
+            numbers = (first_row, some_rows, problem.scale)
+            quarter_scores(work, pooled, scores, *numbers, block_m=block_m, precision=precision)
         work.launch(
             top_k_kernel,
             (some_rows // rows,),

@@ -1,0 +1,139 @@
+"""Scores from quarters of the tiles, for `selection="quarters"`; `vsa_diffusers/selection.py` states what they are.
+
+The pool pass makes the means of the quarters. `quarter_scores_kernel` fills the workspace that `top_k_kernel` reads.
+
+Shapes: B batch, H heads of this pass, N tiles, D head_dim, M query tiles of a program, R = 4 * M quarters, L key tiles.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .geometry import SIZES, quotient, workspace_width
+from .replay import Work
+from .tuning import power_of_two
+
+if TYPE_CHECKING:
+    from .pool import Pooled
+
+
+@triton.jit
+def quarter_of(slot, size, extent_h, extent_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The quarter that each slot of a tile lies in, 0 to 3; -1 for slots beyond the last token."""
+    line = quotient(slot, extent_w)
+    h = line - quotient(slot, extent_w * extent_h) * extent_h
+    w = slot - line * extent_w
+    quarter = 2 * (h >= (BLOCK_H + 1) // 2).to(tl.int32) + (w >= (BLOCK_W + 1) // 2).to(tl.int32)
+    return tl.where(slot < size, quarter, -1)
+
+
+@triton.jit
+def store_quarters(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
+    part = tl.arange(0, 16)  # the least rows of a product, which needs fewer registers than four masked sums
+    dim = tl.arange(0, BLOCK_D)
+    member = part[:, None] == quarter[None, :]
+    count = tl.sum(member.to(tl.int32), 1)
+    sums = tl.dot(tl.where(member, 1.0, 0.0).to(x.dtype), x, input_precision="ieee")  # [16, D]
+    mean = (sums / tl.maximum(count, 1)[:, None]).to(quarters.dtype.element_ty)
+    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, (part[:, None] < 4) & (dim[None, :] < HEAD_DIM))
+    if log_counts is not None:
+        log_count = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+        tl.store(log_counts + part, log_count, part < 4)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def quarter_scores_kernel(
+    quarters,
+    log_counts,
+    scores,
+    first_row,
+    batch_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (`TILES` query tiles): as many rows of the workspace `[rows, width]`, from row `first_row` of all.
+
+    Rows of all heads are counted with each head's last block of `BLOCK_M` rows full.
+    """
+    padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
+    first = first_row + tl.program_id(0) * TILES
+    place = (first // padded).to(tl.int64)
+    tile = first % padded
+    if tile >= num_tiles:
+        return
+    dim = tl.arange(0, BLOCK_D)
+    quarter_query = quarters + place * num_tiles * (4 * HEAD_DIM)
+    quarter_key = quarter_query + batch_heads.to(tl.int64) * num_tiles * (4 * HEAD_DIM)
+    row = 4 * tile + tl.arange(0, 4 * TILES)
+    own_mask = (row[:, None] < 4 * num_tiles) & (dim[None, :] < HEAD_DIM)
+    q = tl.load(quarter_query + row[:, None] * HEAD_DIM + dim[None, :], own_mask, other=0.0)  # [R, D]
+    own = tl.load(log_counts + row, row < 4 * num_tiles, other=0.0)
+    lane = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    highest = tl.full((4 * TILES, BLOCK_N), float("-inf"), tl.float32)
+    # One loop over key tiles and their quarters, so that loads run ahead across both.
+    for step in range(0, 4 * tl.cdiv(num_tiles, BLOCK_N)):
+        part = step % 4
+        column = step // 4 * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+        k = tl.load(quarter_key + (4 * column + part)[:, None] * HEAD_DIM + dim[None, :], mask, other=0.0)  # [L, D]
+        log_count = tl.load(log_counts + 4 * column + part, column < num_tiles, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + log_count[None, :]
+        highest = tl.maximum(tl.where(part == 0, float("-inf"), highest), s)
+        if part == 3:
+            best = tl.max(tl.reshape(highest + own[:, None], (TILES, 4, BLOCK_N)), 1)  # [M, L]
+            at = lane[:, None] * workspace_width(num_tiles) + column[None, :]
+            tl.store(scores + at, best, column[None, :] < num_tiles)
+
+
+def quarter_scores(
+    work: Work,
+    pooled: Pooled,
+    scores: torch.Tensor,
+    first_row: int,
+    rows: int,
+    scale: float,
+    *,
+    block_m: int,
+    precision: str,
+) -> None:
+    """Fill `rows` rows of the workspace `scores` `[rows, width]`.
+
+    Args:
+        pooled: what the pool pass left behind.
+        first_row: of all rows; they are counted with each head's last block of `block_m` rows full.
+        precision: of the products where the inputs are 32 bits wide.
+    """
+    assert pooled.quarters is not None
+    _, batch, heads, num_tiles, _, dim = pooled.quarters.shape
+    wide = pooled.quarters.element_size() > 2
+    tiles = 8 if wide else 16 if dim > 128 else block_m
+    work.launch(
+        quarter_scores_kernel,
+        (rows // tiles,),
+        pooled.quarters,
+        pooled.log_counts,
+        scores,
+        first_row,
+        batch * heads,
+        num_tiles,
+        scale,
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=block_m,
+        BLOCK_N=32 if wide or dim > 128 else 64,
+        TILES=tiles,
+        PRECISION=precision,
+        num_warps=8 if tiles == 32 else 4,
+        num_stages=2,
+    )
