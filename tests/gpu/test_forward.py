@@ -211,7 +211,7 @@ def test_it_runs_inside_a_cuda_graph():
 def test_registration_passes_opcheck(combine):
     query, key, value, gate = (randn(2, 63, 2, 32, dtype=torch.float32).requires_grad_() for _ in range(4))
     mask = torch.ones(2, 3, dtype=torch.bool, device="cuda")
-    numbers = ([3, 4, 5], [2, 2, 2], 3, combine, 0.2, 1, 2, "triton")
+    numbers = ([3, 4, 5], [2, 2, 2], 3, combine, 0.2, 1, 2, "mean", "triton")
     given = gate if combine == "gate" else None
     torch.library.opcheck(torch.ops.vsa_diffusers.attention.default, (query, key, value, given, mask, *numbers))
 

@@ -14,6 +14,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def device_of(name: int | str) -> Device:
 
 
 @contextlib.contextmanager
-def _compiling_for(name: int | str, compiled: dict):
+def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
     saved = triton.runtime.driver, dict(vars(triton.runtime.driver)), run.device_of
     triton.runtime.driver.set_active(_Driver(target_of(name)))
     run.device_of = lambda index: device_of(name)
@@ -120,7 +121,8 @@ def _compiling_for(name: int | str, compiled: dict):
         for label, kernel in {**KERNELS, **BACKWARD_KERNELS}.items():
 
             def compile_only(*args, grid, warmup, label=label, kernel=kernel, **options):
-                compiled[label] = JITFunction.run(kernel, *args, grid=grid, warmup=True, **options)
+                if only is None or label in only:
+                    compiled[label] = JITFunction.run(kernel, *args, grid=grid, warmup=True, **options)
 
             kernel.run = compile_only
         yield
@@ -147,8 +149,9 @@ def compile_call(
     batch: int = 1,
     heads: int = 12,
     launch: Launch | BackwardLaunch | None = None,
+    only: Sequence[str] | None = None,
 ) -> dict[str, object]:
-    """The compiled kernels of one forward call, or of one backward call, by name."""
+    """The compiled kernels (or `only` some) of one forward call, or of one backward call, by name."""
     grid = TileGrid(video_shape, block_size)
     shape = (batch, grid.num_tokens + sum(context), heads, head_dim)
     query, key, value, gate = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(4))
@@ -156,7 +159,7 @@ def compile_call(
     mask = torch.empty((batch, sum(context)), dtype=torch.bool, device="meta") if masked else None
     gate = gate if combine == "gate" else None
     compiled: dict[str, object] = {}
-    with _compiling_for(name, compiled):
+    with _compiling_for(name, compiled, only):
         if gradients:
             indices = query.new_empty((batch, heads, grid.num_tiles, problem.top_k), dtype=torch.int32)
             lse = query.new_empty((batch, heads, shape[1]), dtype=torch.float32)

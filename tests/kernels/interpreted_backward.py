@@ -99,5 +99,5 @@ def test_the_op_sends_gradients_back_through_the_kernels(combine, monkeypatch):
 def test_registration_passes_opcheck():
     query, key, value, gate = (torch.randn(1, 23, 1, 16, requires_grad=True) for _ in range(4))
     mask = torch.ones(1, 3, dtype=torch.bool)
-    numbers = ([1, 4, 5], [2, 4, 4], 1, "gate", 0.2, 1, 2, "triton")
+    numbers = ([1, 4, 5], [2, 4, 4], 1, "gate", 0.2, 1, 2, "mean", "triton")
     torch.library.opcheck(torch.ops.vsa_diffusers.attention.default, (query, key, value, gate, mask, *numbers))

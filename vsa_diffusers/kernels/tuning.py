@@ -149,7 +149,7 @@ _BACKWARD_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     ),
     8: (
         (64, Launch("tiled", 4, 2, 32), Launch("tiled", 4, 2, 32)),
-        (128, Launch("tiled", 4, 2, 32), Launch("tiled", 8, 2, 32)),
+        (128, Launch("tiled", 4, 3, 32), Launch("tiled", 8, 2, 32)),
         (256, Launch("tiled", 8, 1, 32), Launch("tiled", 8, 1, 16)),
     ),
     0: (
