@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vsa_diffusers import disable_vsa, enable_vsa
+from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 MODEL = Path(__file__).parent / "tiny_wan"
@@ -51,6 +51,7 @@ def main(
     prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
     ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.25, 0.125],  # noqa: B006
     dense_steps: Annotated[float, typer.Option(help="Share of the steps, the first ones, that stay dense.")] = 0.2,
+    selection: Annotated[str, typer.Option(help="What key tiles are scored by: mean or quarters.")] = "mean",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
@@ -77,7 +78,8 @@ def main(
         warm_up(pipe, call, seed, ratios[0] if device == "cuda" and ratios else None)
         for task, ratio in zip(tasks, (None, *ratios), strict=True):
             if ratio is not None:
-                enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps)
+                config = VSAConfig(ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
+                enable_vsa(pipe, config=config)
             latents, seconds = generate(pipe, call, seed, lambda task=task: progress.advance(task))
             videos.append(decode(pipe, latents))
             disable_vsa(pipe)
@@ -92,7 +94,7 @@ def main(
     write_video(output / "side_by_side.mp4", videos)
     write_contact_sheet(output / "contact_sheet.png", videos, results, call["prompt"])
     numbers = {"device": device, "tokens": grid.num_tokens, "tiles": grid.num_tiles, "padding": grid.padding}
-    numbers |= {"call": call, "seed": seed, "dense_steps": dense_steps}
+    numbers |= {"call": call, "seed": seed, "dense_steps": dense_steps, "selection": selection}
     numbers["results"] = [asdict(result) for result in results]
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     console.print(table_of(results, grid))

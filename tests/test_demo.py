@@ -17,7 +17,7 @@ def test_it_compares_dense_and_sparse_and_writes_video_sheet_and_numbers(tmp_pat
     recommended = json.loads((MODEL / "recommended.json").read_text())
     (model / "recommended.json").unlink()
     (model / "recommended.json").write_text(json.dumps(recommended | dict(height=64, width=64, num_frames=29)))
-    options = dict(prompt=None, ratios=[1.0, 0.5], dense_steps=0.5, steps=2, seed=None)
+    options = dict(prompt=None, ratios=[1.0, 0.5], dense_steps=0.5, selection="quarters", steps=2, seed=None)
     demo.main(**options, output=tmp_path / "out", model=model)
 
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())
