@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
+from vsa_diffusers import disable_vsa, enable_vsa
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 MODEL = Path(__file__).parent / "tiny_wan"
@@ -78,8 +78,8 @@ def main(
         warm_up(pipe, call, seed, ratios[0] if device == "cuda" and ratios else None)
         for task, ratio in zip(tasks, (None, *ratios), strict=True):
             if ratio is not None:
-                config = VSAConfig(ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
-                enable_vsa(pipe, config=config)
+                options = dict(block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
+                enable_vsa(pipe, top_k_ratio=ratio, **options)
             latents, seconds = generate(pipe, call, seed, lambda task=task: progress.advance(task))
             videos.append(decode(pipe, latents))
             disable_vsa(pipe)

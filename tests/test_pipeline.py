@@ -25,6 +25,7 @@ from vsa_diffusers import (
     disable_vsa,
     enable_vsa,
     set_top_k_ratio,
+    video_sparse_attention,
 )
 from vsa_diffusers.models import attention_modules
 from vsa_diffusers.pipeline import enabled_config, is_dense_step
@@ -160,6 +161,21 @@ def test_the_config_argument_takes_all_forms():
     assert sum(is_sparse(model)) == 2
 
 
+def test_the_selection_reaches_the_operator(monkeypatch):
+    seen = set()
+
+    def spy(*args, **options):
+        seen.add(options["selection"])
+        return video_sparse_attention(*args, **options)
+
+    monkeypatch.setattr("vsa_diffusers.processor.video_sparse_attention", spy)
+    model = enable_vsa(WAN.build(), 0.3)
+    mean = run(model, WAN, GRID)
+    quarters = run(enable_vsa(model, 0.3, selection="quarters"), WAN, GRID)
+    assert seen == {"mean", "quarters"}
+    assert not quarters.equal(mean)
+
+
 REFUSED = {
     "neither": (lambda: "a string", {}, TypeError, "pipe=str is neither a diffusers pipeline nor a transformer"),
     "no video transformer": (
@@ -169,6 +185,7 @@ REFUSED = {
     ),
     "not a transformer": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear has no supported video transformer"),
     "gate without gates": (WAN.build, dict(combine="gate"), ValueError, "blocks.0.attn1 has no to_gate_compress"),
+    "unknown selection": (WAN.build, dict(selection="best"), ValueError, "selection='best' is unknown"),
     "unknown combine": (WAN.build, dict(combine="mix"), ValueError, "combine='mix' is unknown"),
     "ratio": (WAN.build, dict(top_k_ratio=float("nan")), ValueError, "top_k_ratio=nan"),
     "block": (WAN.build, dict(block_size=(4, 4, 40)), ValueError, "at most 128"),

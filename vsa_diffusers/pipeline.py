@@ -30,6 +30,7 @@ def enable_vsa(
     *,
     block_size: Sequence[int] | str = (4, 4, 4),
     combine: str = "auto",
+    selection: str = "mean",
     video_shape: Sequence[int] | None = None,
     dense_steps: float = 0,
     dense_layers: Sequence[int] = (),
@@ -46,6 +47,7 @@ def enable_vsa(
         block_size: `(t, h, w)`, tokens per tile along each axis, or `"auto"` (see `VSAConfig`).
         combine: how the coarse and the sparse branch become one output; `"auto"` uses trained gates where there are
             some, and otherwise "merge", which needs no training. See `video_sparse_attention`.
+        selection: what key tiles are scored by, "mean" or "quarters". See `video_sparse_attention`.
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs at every call.
         dense_steps: first denoising steps that stay dense, as a number or as a share of the scheduler's steps.
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
@@ -62,6 +64,7 @@ def enable_vsa(
         "top_k_ratio": top_k_ratio,
         "block_size": block_size,
         "combine": combine,
+        "selection": selection,
         "video_shape": video_shape,
         "dense_steps": dense_steps,
         "dense_layers": dense_layers,
