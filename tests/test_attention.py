@@ -267,7 +267,7 @@ def test_bad_input_names_argument_value_and_mend(name):
         video_sparse_attention(**arguments)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self/status, which Linux has")
+@pytest.mark.skipif(sys.platform != "linux", reason="runs on Linux, whose /proc/self/status has the peak")
 def test_extra_memory_stays_within_twice_the_inputs_at_4096_tokens():
     # VmHWM and not getrusage's ru_maxrss: that one survives exec, so a child begins with its parent's peak.
     script = """

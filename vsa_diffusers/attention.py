@@ -218,7 +218,7 @@ def _forward_op(query, key, value, gate, context_mask, *numbers):
 
 
 def _forward(query, key, value, gate, context_mask, problem: torch_impl.Problem, implementation: str):
-    """Output and the selected tiles, from the kernels or from PyTorch."""
+    """What the registered operator returns, from the kernels or from PyTorch."""
     if _runs_triton(implementation, query, problem):
         from . import kernels
 

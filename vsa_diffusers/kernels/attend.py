@@ -86,9 +86,7 @@ def attend_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,8 +98,9 @@ def attend_kernel(
     HAS_CONTEXT: tl.constexpr,
 ):
     """Programs: the blocks of context queries of all heads first (the longest), then query tiles, head by head."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = key_rows is not None
-    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     slot = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
@@ -121,9 +120,7 @@ def attend_kernel(
         in_context = False
         place = program // num_tiles
         tile = program % num_tiles
-    t, h, w, extent_t, extent_h, extent_w = tile_box(
-        tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-    )
+    t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
     tokens = tokens_before + (t * video_h + h) * video_w + w + slot_offset(slot, extent_h, extent_w, video_h, video_w)
     row_mask = slot < size
@@ -217,9 +214,7 @@ def attend_kernel(
                 num_tiles,
                 video_h,
                 video_w,
-                BLOCK_T,
-                BLOCK_H,
-                BLOCK_W,
+                BLOCK,
                 HEAD_DIM,
                 BLOCK_M,
                 BLOCK_D,

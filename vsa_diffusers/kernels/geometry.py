@@ -18,28 +18,34 @@ SIZES = (
 )
 
 
-def grid_arguments(grid: TileGrid) -> tuple[int, ...]:
-    """Video shape, tiles along height and width, and block size, as the kernels take them."""
-    return (*grid.video_shape, *grid.tiles_per_axis[1:], *grid.block_size)
+def grid_arguments(grid: TileGrid) -> tuple[object, ...]:
+    """Video shape, tiles along height and width, and block size, as the kernels take them.
+
+    One by one: Triton makes variants of a kernel for the numbers in a tuple, whatever `do_not_specialize` says. Inside,
+    the first five are the tuple `grid`.
+    """
+    return (*grid.video_shape, *grid.tiles_per_axis[1:], grid.block_size)
 
 
 @triton.jit
 def tile_box(
     tile,
-    video_t,
-    video_h,
-    video_w,
-    tiles_h,
-    tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    grid,
+    BLOCK: tl.constexpr,
 ):
     """First token `(t, h, w)` and extents of a tile, or of a vector of tiles."""
-    t = tile // (tiles_w * tiles_h) * BLOCK_T
-    h = tile // tiles_w % tiles_h * BLOCK_H
-    w = tile % tiles_w * BLOCK_W
-    return t, h, w, tl.minimum(BLOCK_T, video_t - t), tl.minimum(BLOCK_H, video_h - h), tl.minimum(BLOCK_W, video_w - w)
+    video_t, video_h, video_w, tiles_h, tiles_w = grid
+    t = tile // (tiles_w * tiles_h) * BLOCK[0]
+    h = tile // tiles_w % tiles_h * BLOCK[1]
+    w = tile % tiles_w * BLOCK[2]
+    return (
+        t,
+        h,
+        w,
+        tl.minimum(BLOCK[0], video_t - t),
+        tl.minimum(BLOCK[1], video_h - h),
+        tl.minimum(BLOCK[2], video_w - w),
+    )
 
 
 @triton.jit

@@ -51,14 +51,8 @@ def _write_lists(
     tail,
     full_before,
     groups_before,
-    video_t,
-    video_h,
-    video_w,
-    tiles_h,
-    tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    grid,
+    BLOCK: tl.constexpr,
     TILED: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -67,11 +61,10 @@ def _write_lists(
 
     Nothing is written where `starts` is `None`.
     """
-    t, h, w, extent_t, extent_h, extent_w = tile_box(
-        tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-    )
+    _, video_h, video_w, _, _ = grid
+    t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
-    full = size == BLOCK_T * BLOCK_H * BLOCK_W
+    full = size == BLOCK[0] * BLOCK[1] * BLOCK[2]
     groups = tl.where(kept & ~full, (size + GROUP - 1) // GROUP, 0)
     kept = (kept & full).to(tl.int32)
     if starts is not None:
@@ -111,15 +104,14 @@ def restore_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     TILED: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Program (query tile of one head). Its bits are cleared first."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     place = (tl.program_id(0) // num_tiles).to(tl.int64)
     line = tl.program_id(0) % num_tiles
     one = tl.arange(0, 1)
@@ -145,14 +137,8 @@ def restore_kernel(
             tail + entry * (tail_width * 2) if tail is not None else None,
             full_before,
             groups_before,
-            video_t,
-            video_h,
-            video_w,
-            tiles_h,
-            tiles_w,
-            BLOCK_T,
-            BLOCK_H,
-            BLOCK_W,
+            grid,
+            BLOCK,
             TILED,
             TAIL_GROUPS,
             GROUP,
@@ -176,15 +162,14 @@ def invert_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     TILED: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Program (32 key tiles of one head): counts the query tiles that keep them; given `starts`, lists them."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     words = tl.cdiv(num_tiles, 32)
     place = (tl.program_id(0) // words).to(tl.int64)
     word = tl.program_id(0) % words
@@ -210,14 +195,8 @@ def invert_kernel(
             tail,
             full_before,
             groups_before,
-            video_t,
-            video_h,
-            video_w,
-            tiles_h,
-            tiles_w,
-            BLOCK_T,
-            BLOCK_H,
-            BLOCK_W,
+            grid,
+            BLOCK,
             TILED,
             TAIL_GROUPS,
             GROUP,

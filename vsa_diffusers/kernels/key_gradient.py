@@ -103,9 +103,7 @@ def key_gradient_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -120,8 +118,9 @@ def key_gradient_kernel(
 
     Gradients of key and value share their strides.
     """
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = query_rows is not None
-    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
     RAGGED: tl.constexpr = TILE % BLOCK_N != 0
     column = tl.arange(0, BLOCK_N)
@@ -129,12 +128,9 @@ def key_gradient_kernel(
     video_tokens = video_t * video_h * video_w
     context_tokens = tokens_before + tokens_after
     length = video_tokens + context_tokens
-    in_context, place, rank, at = task_of(
-        tl.program_id(0), num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
+    in_context, item, head, place, rank, at = task_of(
+        tl.program_id(0), heads, num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
     )
-    item = (place // heads).to(tl.int64)
-    head = (place % heads).to(tl.int64)
-    place = place.to(tl.int64)
     tile = tl.load(order + place * num_tiles + rank)
     tokens, _, exists, size = rows_of(
         in_context,
@@ -142,14 +138,8 @@ def key_gradient_kernel(
         at,
         tokens_before,
         context_tokens,
-        video_t,
-        video_h,
-        video_w,
-        tiles_h,
-        tiles_w,
-        BLOCK_T,
-        BLOCK_H,
-        BLOCK_W,
+        grid,
+        BLOCK,
         BLOCK_M,
         TILED,
         HAS_CONTEXT,
@@ -193,7 +183,7 @@ def key_gradient_kernel(
             q = load_rows(query_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
             grad = load_rows(grad_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
         else:
-            offset = block_offset(inside, video_h, video_w, BLOCK_H, BLOCK_W)
+            offset = block_offset(inside, video_h, video_w, BLOCK)
             if HAS_CONTEXT:
                 offset = tl.where(in_context, inside, offset)
             first = start.to(tl.int64)
@@ -297,9 +287,7 @@ def proxy_gradient_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -308,8 +296,9 @@ def proxy_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """Program (M tiles of one head; part of the query tiles): gradients of the pooled keys and values."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = query_rows is not None
-    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
     blocks = tl.cdiv(num_tiles, BLOCK_M)
     place = (tl.program_id(0) // blocks).to(tl.int64)
@@ -341,9 +330,7 @@ def proxy_gradient_kernel(
     for step in tl.range(begin * STEPS, end * STEPS, num_stages=STAGES):
         tile = step // STEPS
         inside = step % STEPS * BLOCK_N + tl.arange(0, BLOCK_N)
-        t, h, w, extent_t, extent_h, extent_w = tile_box(
-            tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-        )
+        t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
         present = inside < extent_t * extent_h * extent_w
         if TILED:
             offset = tile_row(t, h, w, extent_t, extent_h, video_h, video_w) + inside

@@ -93,21 +93,18 @@ def pool_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Program (tile and head, head fastest; which of query, key and value)."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads % num_tiles
     item = tl.program_id(0) // heads // num_tiles
     which = tl.program_id(1)
-    t, h, w, extent_t, extent_h, extent_w = tile_box(
-        tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-    )
+    t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
     slot = tl.arange(0, SLOTS)
     tokens = tokens_before + (t * video_h + h) * video_w + w + slot_offset(slot, extent_h, extent_w, video_h, video_w)
@@ -126,7 +123,7 @@ def pool_kernel(
         x = _pool_one(source, mean, None, 0, None, 0, longest, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
         if quarters is not None:
             counts_at = log_counts + 4 * tile
-            part = quarter_of(slot, size, extent_h, extent_w, BLOCK_H, BLOCK_W)
+            part = quarter_of(slot, size, extent_h, extent_w, BLOCK)
             store_quarters(x, part, quarters + summary * (4 * HEAD_DIM), counts_at, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
@@ -138,7 +135,7 @@ def pool_kernel(
             source, mean, proxies, at, rows, copy, longest, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D
         )
         if quarters is not None:
-            part = quarter_of(slot, size, extent_h, extent_w, BLOCK_H, BLOCK_W)
+            part = quarter_of(slot, size, extent_h, extent_w, BLOCK)
             store_quarters(x, part, quarters + 4 * (copies + at), None, HEAD_DIM, BLOCK_D)
     else:
         source = value + item * value_b + head * value_h

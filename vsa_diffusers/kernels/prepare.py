@@ -73,9 +73,7 @@ def prepare_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -83,11 +81,12 @@ def prepare_kernel(
     HAS_CONTEXT: tl.constexpr,
 ):
     """Programs: the blocks of context rows of all heads first, then query tiles, head by head."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     context_tokens = tokens_before + tokens_after
     video_tokens = video_t * video_h * video_w
     length = video_tokens + context_tokens
-    in_context, place, tile, at = task_of(
-        tl.program_id(0), num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
+    in_context, item, head, place, tile, at = task_of(
+        tl.program_id(0), heads, num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
     )
     tokens, position, exists, _ = rows_of(
         in_context,
@@ -95,21 +94,12 @@ def prepare_kernel(
         at,
         tokens_before,
         context_tokens,
-        video_t,
-        video_h,
-        video_w,
-        tiles_h,
-        tiles_w,
-        BLOCK_T,
-        BLOCK_H,
-        BLOCK_W,
+        grid,
+        BLOCK,
         BLOCK_M,
         TILED,
         HAS_CONTEXT,
     )
-    item = (place // heads).to(tl.int64)
-    head = (place % heads).to(tl.int64)
-    place = place.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
     grad = load_rows(grad_output + item * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)

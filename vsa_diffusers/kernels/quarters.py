@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def quarter_of(slot, size, extent_h, extent_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def quarter_of(slot, size, extent_h, extent_w, BLOCK: tl.constexpr):
     """The quarter that each slot of a tile lies in, 0 to 3; -1 for slots beyond the last token."""
     line = quotient(slot, extent_w)
     h = line - quotient(slot, extent_w * extent_h) * extent_h
     w = slot - line * extent_w
-    quarter = 2 * (h >= (BLOCK_H + 1) // 2).to(tl.int32) + (w >= (BLOCK_W + 1) // 2).to(tl.int32)
+    quarter = 2 * (h >= (BLOCK[1] + 1) // 2).to(tl.int32) + (w >= (BLOCK[2] + 1) // 2).to(tl.int32)
     return tl.where(slot < size, quarter, -1)
 
 

@@ -95,9 +95,7 @@ def query_gradient_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,8 +108,9 @@ def query_gradient_kernel(
     HAS_CONTEXT: tl.constexpr,
 ):
     """Programs: the blocks of context queries of all heads first (the longest), then query tiles, head by head."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = key_rows is not None
-    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
     RAGGED: tl.constexpr = TILE % BLOCK_N != 0
     column = tl.arange(0, BLOCK_N)
@@ -119,8 +118,8 @@ def query_gradient_kernel(
     video_tokens = video_t * video_h * video_w
     context_tokens = tokens_before + tokens_after
     length = video_tokens + context_tokens
-    in_context, place, tile, at = task_of(
-        tl.program_id(0), num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
+    in_context, item, head, place, tile, at = task_of(
+        tl.program_id(0), heads, num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
     )
     tokens, position, exists, size = rows_of(
         in_context,
@@ -128,21 +127,12 @@ def query_gradient_kernel(
         at,
         tokens_before,
         context_tokens,
-        video_t,
-        video_h,
-        video_w,
-        tiles_h,
-        tiles_w,
-        BLOCK_T,
-        BLOCK_H,
-        BLOCK_W,
+        grid,
+        BLOCK,
         BLOCK_M,
         STATS_TILED,
         HAS_CONTEXT,
     )
-    item = (place // heads).to(tl.int64)
-    head = (place % heads).to(tl.int64)
-    place = place.to(tl.int64)
     line = place * num_tiles + tile
     q = load_rows(query + item * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
     grad = load_rows(grad_output + item * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
@@ -185,7 +175,7 @@ def query_gradient_kernel(
             k = load_rows(key_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
             v = load_rows(value_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
         else:
-            offset = block_offset(inside, video_h, video_w, BLOCK_H, BLOCK_W)
+            offset = block_offset(inside, video_h, video_w, BLOCK)
             if HAS_CONTEXT:
                 offset = tl.where(in_context, inside, offset)
             first = start.to(tl.int64)

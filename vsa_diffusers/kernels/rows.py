@@ -31,8 +31,9 @@ def tiled_sources(rows: torch.Tensor | None, launch: Launch, block: int) -> tupl
 
 
 @triton.jit
-def task_of(program, num_tiles, batch_heads, context_tokens, ROWS: tl.constexpr, HAS_CONTEXT: tl.constexpr):
-    """Whether a program takes a block of context rows (these come first), its head, its tile and its context rows."""
+def task_of(program, heads, num_tiles, batch_heads, context_tokens, ROWS: tl.constexpr, HAS_CONTEXT: tl.constexpr):
+    """Whether a program takes a block of context rows (these come first), its batch item, its head there and of all
+    items, its tile and its context rows."""
     at = tl.arange(0, ROWS)
     if HAS_CONTEXT:
         blocks = tl.cdiv(context_tokens, ROWS)
@@ -45,7 +46,9 @@ def task_of(program, num_tiles, batch_heads, context_tokens, ROWS: tl.constexpr,
         in_context = program < 0
         place = program // num_tiles
         tile = program % num_tiles
-    return in_context, place, tile, at
+    item = (place // heads).to(tl.int64)
+    head = (place % heads).to(tl.int64)
+    return in_context, item, head, place.to(tl.int64), tile, at
 
 
 @triton.jit
@@ -55,23 +58,16 @@ def rows_of(
     at,
     tokens_before,
     context_tokens,
-    video_t,
-    video_h,
-    video_w,
-    tiles_h,
-    tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    grid,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILED: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
 ):
     """Tokens of the sequence, their positions and which of them exist, `[ROWS]` each; and the tile's size."""
+    video_t, video_h, video_w, _, _ = grid
     slot = tl.arange(0, ROWS)
-    t, h, w, extent_t, extent_h, extent_w = tile_box(
-        tile, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-    )
+    t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
     position = (t * video_h + h) * video_w + w + slot_offset(slot, extent_h, extent_w, video_h, video_w)
     tokens = tokens_before + position
@@ -121,9 +117,9 @@ def load_stats(stats, plane, position, exists):
 
 
 @triton.jit
-def block_offset(inside, video_h, video_w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def block_offset(inside, video_h, video_w, BLOCK: tl.constexpr):
     """Tokens between a full tile's first one and the one in slot `inside`, in the order of the sequence."""
-    return (inside // (BLOCK_H * BLOCK_W) * video_h + inside // BLOCK_W % BLOCK_H) * video_w + inside % BLOCK_W
+    return (inside // (BLOCK[1] * BLOCK[2]) * video_h + inside // BLOCK[2] % BLOCK[1]) * video_w + inside % BLOCK[2]
 
 
 @triton.jit

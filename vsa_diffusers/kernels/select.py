@@ -150,9 +150,7 @@ def top_k_kernel(
     video_w,
     tiles_h,
     tiles_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -163,6 +161,7 @@ def top_k_kernel(
     GROUP: tl.constexpr,
 ):
     """Program (`ROWS` rows of the workspace). Rows of all heads are counted with each head's last block full."""
+    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
     first = first_row + tl.program_id(0) * ROWS
     line = first % padded + tl.arange(0, ROWS)
@@ -204,15 +203,13 @@ def top_k_kernel(
             bits_at = entry[:, None] * (KEYS // 32) + word[None, :]
             tl.store(kept_bits + bits_at, tl.sum(bits, 2), row_mask[:, None] & (word[None, :] < KEYS // 32))
 
-        t, h, w, extent_t, extent_h, extent_w = tile_box(
-            column, video_t, video_h, video_w, tiles_h, tiles_w, BLOCK_T, BLOCK_H, BLOCK_W
-        )
+        t, h, w, extent_t, extent_h, extent_w = tile_box(column, grid, BLOCK)
         if TILED:
             token = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
         else:
             token = (t * video_h + h) * video_w + w
         size = extent_t * extent_h * extent_w
-        groups = tl.where(size < BLOCK_T * BLOCK_H * BLOCK_W, (size + GROUP - 1) // GROUP, 0)
+        groups = tl.where(size < BLOCK[0] * BLOCK[1] * BLOCK[2], (size + GROUP - 1) // GROUP, 0)
         groups = tl.where(kept, groups[None, :], 0)
         full = kept & (groups == 0)
         # Three counts run in one number: tiles kept, full tiles, groups of partial tiles.

@@ -65,9 +65,7 @@ def walk_video(
     num_tiles,
     video_h,
     video_w,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -81,7 +79,7 @@ def walk_video(
     PRECISION: tl.constexpr,
 ):
     """Attend to the video: full tiles, then partial ones, then (merge) the pooled tiles that are not kept."""
-    TILE: tl.constexpr = BLOCK_T * BLOCK_H * BLOCK_W
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
     column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
@@ -105,7 +103,7 @@ def walk_video(
             k = load_rows(key_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
             v = load_rows(value_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
         else:
-            frame, line_h, line_w = inside // (BLOCK_H * BLOCK_W), inside // BLOCK_W % BLOCK_H, inside % BLOCK_W
+            frame, line_h, line_w = inside // (BLOCK[1] * BLOCK[2]), inside // BLOCK[2] % BLOCK[1], inside % BLOCK[2]
             offset = (frame * video_h + line_h) * video_w + line_w
             if HAS_CONTEXT:
                 offset = tl.where(in_context, inside, offset)
