@@ -126,15 +126,14 @@ def description_of(pipe: diffusers.DiffusionPipeline, sample: Sample, options: O
     """What training has to know of the shards."""
     transformer = next(iter(supported_parts(pipe).values()))
     family = require_family(transformer)
-    hidden = sample.clean if sample.extra_channels is None else None
-    if hidden is None:
-        hidden = torch.cat([sample.clean, sample.extra_channels.to(sample.clean)], layout_of(transformer).channel_axis)
+    axis = layout_of(transformer).channel_axis
+    hidden = sample.with_extra_channels(sample.clean, axis)
     grid = family.read_grid(transformer, sample.conditions | {"hidden_states": hidden})
     tokens = grid[0] * grid[1] * grid[2] if grid else 0
     return Description(
         pipeline=type(pipe).__name__,
         transformer=type(transformer).__name__,
-        channel_axis=layout_of(transformer).channel_axis,
+        channel_axis=axis,
         shift=scheduler_shift(pipe, tokens),
         height=options.height,
         width=options.width,

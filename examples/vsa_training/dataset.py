@@ -80,6 +80,12 @@ class Sample:
     conditions: dict[str, Any]
     caption: Any = ""
 
+    def with_extra_channels(self, latents: torch.Tensor, axis: int) -> torch.Tensor:
+        """What the transformer takes: these latents, and behind them the extra channels, if there are some."""
+        if self.extra_channels is None:
+            return latents
+        return torch.cat([latents, self.extra_channels.to(latents)], axis)
+
     def to(self, device: torch.device) -> Sample:
         """All tensors on `device`."""
         tensors: dict[str, torch.Tensor] = {}

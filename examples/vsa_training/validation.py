@@ -15,9 +15,7 @@ from .objective import add_noise, velocity_error
 
 def predict(transformer: torch.nn.Module, batch: Sample, noisy: torch.Tensor, sigmas: torch.Tensor, axis: int):
     """The transformer's velocity for noisy latents in its layout, with the batch's conditions."""
-    hidden = noisy
-    if batch.extra_channels is not None:
-        hidden = torch.cat([noisy, batch.extra_channels.to(noisy)], axis)
+    hidden = batch.with_extra_channels(noisy, axis)
     scale = batch.timestep_scale
     timestep = scale * (1000 * sigmas).view(-1, *[1] * (scale.ndim - 1))
     output = transformer(hidden_states=hidden, timestep=timestep, return_dict=False, **batch.conditions)
