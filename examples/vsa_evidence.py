@@ -2,10 +2,11 @@
 
     python examples/vsa_evidence.py --latents runs/latents --minutes 9
 
-Measures the validation loss against the ratio: of the model as it is (sparse, merge), and after fine-tuning it with VSA
-(gate, merge, merge with a gate) or dense for as many steps, on the same clips, noise and noise levels. Every finished
-run goes to `results.json` at once; the same command goes on with those that are missing, and ends with status 75 while
-some still are. The table and the plot show the losses relative to the dense model with the same extra training.
+Measures the validation loss against the ratio: of the model as it is, and after fine-tuning it with VSA (gate, merge,
+each with tiles scored by means or by quarters, and merge with a gate) or dense for as many steps, on the same clips,
+noise and noise levels. Every finished run goes to `results.json` at once; the same command goes on with those that are
+missing, and ends with status 75 while some still are. Table and plot show the losses relative to the dense model
+with the same extra training.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ def main(
             name = key_of(report["variant"], report["ratio"], report["seed"])
             results["runs"][name] = report
             write(output, results)
-            if keep and report["variant"] in ("gate", "merge"):
-                save_vsa(set_top_k_ratio(tuned, report["ratio"]), output / name)
+            how = VARIANTS[report["variant"]]
+            if keep and how.combine is not None and how.in_package:
+                save_vsa(set_top_k_ratio(tuned, report["ratio"]), output / name, dtype=torch.float16)
 
     report_on(results, output, console)
     left = [name for name in (key_of(*run) for run in wanted) if name not in results["runs"]]
@@ -182,7 +184,7 @@ def plan(variants: list[str], ratios: list[float], seeds: int, trainable: str) -
                 if variant == "dense":
                     if place == 0:
                         yield "dense", 1.0, seed
-                elif trainable != "gates" or "gate" in variant:
+                elif trainable != "gates" or VARIANTS[variant].gates:
                     yield variant, ratio, seed
 
 
@@ -211,7 +213,7 @@ def measure_untrained(
     base: torch.nn.Module, results: dict, ratios: list[float], material: Material, batch_size: int, device: torch.device
 ) -> None:
     """Add what the model loses without any fine-tuning, at ratios that are not there yet."""
-    for variant in ("dense", "sparse", "merge"):
+    for variant in ("dense", "sparse", "merge", "merge_quarters"):
         done = results["untrained"].setdefault(variant, {})
         new = [ratio for ratio in ratios if f"{ratio:g}" not in done and variant != "dense"]
         if new or (variant == "dense" and not done):

@@ -12,10 +12,13 @@ from rich.table import Table
 LABELS = {
     ("sparse", False): "sparse, no training",
     ("merge", False): "merge, no training",
+    ("merge_quarters", False): "merge by quarters, no training",
     ("dense", True): "merge, after dense training",
     ("sparse", True): "sparse, fine-tuned",
     ("merge", True): "merge, fine-tuned",
+    ("merge_quarters", True): "merge by quarters, fine-tuned",
     ("gate", True): "gate, fine-tuned",
+    ("gate_quarters", True): "gate by quarters, fine-tuned",
     ("merge_gate", True): "merge with a gate, fine-tuned",
 }
 

@@ -25,7 +25,26 @@ from .objective import add_noise, logit_normal_quantiles, velocity_error
 from .parameters import choose_trainable, parameter_groups
 from .sparsity import SparsityRamp
 
-VARIANTS = ("dense", "sparse", "merge", "gate", "merge_gate")
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model attends; with `combine=None` densely."""
+
+    combine: str | None
+    selection: str = "mean"
+    gates: bool = False  # it has trained gates, beside the coarse branch
+    in_package: bool = True  # `save_vsa` can save it
+
+
+VARIANTS = {
+    "dense": Variant(None),
+    "sparse": Variant("sparse"),
+    "merge": Variant("merge"),
+    "merge_quarters": Variant("merge", "quarters"),
+    "gate": Variant("gate", gates=True),
+    "gate_quarters": Variant("gate", "quarters", gates=True),
+    "merge_gate": Variant("merge", gates=True, in_package=False),
+}
 # Padding is attended to; this is the length that the model's recommended settings use.
 TEXT_TOKENS = 32
 
@@ -109,12 +128,13 @@ def embed_captions(pipe: WanPipeline, captions: list[str], device: torch.device)
 def prepare(base: WanTransformer3DModel, variant: str, ratio: float, device: torch.device) -> WanTransformer3DModel:
     """A copy of the model that attends as `variant` says, with new gates where it has some."""
     model = copy.deepcopy(base).to(device)
-    if variant == "merge_gate":
+    how = VARIANTS[variant]
+    if not how.in_package:
         enable_merge_gate(model, ratio)
-    elif variant != "dense":
-        if variant == "gate":
+    elif how.combine is not None:
+        if how.gates:
             add_gate_compress(model)
-        enable_vsa(model, ratio, combine=variant)
+        enable_vsa(model, ratio, combine=how.combine, selection=how.selection)
     return model
 
 
