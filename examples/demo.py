@@ -1,13 +1,16 @@
 """One prompt, made dense and with Video Sparse Attention: what it costs, and how close it is.
 
-    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--dense-steps 0.2] [--output DIRECTORY]
+    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--dense-steps 0.2]
+                            [--fine-tuned DIRECTORY | --no-fine-tuned] [--output DIRECTORY]
 
-Uses the tiny Wan model beside this file, on the GPU if there is one. Writes `side_by_side.mp4`, `contact_sheet.png` and
+Uses the tiny Wan model beside this file, on the GPU if there is one: its weights as they are, and, where there are any,
+weights that were fine-tuned with VSA, at their own ratio. Writes `side_by_side.mp4`, `contact_sheet.png` and
 `results.json`, and prints a table.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -27,10 +30,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
+from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa, load_vsa
+from vsa_diffusers.pipeline import enabled_config
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 MODEL = Path(__file__).parent / "tiny_wan"
+FINE_TUNED = Path(__file__).parent / "tiny_wan_vsa"
 BLOCK_SIZE = (4, 4, 4)
 
 
@@ -63,6 +68,15 @@ def main(
     selection: Annotated[str, typer.Option(help="What key tiles are scored by: mean or quarters.")] = "mean",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
+    fine_tuned: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fine-tuned weights, as save_vsa writes them; the default model has its own in tiny_wan_vsa.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    without_fine_tuned: Annotated[bool, typer.Option("--no-fine-tuned", help="Leave fine-tuned weights out.")] = False,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
     model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.")] = MODEL,
 ) -> None:
@@ -81,6 +95,12 @@ def main(
     for ratio in ratios:
         config = VSAConfig(ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
         runs.append(Run(f"VSA {ratio:g}", pipe, config))
+    if fine_tuned is None and FINE_TUNED.exists() and model.samefile(MODEL):
+        fine_tuned = FINE_TUNED
+    tuned = None
+    if fine_tuned is not None and not without_fine_tuned:
+        tuned = fine_tuned_run(pipe, fine_tuned, dense_steps)
+        runs.append(tuned)
 
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')
@@ -92,11 +112,27 @@ def main(
     write_contact_sheet(output / "contact_sheet.png", videos, results, call["prompt"])
     numbers = {"device": device, "tokens": grid.num_tokens, "tiles": grid.num_tiles, "padding": grid.padding}
     numbers |= {"call": call, "seed": seed, "dense_steps": dense_steps, "selection": selection}
+    numbers["fine_tuned"] = None if tuned is None else tuned.config.to_dict()
     numbers["results"] = [asdict(result) for result in results]
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     console.print(table_of(results, grid))
-    console.print(f"Left to right in {output / 'side_by_side.mp4'}: {', '.join(result.label for result in results)}.")
+    if tuned is not None:
+        console.print("The dense video is by the weights as they are; fine-tuned ones need not repeat it.")
+    console.print(f"Left to right in {output / 'side_by_side.mp4'}: {'; '.join(result.label for result in results)}.")
     console.print(f"Frames beside each other: {output / 'contact_sheet.png'}. Numbers: {output / 'results.json'}.")
+
+
+def fine_tuned_run(pipe: WanPipeline, directory: Path, dense_steps: float) -> Run:
+    """The weights in `directory` on a copy of the pipeline's transformer, attending as they were trained to.
+
+    Trained sparse at every noise level, they can do without dense steps, but get as many as the other videos, so that
+    the table compares like with like.
+    """
+    tuned = WanPipeline(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
+    tuned.set_progress_bar_config(disable=True)
+    load_vsa(tuned, directory, dense_steps=dense_steps)
+    config = enabled_config(tuned.transformer)
+    return Run(f"VSA {config.top_k_ratio:g}, fine-tuned", tuned, config)
 
 
 def make_videos(
@@ -209,7 +245,7 @@ def table_of(results: list[Result], grid: TileGrid) -> Table:
     title = f"{grid.num_tokens} tokens {grid.video_shape}, {grid.num_tiles} tiles of {grid.tile_capacity}, "
     table = Table(title=f"{title}{grid.padding:.0%} padding")
     for heading in ("", "tiles kept", "denoising, s", "times dense", "PSNR, dB", "SSIM"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=not heading)
     for each in results:
         psnr = "" if each.psnr is None else "identical" if math.isinf(each.psnr) else f"{each.psnr:.1f}"
         ssim = "" if each.ssim is None else f"{each.ssim:.3f}"
