@@ -1,17 +1,20 @@
 """One prompt, made dense and with Video Sparse Attention: what it costs, and how close it is.
 
-    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--dense-steps 0.2] [--output DIRECTORY]
+    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--dense-steps 0.2]
+                            [--fine-tuned DIRECTORY | --no-fine-tuned] [--output DIRECTORY]
 
-Uses the tiny Wan model beside this file, on the GPU if there is one. Writes `side_by_side.mp4`, `contact_sheet.png` and
+Uses the tiny Wan model beside this file, on the GPU if there is one: its weights as they are, and, where there are any,
+weights that were fine-tuned with VSA, at their own ratio. Writes `side_by_side.mp4`, `contact_sheet.png` and
 `results.json`, and prints a table.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +30,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vsa_diffusers import disable_vsa, enable_vsa
+from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa, load_vsa
+from vsa_diffusers.pipeline import enabled_config
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 MODEL = Path(__file__).parent / "tiny_wan"
+FINE_TUNED = Path(__file__).parent / "tiny_wan_vsa"
 BLOCK_SIZE = (4, 4, 4)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to make the video: a pipeline, and how it attends sparsely, if it does."""
+
+    label: str
+    pipe: WanPipeline
+    config: VSAConfig | None = None
 
 
 @dataclass
@@ -54,6 +68,15 @@ def main(
     selection: Annotated[str, typer.Option(help="What key tiles are scored by: mean or quarters.")] = "mean",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
+    fine_tuned: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fine-tuned weights, as save_vsa writes them; the default model has its own in tiny_wan_vsa.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    without_fine_tuned: Annotated[bool, typer.Option("--no-fine-tuned", help="Leave fine-tuned weights out.")] = False,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
     model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.")] = MODEL,
 ) -> None:
@@ -68,43 +91,69 @@ def main(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = WanPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
+    runs = [Run("dense", pipe)]
+    for ratio in ratios:
+        config = VSAConfig(ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
+        runs.append(Run(f"VSA {ratio:g}", pipe, config))
+    if fine_tuned is None and FINE_TUNED.exists() and model.samefile(MODEL):
+        fine_tuned = FINE_TUNED
+    tuned = None
+    if fine_tuned is not None and not without_fine_tuned:
+        tuned = fine_tuned_run(pipe, fine_tuned, dense_steps)
+        runs.append(tuned)
+
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')
     console.print(f"The first {dense_steps:.0%} of the steps are dense in all of them.")
-
-    videos, results = [], []
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        tasks = [progress.add_task(name_of(ratio), total=call["num_inference_steps"] + 1) for ratio in (None, *ratios)]
-        warm_up(pipe, call, seed, ratios[0] if device == "cuda" and ratios else None)
-        for task, ratio in zip(tasks, (None, *ratios), strict=True):
-            if ratio is not None:
-                options = dict(block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
-                enable_vsa(pipe, top_k_ratio=ratio, **options)
-            latents, seconds = generate(pipe, call, seed, lambda task=task: progress.advance(task))
-            videos.append(decode(pipe, latents))
-            disable_vsa(pipe)
-            progress.advance(task)
-            kept = grid.num_tiles if ratio is None else num_selected_tiles(grid.num_tiles, ratio)
-            speedup = results[0].seconds / seconds if results else 1.0
-            results.append(Result(name_of(ratio), ratio, kept, seconds, speedup))
-            if ratio is not None:
-                results[-1].psnr, results[-1].ssim = closeness(videos[-1], videos[0])
+    videos, results = make_videos(runs, call, seed, grid, console)
 
     output.mkdir(parents=True, exist_ok=True)
     write_video(output / "side_by_side.mp4", videos)
     write_contact_sheet(output / "contact_sheet.png", videos, results, call["prompt"])
     numbers = {"device": device, "tokens": grid.num_tokens, "tiles": grid.num_tiles, "padding": grid.padding}
     numbers |= {"call": call, "seed": seed, "dense_steps": dense_steps, "selection": selection}
+    numbers["fine_tuned"] = None if tuned is None else tuned.config.to_dict()
     numbers["results"] = [asdict(result) for result in results]
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     console.print(table_of(results, grid))
-    console.print(f"Left to right in {output / 'side_by_side.mp4'}: {', '.join(result.label for result in results)}.")
+    if tuned is not None:
+        console.print("The dense video is by the weights as they are; fine-tuned ones need not repeat it.")
+    console.print(f"Left to right in {output / 'side_by_side.mp4'}: {'; '.join(result.label for result in results)}.")
     console.print(f"Frames beside each other: {output / 'contact_sheet.png'}. Numbers: {output / 'results.json'}.")
 
 
-def name_of(ratio: float | None) -> str:
-    """How a run is called in the table and the pictures."""
-    return "dense" if ratio is None else f"VSA {ratio:g}"
+def fine_tuned_run(pipe: WanPipeline, directory: Path, dense_steps: float) -> Run:
+    """The weights in `directory` on a copy of the pipeline's transformer, attending as they were trained to.
+
+    Trained sparse at every noise level, they can do without dense steps, but get as many as the other videos, so that
+    the table compares like with like.
+    """
+    tuned = WanPipeline(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
+    tuned.set_progress_bar_config(disable=True)
+    load_vsa(tuned, directory, dense_steps=dense_steps)
+    config = enabled_config(tuned.transformer)
+    return Run(f"VSA {config.top_k_ratio:g}, fine-tuned", tuned, config)
+
+
+def make_videos(
+    runs: list[Run], call: dict, seed: int, grid: TileGrid, console: Console
+) -> tuple[list[torch.Tensor], list[Result]]:
+    """The video of every run, all from the same noise, the first of them being what the others are compared with."""
+    videos, results = [], []
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        tasks = [progress.add_task(run.label, total=call["num_inference_steps"] + 1) for run in runs]
+        warm_up(runs, call, seed)
+        for task, run in zip(tasks, runs, strict=True):
+            latents, seconds = generate(run, call, seed, lambda task=task: progress.advance(task))
+            videos.append(decode(run.pipe, latents))
+            progress.advance(task)
+            ratio = run.config and run.config.top_k_ratio
+            kept = grid.num_tiles if ratio is None else num_selected_tiles(grid.num_tiles, ratio)
+            speedup = results[0].seconds / seconds if results else 1.0
+            results.append(Result(run.label, ratio, kept, seconds, speedup))
+            if ratio is not None:
+                results[-1].psnr, results[-1].ssim = closeness(videos[-1], videos[0])
+    return videos, results
 
 
 def video_shape(pipe: WanPipeline, call: dict) -> tuple[int, int, int]:
@@ -115,28 +164,31 @@ def video_shape(pipe: WanPipeline, call: dict) -> tuple[int, int, int]:
     return t, h, w
 
 
-def generate(pipe: WanPipeline, call: dict, seed: int, on_step=lambda: None) -> tuple[torch.Tensor, float]:
+def generate(run: Run, call: dict, seed: int, on_step=lambda: None) -> tuple[torch.Tensor, float]:
     """Latents of one video, and the seconds that it took."""
 
     def callback(pipe, step, timestep, tensors):
         on_step()
         return tensors
 
+    if run.config is not None:
+        enable_vsa(run.pipe, config=run.config)
     generator = torch.Generator("cpu").manual_seed(seed)
     synchronize()
     start = time.perf_counter()
-    latents = pipe(**call, generator=generator, output_type="latent", callback_on_step_end=callback).frames
+    latents = run.pipe(**call, generator=generator, output_type="latent", callback_on_step_end=callback).frames
     synchronize()
-    return latents, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    disable_vsa(run.pipe)
+    return latents, seconds
 
 
-def warm_up(pipe: WanPipeline, call: dict, seed: int, ratio: float | None) -> None:
-    """The first call of all is slower, and so is, on a GPU, the first one with VSA: it compiles the kernels."""
-    generate(pipe, call | {"num_inference_steps": 1}, seed)
-    if ratio is not None:
-        enable_vsa(pipe, top_k_ratio=ratio, block_size=BLOCK_SIZE)
-        generate(pipe, call | {"num_inference_steps": 1}, seed)
-        disable_vsa(pipe)
+def warm_up(runs: list[Run], call: dict, seed: int) -> None:
+    """The first call of all is slower, and so is, on a GPU, the first one of a sparse run: it compiles the kernels."""
+    for run in runs if torch.cuda.is_available() else runs[:1]:
+        # One step with a share of dense ones would be dense.
+        config = run.config and replace(run.config, dense_steps=0)
+        generate(replace(run, config=config), call | {"num_inference_steps": 1}, seed)
 
 
 def synchronize() -> None:
@@ -193,7 +245,7 @@ def table_of(results: list[Result], grid: TileGrid) -> Table:
     title = f"{grid.num_tokens} tokens {grid.video_shape}, {grid.num_tiles} tiles of {grid.tile_capacity}, "
     table = Table(title=f"{title}{grid.padding:.0%} padding")
     for heading in ("", "tiles kept", "denoising, s", "times dense", "PSNR, dB", "SSIM"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=not heading)
     for each in results:
         psnr = "" if each.psnr is None else "identical" if math.isinf(each.psnr) else f"{each.psnr:.1f}"
         ssim = "" if each.ssim is None else f"{each.ssim:.3f}"

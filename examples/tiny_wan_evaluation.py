@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import torch
@@ -14,6 +15,8 @@ from rich.table import Table
 
 from tiny_wan_parts import RECOMMENDED
 from tiny_wan_vae import reconstruction_psnr
+from vsa_diffusers import enable_vsa, load_vsa
+from vsa_diffusers.pipeline import enabled_config
 
 
 def held_out_captions(count: int) -> list[Description]:
@@ -40,6 +43,24 @@ def contact_sheet(videos: list[torch.Tensor], path: Path, columns: int = 6) -> N
     iio.imwrite(path, image.permute(1, 2, 0).numpy())
 
 
+def make_sparse(pipeline: WanPipeline, directory: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Enable VSA, with the weights and the config that `save_vsa` wrote into `directory`, or without training.
+
+    Args:
+        pipeline: is changed in place.
+        directory: `None` keeps the weights.
+        options: fields of `VSAConfig`, which override those that were saved.
+
+    Returns:
+        Whether the weights are fine-tuned ones, and the config.
+    """
+    if directory is None:
+        enable_vsa(pipeline, **options)
+    else:
+        load_vsa(pipeline, directory, **options)
+    return {"fine_tuned": directory is not None, **enabled_config(pipeline.transformer).to_dict()}
+
+
 def evaluate_pipeline(
     folder: Path,
     device: torch.device,
@@ -51,10 +72,17 @@ def evaluate_pipeline(
     steps: int,
     sheet: Path | None = None,
     detector_clips: int = 100,
+    vsa: Path | None = None,
+    vsa_options: dict[str, Any] | None = None,
 ) -> dict:
-    """Everything that the model card states, as plain numbers."""
+    """Everything that the model card states, as plain numbers.
+
+    With `vsa` or `vsa_options`, which `make_sparse` explains, it is the sparse pipeline that is judged. No VAE or
+    detector clips leave that part out.
+    """
     pipeline = WanPipeline.from_pretrained(folder, local_files_only=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    sparse = make_sparse(pipeline, vsa, vsa_options or {}) if vsa or vsa_options else None
 
     videos, verdicts = [], []
     wanted = held_out_captions(captions)
@@ -70,11 +98,9 @@ def evaluate_pipeline(
     if sheet is not None:
         contact_sheet(videos, sheet)
 
-    psnr = reconstruction_psnr(pipeline.vae, device, vae_clips, side, frames)
-
     right = [verdict["right"] for verdict in verdicts]
     shares = {part: sum(one[part] for one in right) / len(right) for part in right[0]}
-    return {
+    result = {
         "generated": {
             "captions": captions,
             "height": side,
@@ -84,24 +110,42 @@ def evaluate_pipeline(
             "guidance_scale": RECOMMENDED["guidance_scale"],
             "right": {**shares, "all": sum(all(one.values()) for one in right) / len(right)},
             "seconds_per_video": round(seconds, 1),
-        },
-        "detector_on_rendered_clips": {"clips": detector_clips, "right": validate(detector_clips, device=device)},
-        "vae": {"clips": vae_clips, "psnr_db": round(psnr, 2)},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "verdicts": verdicts,
+        }
     }
+    if sparse:
+        result["vsa"] = sparse
+    if detector_clips:
+        on_rendered = validate(detector_clips, device=device)
+        result["detector_on_rendered_clips"] = {"clips": detector_clips, "right": on_rendered}
+    if vae_clips:
+        psnr = reconstruction_psnr(pipeline.vae, device, vae_clips, side, frames)
+        result["vae"] = {"clips": vae_clips, "psnr_db": round(psnr, 2)}
+    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result["verdicts"] = verdicts
+    return result
 
 
 def print_evaluation(result: dict) -> None:
-    generated, detector, vae = (result[part] for part in ("generated", "detector_on_rendered_clips", "vae"))
+    """The numbers for a person to read; parts that were left out are not mentioned."""
+    generated, detector, vae, vsa = (
+        result.get(part) for part in ("generated", "detector_on_rendered_clips", "vae", "vsa")
+    )
     size = "{height}x{width}, {num_frames} frames, {num_inference_steps} steps".format(**generated)
+    console = Console()
     table = Table(title=f"Held-out captions, {size}")
     table.add_column("right")
+    columns = [generated["right"]]
     table.add_column(f"generated ({generated['captions']})", justify="right")
-    table.add_column(f"rendered ({detector['clips']})", justify="right")
-    for part, share in generated["right"].items():
-        table.add_row(part, f"{share:.0%}", f"{detector['right'][part]:.0%}")
-    console = Console()
+    if detector:
+        columns.append(detector["right"])
+        table.add_column(f"rendered ({detector['clips']})", justify="right")
+    for part in generated["right"]:
+        table.add_row(part, *(f"{shares[part]:.0%}" for shares in columns))
     console.print(table)
-    console.print(f"VAE on {vae['clips']} held-out clips: {vae['psnr_db']} dB PSNR")
+    if vsa:
+        weights = "fine-tuned weights" if vsa["fine_tuned"] else "without training"
+        fields = ", ".join(f"{name}={vsa[name]}" for name in ("top_k_ratio", "selection", "dense_steps"))
+        console.print(f"VSA with {fields}, {weights}")
+    if vae:
+        console.print(f"VAE on {vae['clips']} held-out clips: {vae['psnr_db']} dB PSNR")
     console.print(f"{generated['seconds_per_video']} s per video on {result['device']}")

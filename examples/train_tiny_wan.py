@@ -94,14 +94,35 @@ def evaluate(
     model: Model = MODEL_FOLDER,
     device: Device = "auto",
     captions: Annotated[int, typer.Option(help="Held-out captions to generate.")] = 50,
-    vae_clips: Annotated[int, typer.Option(help="Held-out clips for the VAE's PSNR.")] = 10,
+    vae_clips: Annotated[int, typer.Option(help="Held-out clips for the VAE's PSNR; 0 leaves it out.")] = 10,
+    detector_clips: Annotated[
+        int, typer.Option(help="Rendered clips that the detector is judged by; 0 leaves it out.")
+    ] = 100,
     side: Annotated[int, typer.Option(help="Height and width of the generated videos.")] = RECOMMENDED["height"],
     frames: Annotated[int, typer.Option(help="Frames of the generated videos.")] = RECOMMENDED["num_frames"],
     steps: Annotated[int, typer.Option(help="Inference steps.")] = RECOMMENDED["num_inference_steps"],
     sheet: Annotated[Path | None, typer.Option(help="Also write a PNG with frames of every video.")] = None,
+    top_k_ratio: Annotated[float | None, typer.Option(help="Judge it with VSA at this ratio.")] = None,
+    vsa: Annotated[
+        Path | None,
+        typer.Option(help="Judge it with what save_vsa wrote into this folder.", exists=True, file_okay=False),
+    ] = None,
+    selection: Annotated[str | None, typer.Option(help="With VSA: score key tiles by mean or quarters.")] = None,
+    dense_steps: Annotated[float | None, typer.Option(help="With VSA: share of the steps that stay dense.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the result goes; a whole evaluation of the dense model goes to its evaluation.json."),
+    ] = None,
 ) -> None:
-    """Generate held-out captions with the saved pipeline, judge them, and write `evaluation.json` beside it."""
+    """Generate held-out captions with the saved pipeline, dense or with VSA, and judge them."""
     settings = Settings.for_device(device)
+    options = dict(top_k_ratio=top_k_ratio, selection=selection, dense_steps=dense_steps)
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and top_k_ratio is None and vsa is None:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise typer.BadParameter(f"{given} needs VSA; add --top-k-ratio or --vsa.")
+    if output is None and not options and vsa is None and vae_clips and detector_clips:
+        output = model / "evaluation.json"
     result = evaluate_pipeline(
         model,
         settings.device,
@@ -111,9 +132,16 @@ def evaluate(
         frames=frames,
         steps=steps,
         sheet=sheet,
+        detector_clips=detector_clips,
+        vsa=vsa,
+        vsa_options=options,
     )
     print_evaluation(result)
-    (model / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    if output is None:
+        typer.echo("Written to no file; --output names one.")
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 @app.command(name="all")

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import imageio.v3 as imageio
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -29,6 +30,7 @@ from tiny_wan_transformer import (
     train_transformer,
 )
 from tiny_wan_vae import encode_scenes, reconstruction_psnr, train_vae, with_past, without_past
+from vsa_diffusers import disable_vsa, enable_vsa, save_vsa
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny_wan"
 CPU = torch.device("cpu")
@@ -211,6 +213,70 @@ def test_every_stage_runs_end_to_end(tmp_path):
     sizes = dict(captions=1, vae_clips=1, detector_clips=1, side=32, frames=9, steps=1)
     result = evaluate_pipeline(tmp_path / "model", CPU, **sizes)
     assert set(result["generated"]["right"]) == {"shape", "colour", "direction", "all"}
+    assert "vsa" not in result
+
+
+def evaluate(folder: Path, *options: str):
+    """`evaluate` of one caption at the smallest size that has two tiles, without the parts that VSA does not touch."""
+    small = dict(device="cpu", captions=1, side=64, frames=29, steps=2) | {"vae-clips": 0, "detector-clips": 0}
+    arguments = [f"--{name}={value}" for name, value in small.items()]
+    return CliRunner().invoke(app, ["evaluate", "--model", str(folder), *arguments, *options])
+
+
+def test_with_vsa_the_sparse_pipeline_is_judged(pipeline, tmp_path):
+    save_vsa(enable_vsa(pipeline.transformer, 0.5), tmp_path / "unchanged")
+    tuned = copy.deepcopy(disable_vsa(pipeline.transformer))
+    with torch.no_grad():
+        tuned.proj_out.weight.mul_(0.9)
+    save_vsa(enable_vsa(tuned, 0.5), tmp_path / "tuned")
+
+    def judged(name: str, *options: str) -> tuple[dict, bytes]:
+        output, sheet = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
+        run = evaluate(MODEL, *options, "--output", str(output), "--sheet", str(sheet))
+        assert run.exit_code == 0, run.output
+        return json.loads(output.read_text()), imageio.imread(sheet).tobytes()
+
+    dense, dense_frames = judged("dense")
+    free, free_frames = judged("free", "--top-k-ratio", "0.5")
+    _, early_dense_frames = judged("early_dense", "--top-k-ratio", "0.5", "--dense-steps", "0.5")
+    saved, saved_frames = judged("saved", "--vsa", str(tmp_path / "unchanged"))
+    _, tuned_frames = judged("fine_tuned", "--vsa", str(tmp_path / "tuned"))
+    whole, whole_frames = judged("whole", "--vsa", str(tmp_path / "unchanged"), "--dense-steps", "1")
+
+    assert len({dense_frames, free_frames, early_dense_frames, tuned_frames}) == 4
+    assert saved_frames == free_frames
+    assert whole_frames == dense_frames
+    assert set(dense) == {"generated", "device", "verdicts"}
+    assert (free["vsa"]["top_k_ratio"], free["vsa"]["fine_tuned"]) == (0.5, False)
+    assert (saved["vsa"]["top_k_ratio"], saved["vsa"]["fine_tuned"]) == (0.5, True)
+    assert whole["vsa"]["dense_steps"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "replaced"),
+    [
+        (["--top-k-ratio", "0.5"], False),
+        (["--top-k-ratio", "0.5", "--vae-clips", "1", "--detector-clips", "1"], False),
+        ([], False),
+        (["--vae-clips", "1", "--detector-clips", "1"], True),
+    ],
+)
+def test_only_a_whole_dense_evaluation_replaces_the_one_beside_the_model(options, replaced, tmp_path):
+    for part in MODEL.iterdir():
+        if part.name != "evaluation.json":
+            (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "evaluation.json").write_text("before")
+    run = evaluate(tmp_path, *options)
+    assert run.exit_code == 0, run.output
+    assert ((tmp_path / "evaluation.json").read_text() != "before") == replaced
+    assert ("Written to no file" in run.output) != replaced
+
+
+def test_settings_of_vsa_are_refused_where_there_is_none(tmp_path):
+    run = evaluate(MODEL, "--selection", "quarters", "--output", str(tmp_path / "out.json"))
+    assert run.exit_code == 2
+    assert "needs VSA" in run.output
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_a_stage_that_is_out_of_time_says_so_by_its_exit_status(tmp_path):
