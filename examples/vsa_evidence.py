@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -60,14 +60,17 @@ def main(
     train_ratios: Annotated[str, typer.Option(help="Ratios to fine-tune for, most important first.")] = "0.125",
     variants: Annotated[str, typer.Option(help=f"What to fine-tune, of {', '.join(VARIANTS)}.")] = "dense,gate,merge",
     seeds: Annotated[int, typer.Option(help="Fine-tunings of each kind.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first of them.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Clips per step.")] = 16,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the matrices of the blocks.")] = "adamw",
     lr: Annotated[float, typer.Option(help="Learning rate of everything but gates.")] = 3e-4,
     gate_lr: Annotated[float, typer.Option(help="Learning rate of gates.")] = 1e-3,
     ramp: Annotated[
         float, typer.Option(help="Share of the steps in which the ratio falls from 1 to the target.")
     ] = 0.3,
     trainable: Annotated[str, typer.Option(help="all, attention or gates; dense then trains all.")] = "all",
+    dense_layers: Annotated[str, typer.Option(help="Layers that stay dense, such as 0 or 0,-1.")] = "",
     shift: Annotated[float, typer.Option(help="Shift of the noise levels, as the model was trained.")] = 3.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     minutes: Annotated[float | None, typer.Option(help="Start no run that would end later than this.")] = None,
@@ -78,11 +81,12 @@ def main(
     started = time.monotonic()
     console = Console()
     torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift)
+    layers = tuple(int(layer) for layer in dense_layers.split(",") if layer)
+    recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift, optimizer, layers)
     settings = asdict(recipe) | dict(clips=clips, side=side, frames=frames, held_out=held_out, levels=levels)
     results = open_results(output / "results.json", settings, torch_device)
     measured = numbers(ratios)
-    wanted = list(plan(names(variants), numbers(train_ratios), seeds, trainable))
+    wanted = list(plan(names(variants), numbers(train_ratios), range(first_seed, first_seed + seeds), trainable))
     missing = [run for run in wanted if key_of(*run) not in results["runs"]]
 
     if report_only:
@@ -91,14 +95,14 @@ def main(
 
     pipe = WanPipeline.from_pretrained(model, local_files_only=True)
     material = load_material(pipe, latents, Clips(side, frames, clips), held_out, levels, shift, torch_device)
-    measure_untrained(pipe.transformer, results, measured, material, batch_size, torch_device)
+    measure_untrained(pipe.transformer, results, measured, material, recipe, torch_device)
     write(output, results)
     deadline = None if minutes is None else started + 60 * minutes
     with progress_bars(console) as progress:
         for report, tuned in fine_tunings(
             pipe.transformer, missing, material, recipe, torch_device, deadline, progress
         ):
-            report["losses"] = losses_by_ratio(tuned, report["variant"], measured, material, batch_size)
+            report["losses"] = losses_by_ratio(tuned, report["variant"], measured, material, batch_size, layers)
             name = key_of(report["variant"], report["ratio"], report["seed"])
             results["runs"][name] = report
             write(output, results)
@@ -141,7 +145,7 @@ def fine_tunings(
         if deadline is not None and started + 1.1 * longest > deadline:
             return
         task = progress.add_task(key_of(variant, ratio, seed), total=recipe.steps, text="")
-        tuned = prepare(base, variant, ratio, device)
+        tuned = prepare(base, variant, ratio, device, recipe.dense_layers)
 
         def show(step: int, loss: float, task=task) -> None:
             progress.update(task, completed=step, text=f"loss {loss:.4f}")
@@ -176,9 +180,11 @@ def numbers(text: str) -> list[float]:
     return ratios
 
 
-def plan(variants: list[str], ratios: list[float], seeds: int, trainable: str) -> Iterator[tuple[str, float, int]]:
+def plan(
+    variants: list[str], ratios: list[float], seeds: Iterable[int], trainable: str
+) -> Iterator[tuple[str, float, int]]:
     """The runs, most important first; a dense one per seed, whatever the ratios."""
-    for seed in range(seeds):
+    for seed in seeds:
         for place, ratio in enumerate(ratios):
             for variant in variants:
                 if variant == "dense":
@@ -203,6 +209,7 @@ def open_results(path: Path, settings: dict, device: torch.device) -> dict:
     if not path.exists():
         return {"settings": settings, "device": where, "torch": torch.__version__, "untrained": {}, "runs": {}}
     results = json.loads(path.read_text())
+    settings = json.loads(json.dumps(settings))  # a tuple comes back as a list
     changed = [name for name, value in settings.items() if results["settings"].get(name) != value]
     if changed:
         raise typer.BadParameter(f"{path} was made with other values of {', '.join(changed)}; choose another --output.")
@@ -210,15 +217,15 @@ def open_results(path: Path, settings: dict, device: torch.device) -> dict:
 
 
 def measure_untrained(
-    base: torch.nn.Module, results: dict, ratios: list[float], material: Material, batch_size: int, device: torch.device
+    base: torch.nn.Module, results: dict, ratios: list[float], material: Material, recipe: Recipe, device: torch.device
 ) -> None:
     """Add what the model loses without any fine-tuning, at ratios that are not there yet."""
     for variant in ("dense", "sparse", "merge", "merge_quarters"):
         done = results["untrained"].setdefault(variant, {})
         new = [ratio for ratio in ratios if f"{ratio:g}" not in done and variant != "dense"]
         if new or (variant == "dense" and not done):
-            model = prepare(base, variant, new[0] if new else 1.0, device)
-            done |= losses_by_ratio(model, variant, new, material, batch_size)
+            model = prepare(base, variant, new[0] if new else 1.0, device, recipe.dense_layers)
+            done |= losses_by_ratio(model, variant, new, material, recipe.batch_size, recipe.dense_layers)
 
 
 def write(folder: Path, results: dict) -> None:

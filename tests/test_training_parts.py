@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from typer.testing import CliRunner
 from vsa_evidence import app, plan
 from vsa_training.averages import averages_in_place
-from vsa_training.merge_gate import coarse_branch, enable_merge_gate
+from vsa_training.merge_gate import add_gates_to_merge, coarse_branch
 from vsa_training.objective import add_noise, logit_normal_quantiles, shift_sigmas, velocity_error
 from vsa_training.options import Options
 from vsa_training.parameters import choose_trainable, is_gate, parameter_groups
@@ -121,9 +121,14 @@ def test_the_coarse_branch_of_the_experiment_is_that_of_the_package(block_size):
         coarse_branch(query, key, value, TileGrid((4, 8, 8), (3, 4, 4)))
 
 
+def with_gates_on_merge(model, ratio):
+    add_gate_compress(model)
+    add_gates_to_merge(enable_vsa(model, ratio, combine="merge"))
+    return model
+
+
 def test_merge_with_a_gate_begins_as_merge_and_follows_the_ratio():
-    model, plain = WAN.build(), WAN.build()
-    enable_merge_gate(model, 0.3)
+    model, plain = with_gates_on_merge(WAN.build(), 0.3), WAN.build()
     enable_vsa(plain, 0.3, combine="merge")
     assert run(model, WAN, GRID).equal(run(plain, WAN, GRID))
     before = run(set_top_k_ratio(model, 0.6), WAN, GRID)
@@ -133,20 +138,19 @@ def test_merge_with_a_gate_begins_as_merge_and_follows_the_ratio():
 
 
 def test_gradients_reach_the_gates_of_the_experiment():
-    model = WAN.build()
-    enable_merge_gate(model, 0.3)
+    model = with_gates_on_merge(WAN.build(), 0.3)
     output = model(**WAN.inputs(GRID), return_dict=False)[0]
     F.mse_loss(output, torch.zeros_like(output)).backward()
     assert model.blocks[1].attn1.to_gate_compress.weight.grad.abs().sum() > 0
 
 
 def test_the_plan_begins_with_what_matters_most():
-    runs = list(plan(["dense", "gate", "merge"], [0.125, 0.5], seeds=2, trainable="all"))
+    runs = list(plan(["dense", "gate", "merge"], [0.125, 0.5], seeds=range(2), trainable="all"))
     assert runs[:5] == [
         ("dense", 1.0, 0), ("gate", 0.125, 0), ("merge", 0.125, 0), ("gate", 0.5, 0), ("merge", 0.5, 0),
     ]  # fmt: skip
     assert len(runs) == 10
-    assert ("merge", 0.125, 0) not in plan(["dense", "gate", "merge"], [0.125], seeds=1, trainable="gates")
+    assert ("merge", 0.125, 0) not in plan(["dense", "gate", "merge"], [0.125], seeds=range(1), trainable="gates")
 
 
 def test_the_experiment_runs_and_goes_on(tmp_path):
@@ -154,7 +158,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path):
         options = dict(
             latents=tmp_path / "latents", output=tmp_path / "evidence", clips=32, side=64, frames=13, held_out=1,
             levels=2, ratios="1,0.5", train_ratios="0.5", variants="dense,gate,merge_gate", seeds=1, steps=2,
-            batch_size=1, device="cpu",
+            batch_size=1, device="cpu", optimizer="muon", dense_layers="0",
         )  # fmt: skip
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         return CliRunner().invoke(app, [*words, *more])
@@ -174,7 +178,9 @@ def test_the_experiment_runs_and_goes_on(tmp_path):
     assert (tmp_path / "evidence" / "loss_by_ratio.png").exists()
     kept = load_vsa(WanTransformer3DModel.from_pretrained(TINY_WAN), tmp_path / "evidence" / "gate-0.5-seed0")
     assert enabled_config(kept).top_k_ratio == 0.5
-    assert kept.blocks[0].attn1.to_gate_compress.weight.any()
+    assert enabled_config(kept).dense_layers == (0,)
+    assert kept.blocks[1].attn1.to_gate_compress.weight.any()
+    assert not kept.blocks[0].attn1.to_gate_compress.weight.any()
     assert invoke("--lr=0.1").exit_code == 2
     assert invoke("--variants=some").exit_code == 2
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vsa_diffusers import add_gate_compress, enable_vsa
 from vsa_diffusers.models import require_family
 from vsa_diffusers.models.wan import WanVSAProcessor
 from vsa_diffusers.tiles import TileGrid
@@ -35,9 +34,8 @@ def coarse_branch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g
     return F.scaled_dot_product_attention(*means).transpose(1, 2)[:, tile_of_token]
 
 
-def enable_merge_gate(transformer: torch.nn.Module, top_k_ratio: float) -> None:
-    """Like `enable_vsa(transformer, top_k_ratio, combine="merge")`, with a gate on the coarse branch as well."""
-    add_gate_compress(transformer)
-    enable_vsa(transformer, top_k_ratio, combine="merge")
+def add_gates_to_merge(transformer: torch.nn.Module) -> None:
+    """After `enable_vsa(transformer, ratio, combine="merge")` on a model with gates: they weigh the coarse branch."""
     for attn in require_family(transformer).video_modules(transformer).values():
-        attn.processor = MergeGateProcessor(attn.processor)
+        if isinstance(attn.processor, WanVSAProcessor):  # dense layers keep their own
+            attn.processor = MergeGateProcessor(attn.processor)

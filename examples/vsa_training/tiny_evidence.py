@@ -15,14 +15,14 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from procedural_video import sample_scene
 
 from tiny_wan_parts import normalise_latents
-from tiny_wan_training import autocast
+from tiny_wan_training import Muon, autocast
 from tiny_wan_transformer import CAPTION_DROPOUT, SHARD, Clips, encode_clips, load_clips
 from tiny_wan_vae import encode_scenes
 from vsa_diffusers import add_gate_compress, disable_vsa, enable_vsa, set_top_k_ratio
 
-from .merge_gate import enable_merge_gate
+from .merge_gate import add_gates_to_merge
 from .objective import add_noise, logit_normal_quantiles, velocity_error
-from .parameters import choose_trainable, parameter_groups
+from .parameters import choose_trainable, is_gate, parameter_groups
 from .sparsity import SparsityRamp
 
 
@@ -77,6 +77,8 @@ class Recipe:
     ramp: float
     trainable: str
     shift: float
+    optimizer: str = "adamw"
+    dense_layers: tuple[int, ...] = ()
     max_norm: float = 1.0
 
 
@@ -125,16 +127,18 @@ def embed_captions(pipe: WanPipeline, captions: list[str], device: torch.device)
     return torch.cat(embeds)[[place[caption] for caption in captions]]
 
 
-def prepare(base: WanTransformer3DModel, variant: str, ratio: float, device: torch.device) -> WanTransformer3DModel:
+def prepare(
+    base: WanTransformer3DModel, variant: str, ratio: float, device: torch.device, dense_layers: tuple[int, ...] = ()
+) -> WanTransformer3DModel:
     """A copy of the model that attends as `variant` says, with new gates where it has some."""
     model = copy.deepcopy(base).to(device)
     how = VARIANTS[variant]
+    if how.gates:
+        add_gate_compress(model)
+    if how.combine is not None:
+        enable_vsa(model, ratio, combine=how.combine, selection=how.selection, dense_layers=dense_layers)
     if not how.in_package:
-        enable_merge_gate(model, ratio)
-    elif how.combine is not None:
-        if how.gates:
-            add_gate_compress(model)
-        enable_vsa(model, ratio, combine=how.combine, selection=how.selection)
+        add_gates_to_merge(model)
     return model
 
 
@@ -152,13 +156,18 @@ def validation_loss(model: WanTransformer3DModel, material: Material, batch_size
 
 
 def losses_by_ratio(
-    model: WanTransformer3DModel, variant: str, ratios: Iterable[float], material: Material, batch_size: int
+    model: WanTransformer3DModel,
+    variant: str,
+    ratios: Iterable[float],
+    material: Material,
+    batch_size: int,
+    dense_layers: tuple[int, ...] = (),
 ) -> dict[str, list[float]]:
     """`validation_loss` at every ratio, under the ratio's text form. A dense model is judged as each of the others."""
     losses = {}
     for ratio in ratios:
         if variant == "dense":
-            enable_vsa(model, ratio, combine="merge")
+            enable_vsa(model, ratio, combine="merge", dense_layers=dense_layers)
         else:
             set_top_k_ratio(model, ratio)
         losses[f"{ratio:g}"] = validation_loss(model, material, batch_size)
@@ -184,10 +193,10 @@ def fine_tune(
     """
     choose_trainable(model.train(), "all" if variant == "dense" and recipe.trainable == "gates" else recipe.trainable)
     ramp = SparsityRamp(ratio, steps=round(recipe.ramp * recipe.steps))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.lr, recipe.gate_lr), betas=(0.9, 0.99), weight_decay=0.0
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, recipe.steps))
+    optimizers = make_optimizers(model, recipe)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(each, lambda step: _warm_cosine(step, recipe.steps)) for each in optimizers
+    ]
     losses = []
     started = time.monotonic()
     for step in range(recipe.steps):
@@ -196,14 +205,42 @@ def fine_tune(
         loss = _errors(model, *_batch(material, recipe, seed, step)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         if step % 20 == 19:
             on_step(step + 1, loss.item())
     curve = [part.mean().item() for part in torch.stack(losses).split(max(1, recipe.steps // 20))]
     return {"seconds": round(time.monotonic() - started, 2), "curve": curve}
+
+
+def make_optimizers(model: WanTransformer3DModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for gates and the rest.
+
+    Raises:
+        ValueError: `recipe.optimizer` is something else.
+    """
+    if recipe.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer={recipe.optimizer!r} is unknown; choose 'adamw' or 'muon'.")
+    inner: list[torch.nn.Parameter] = []
+    if recipe.optimizer == "muon":
+        inner = [
+            parameter
+            for name, parameter in model.blocks.named_parameters()
+            if parameter.requires_grad and parameter.ndim == 2 and not is_gate(name)
+        ]
+    mine = {id(parameter) for parameter in inner}
+    groups = [
+        group | {"params": [parameter for parameter in group["params"] if id(parameter) not in mine]}
+        for group in parameter_groups(model, recipe.lr, recipe.gate_lr)
+    ]
+    optimizers: list[torch.optim.Optimizer] = [Muon(inner, recipe.lr)] if inner else []
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0))
+    return optimizers
 
 
 def _batch(material: Material, recipe: Recipe, seed: int, step: int) -> tuple[torch.Tensor, ...]:

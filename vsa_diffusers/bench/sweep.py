@@ -28,9 +28,9 @@ def candidates(head_dim: int) -> Iterator[Any]:
     if head_dim > 128:
         forms = [(8, 2, 32, None, 1), (8, 3, 32, None, 1), (4, 2, 32, None, 1), (8, 2, 64, None, 1)]
     elif head_dim > 64:
-        forms = [(4, 2, 64, None, 2), (4, 3, 64, None, 1), (4, 3, 64, None, 2), (4, 4, 32, None, 1)]
+        forms = [(4, 3, 64, None, 1), (4, 3, 64, None, 2), (4, 3, 32, 168, 1), (4, 4, 32, 168, 1), (4, 2, 64, None, 2)]
     else:
-        forms = [(4, 2, 64, 128, 1), (4, 3, 64, 128, 1), (4, 3, 64, None, 1), (4, 3, 64, None, 2), (4, 4, 32, None, 1)]
+        forms = [(4, 2, 64, 128, 1), (4, 3, 64, 128, 1), (4, 3, 64, 168, 1), (4, 4, 64, 168, 1), (4, 3, 64, None, 2)]
     for form in forms:
         for layout in layouts:
             yield Launch(layout, *form)

@@ -23,12 +23,13 @@ def candidates(table: Any, head_dim: int) -> Iterator[tuple[str, Any]]:
     from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch
 
     layouts = LAYOUTS[::-1] if HAS_DESCRIPTORS else LAYOUTS[1::-1]
-    forms = {
-        "query": [(4, 2, 64), (4, 3, 32), (4, 4, 32), (8, 2, 64)],
-        "key": [(4, 2, 32), (4, 3, 32), (4, 4, 32), (8, 2, 64)],
+    # warps, stages, keys, registers
+    forms: dict[str, list[tuple[int, int, int, int | None]]] = {
+        "query": [(4, 3, 32, None), (4, 4, 32, None), (4, 2, 32, 168), (4, 2, 64, None)],
+        "key": [(4, 2, 32, None), (4, 3, 32, None), (4, 4, 32, None)],
     }
     if head_dim > 128:
-        forms = {kernel: [(8, 2, 32), (8, 1, 32), (8, 1, 64), (4, 1, 32)] for kernel in forms}
+        forms = {kernel: [(8, 2, 32, None), (8, 1, 32, None), (4, 1, 32, None)] for kernel in forms}
     for kernel, shapes in forms.items():
         yield kernel, table
         for form in shapes:

@@ -136,6 +136,9 @@ def attend_kernel(
 
     at_query = query + item * query_b + head * query_h + tokens[:, None] * query_s + dim[None, :]
     q = tl.load(at_query, dim_mask, other=0.0)  # [M, BLOCK_D]
+    if gate is not None:  # asked for before the loops, so that the end of the program need not wait for it
+        at_gate = gate + item * gate_b + head * gate_h + tokens[:, None] * gate_s + dim[None, :]
+        g = tl.load(at_gate, dim_mask, other=0.0)  # [M, BLOCK_D]
     key += item * key_b + head * key_h
     value += item * value_b + head * value_h
     if TILED:
@@ -155,6 +158,7 @@ def attend_kernel(
     if kept is not None:
         kept += line * kept_width
     starts += line * top_k
+    first_start = tl.load(starts)
     listed_tiles = full_tiles
     listed_keys = groups * GROUP
     keys_left = listed_keys
@@ -165,6 +169,7 @@ def attend_kernel(
         listed_tiles = tl.where(in_context, 0, listed_tiles)
         keys_left = tl.where(in_context, video_tokens % TILE, listed_keys)
         pooled = tl.where(in_context, 0, num_tiles)
+        first_start = tl.where(in_context, 0, first_start)
 
     # Bounded, if norms allow it; and online where they do not, or where weights have vanished.
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -196,6 +201,7 @@ def attend_kernel(
                 key_descriptor,
                 value_descriptor,
                 starts,
+                first_start,
                 tail,
                 kept,
                 proxies,
@@ -253,8 +259,7 @@ def attend_kernel(
             width = tl.where(in_context, 0, HEAD_DIM)
         spread = tl.load(coarse + line * HEAD_DIM + dim, dim < width, other=0.0)[None, :]
         if gate is not None:
-            at_gate = gate + item * gate_b + head * gate_h + tokens[:, None] * gate_s + dim[None, :]
-            spread = spread * tl.load(at_gate, dim_mask, other=0.0).to(tl.float32)  # [M, BLOCK_D]
+            spread = spread * g.to(tl.float32)  # [M, BLOCK_D]
         acc += spread
     at_output = output + item * output_b + head * output_h + tokens[:, None] * output_s + dim[None, :]
     tl.store(at_output, acc.to(output.dtype.element_ty), dim_mask)

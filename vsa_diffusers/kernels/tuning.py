@@ -84,8 +84,8 @@ class Device:
 # By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
 _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     9: (
-        (64, Launch("descriptor", 4, 2, 64, 128), Launch("direct", 4, 2, 64, 128)),
-        (128, Launch("descriptor", 4, 2, tail_stages=2), Launch("direct", 4, 2, tail_stages=2)),
+        (64, Launch("descriptor", 4, 3, 64, 128), Launch("direct", 4, 3, 64, 128)),
+        (128, Launch("descriptor", 4, 3), Launch("direct", 4, 3)),
         (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
     8: (

@@ -47,6 +47,7 @@ def walk_video(
     key_descriptor,
     value_descriptor,
     starts,
+    first_start,
     tail,
     kept,
     proxies,
@@ -87,7 +88,7 @@ def walk_video(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # Full tiles, without masks.
-    next_start = list_start(starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
+    next_start = first_start
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
         inside = step % STEPS * BLOCK_N + column
         start = next_start
