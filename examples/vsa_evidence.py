@@ -71,6 +71,9 @@ def main(
     ] = 0.3,
     trainable: Annotated[str, typer.Option(help="all, attention or gates; dense then trains all.")] = "all",
     dense_layers: Annotated[str, typer.Option(help="Layers that stay dense, such as 0 or 0,-1.")] = "",
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks for training; needs --ramp 0 to pay.")
+    ] = False,
     shift: Annotated[float, typer.Option(help="Shift of the noise levels, as the model was trained.")] = 3.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     minutes: Annotated[float | None, typer.Option(help="Start no run that would end later than this.")] = None,
@@ -82,7 +85,7 @@ def main(
     console = Console()
     torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     layers = tuple(int(layer) for layer in dense_layers.split(",") if layer)
-    recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift, optimizer, layers)
+    recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift, optimizer, layers, compile_blocks)
     settings = asdict(recipe) | dict(clips=clips, side=side, frames=frames, held_out=held_out, levels=levels)
     results = open_results(output / "results.json", settings, torch_device)
     measured = numbers(ratios)

@@ -79,6 +79,7 @@ class Recipe:
     shift: float
     optimizer: str = "adamw"
     dense_layers: tuple[int, ...] = ()
+    compile: bool = False
     max_norm: float = 1.0
 
 
@@ -143,6 +144,7 @@ def prepare(
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def validation_loss(model: WanTransformer3DModel, material: Material, batch_size: int) -> list[float]:
     """Mean loss at each noise level, from low to high; the same clips, noise and levels for every model."""
     model.eval()
@@ -191,6 +193,9 @@ def fine_tune(
     Returns:
         `seconds`, and the `curve` of training losses, a mean over each twentieth of the steps.
     """
+    if recipe.compile:  # block by block: they share their code; validation, at many ratios, stays eager
+        for block in model.blocks:
+            block.compile()
     choose_trainable(model.train(), "all" if variant == "dense" and recipe.trainable == "gates" else recipe.trainable)
     ramp = SparsityRamp(ratio, steps=round(recipe.ramp * recipe.steps))
     optimizers = make_optimizers(model, recipe)

@@ -42,13 +42,14 @@ PROXY_PROGRAMS = 512  # a launch of fewer programs is cut into parts
 @triton.jit
 def _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION: tl.constexpr):
     """Add the queries of one step; `bias` is added to the logits (base 2) of each key, `None` for full keys."""
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale - lse[None, :]  # [M, L]
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [M, L]
+    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [M, L]
+    s = s * logit_scale - lse[None, :]
     if bias is not None:
         s += bias[:, None]
     p = tl.math.exp2(s)
-    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [M, L]
     ds = p * (dp - delta[None, :])
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
