@@ -65,7 +65,7 @@ def main(
     prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
     ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.25, 0.125],  # noqa: B006
     dense_steps: Annotated[float, typer.Option(help="Share of the steps, the first ones, that stay dense.")] = 0.2,
-    selection: Annotated[str, typer.Option(help="What key tiles are scored by: mean or quarters.")] = "mean",
+    selection: Annotated[str, typer.Option(help="What key tiles are scored by: mean, quarters or auto.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
     fine_tuned: Annotated[

@@ -43,7 +43,7 @@ def test_a_config_survives_its_json(tmp_path):
         (dict(block_size=(4, 4)), "block_size="),
         (dict(block_size=(16, 4, 4)), "256 tokens; at most 128"),
         (dict(combine="mean"), "combine='mean' is unknown; choose one of 'auto', 'gate'"),
-        (dict(selection="max"), "selection='max' is unknown; choose one of 'mean', 'quarters'"),
+        (dict(selection="max"), "selection='max' is unknown; choose one of 'auto', 'mean', 'quarters'"),
         (dict(implementation="cuda"), "implementation='cuda' is unknown"),
         (dict(video_shape=(4, 0, 4)), "video_shape="),
         (dict(dense_steps=-1), "dense_steps=-1"),

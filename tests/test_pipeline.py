@@ -169,11 +169,22 @@ def test_the_selection_reaches_the_operator(monkeypatch):
         return video_sparse_attention(*args, **options)
 
     monkeypatch.setattr("vsa_diffusers.processor.video_sparse_attention", spy)
-    model = enable_vsa(WAN.build(), 0.3)
+    model = enable_vsa(WAN.build(), 0.3, selection="mean")
     mean = run(model, WAN, GRID)
     quarters = run(enable_vsa(model, 0.3, selection="quarters"), WAN, GRID)
     assert seen == {"mean", "quarters"}
     assert not quarters.equal(mean)
+
+
+def test_the_selection_is_by_quarters_unless_gates_were_trained():
+    model = WAN.build()
+    assert run(enable_vsa(model, 0.3), WAN, GRID).equal(run(enable_vsa(model, 0.3, selection="quarters"), WAN, GRID))
+    add_gate_compress(model)
+    torch.nn.init.ones_(model.blocks[0].attn1.to_gate_compress.bias)
+    chosen = [block.attn1.processor.config for block in enable_vsa(model, 0.3).blocks]
+    assert [(each.combine, each.selection) for each in chosen] == [("gate", "mean"), ("merge", "quarters")]
+    gates = [block.attn1.processor.config for block in enable_vsa(model, 0.3, combine="gate").blocks]
+    assert {each.selection for each in gates} == {"mean"}
 
 
 REFUSED = {

@@ -9,7 +9,7 @@ import torch
 
 from .config import VSAConfig, make_config, module_configs
 from .models import attention_modules, attention_processor, dense_attention, require_family
-from .processor import FamilyAttnProcessor, VideoState, settle_combine
+from .processor import FamilyAttnProcessor, VideoState, settle_choices
 from .tiles import check_video_shape
 
 
@@ -77,7 +77,7 @@ class VSAAttnProcessor:
         # The processors of an enabled VSA give way to those that they stand in for.
         processors = {name: getattr(attn.processor, "original", attn.processor) for name, attn in modules.items()}
         for name, each in configs.items():
-            settled = settle_combine(each, modules[name], name)
+            settled = settle_choices(each, modules[name], name)
             processor = family.processor_of(transformer, name)
             processors[name] = processor(settled, processors[name], state, name, strict=True)
         return {f"{name}.processor": processor for name, processor in processors.items()}

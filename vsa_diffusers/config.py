@@ -53,7 +53,8 @@ class VSAConfig:
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
         modules: patterns (`fnmatch`) of module names that become sparse; `None` means every video self-attention.
         implementation: as in `video_sparse_attention`.
-        selection: as in `video_sparse_attention`.
+        selection: `"mean"` or `"quarters"` (see `video_sparse_attention`), or `"auto"`: "quarters" where `combine`
+            comes out as "merge" or "sparse", else "mean", by which models with gates have been trained.
 
     Raises:
         ValueError: a field is not as described; the message names it, its value and the mend.
@@ -68,13 +69,13 @@ class VSAConfig:
     dense_layers: tuple[int, ...] = ()
     modules: tuple[str, ...] | None = None
     implementation: str = "auto"
-    selection: str = "mean"
+    selection: str = "auto"
 
     def __post_init__(self) -> None:
         check_top_k(self.top_k, self.top_k_ratio)
         check_choice("combine", self.combine, ("auto", *COMBINES))
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
-        check_choice("selection", self.selection, SELECTIONS)
+        check_choice("selection", self.selection, ("auto", *SELECTIONS))
         steps = self.dense_steps
         whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
         if not whole and not (isinstance(steps, float) and 0 <= steps <= 1):

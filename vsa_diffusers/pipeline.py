@@ -15,7 +15,7 @@ import torch
 
 from .config import VSAConfig, module_configs
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
-from .processor import FamilyAttnProcessor, VideoState, settle_combine
+from .processor import FamilyAttnProcessor, VideoState, settle_choices
 from .tiles import check_top_k
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def enable_vsa(
     *,
     block_size: Sequence[int] | str = (4, 4, 4),
     combine: str = "auto",
-    selection: str = "mean",
+    selection: str = "auto",
     video_shape: Sequence[int] | None = None,
     dense_steps: float = 0,
     dense_layers: Sequence[int] = (),
@@ -47,7 +47,8 @@ def enable_vsa(
         block_size: `(t, h, w)`, tokens per tile along each axis, or `"auto"` (see `VSAConfig`).
         combine: how the coarse and the sparse branch become one output; `"auto"` uses trained gates where there are
             some, and otherwise "merge", which needs no training. See `video_sparse_attention`.
-        selection: what key tiles are scored by, "mean" or "quarters". See `video_sparse_attention`.
+        selection: what key tiles are scored by: "mean", "quarters" (see `video_sparse_attention`), or "auto": "quarters"
+            without trained gates, which costs a few percent of the attention's time and keeps better tiles.
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs at every call.
         dense_steps: first denoising steps that stay dense, as a number or as a share of the scheduler's steps.
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
@@ -194,7 +195,7 @@ class _Plan:
         modules = family.video_modules(transformer)
         others = [name for name in attention_modules(transformer) if name not in modules]
         configs = module_configs(config, list(modules), others)
-        configs = {name: settle_combine(each, modules[name], name) for name, each in configs.items()}
+        configs = {name: settle_choices(each, modules[name], name) for name, each in configs.items()}
         shapes = {each.video_shape for each in configs.values()}
         if len(shapes) > 1:
             raise ValueError(

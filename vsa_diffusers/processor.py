@@ -69,7 +69,7 @@ class FamilyAttnProcessor:
     def stand_in(cls, config: VSAConfig, attn: torch.nn.Module, state: VideoState) -> FamilyAttnProcessor:
         """For a module whose place in the transformer is unknown: only the number of tokens tells that it is video."""
         strict = cls.only_video and cls.surplus is None
-        processor = cls(settle_combine(config, attn), cls.stock(), state, strict=strict)
+        processor = cls(settle_choices(config, attn), cls.stock(), state, strict=strict)
         processor.surplus = None
         return processor
 
@@ -188,8 +188,10 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def settle_combine(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:
-    """Settle `combine="auto"` for one attention module; looks at the gate's values, so call it outside of the loop.
+def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:
+    """Settle `combine="auto"` and `selection="auto"` for one attention module.
+
+    Looks at the gate's values, so call it outside of the loop.
 
     Raises:
         ValueError: `combine="gate"`, and the module has no `to_gate_compress`.
@@ -200,7 +202,10 @@ def settle_combine(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
             f'combine="gate" needs gates, but {name or type(attn).__name__} has no to_gate_compress; load trained ones '
             'with load_gates(transformer, path), add new ones with add_gate_compress(transformer), or use "merge".'
         )
-    if config.combine != "auto":
-        return config
-    trained = gate is not None and any(bool(p.detach().any()) for p in gate.parameters())
-    return replace(config, combine="gate" if trained else "merge")
+    combine, selection = config.combine, config.selection
+    if combine == "auto":
+        trained = gate is not None and any(bool(p.detach().any()) for p in gate.parameters())
+        combine = "gate" if trained else "merge"
+    if selection == "auto":
+        selection = "quarters" if combine in ("merge", "sparse") else "mean"
+    return replace(config, combine=combine, selection=selection)

@@ -25,6 +25,7 @@ def vsa_config(options: Options) -> VSAConfig:
     return VSAConfig(
         top_k_ratio=options.top_k_ratio,
         combine=options.combine,
+        selection=options.selection,
         block_size=tuple(options.block_size),
         dense_layers=tuple(options.dense_layers),
     )

@@ -20,6 +20,7 @@ class Options:
 
     top_k_ratio: float = _option(0.125, "Share of key tiles kept in the end.")
     combine: str = _option("gate", "How the branches become one output.", choices=["gate", "merge", "sparse"])
+    selection: str = _option("auto", "What key tiles are scored by.", choices=["auto", "mean", "quarters"])
     block_size: list[int] = field(
         default_factory=lambda: [4, 4, 4], metadata={"help": "Tokens per tile along time, height and width."}
     )

@@ -169,7 +169,7 @@ def losses_by_ratio(
     losses = {}
     for ratio in ratios:
         if variant == "dense":
-            enable_vsa(model, ratio, combine="merge", dense_layers=dense_layers)
+            enable_vsa(model, ratio, combine="merge", selection="mean", dense_layers=dense_layers)
         else:
             set_top_k_ratio(model, ratio)
         losses[f"{ratio:g}"] = validation_loss(model, material, batch_size)

@@ -80,7 +80,10 @@ def measure_transformer(size: FullSize, device: str, args: argparse.Namespace) -
             add_gate_compress(model)
         if what != "dense":
             implementation = args.implementation or ("triton" if device == "cuda" else "torch")
-            enable_vsa(model, config=VSAConfig(args.ratio, combine=what, implementation=implementation))
+            enable_vsa(
+                model,
+                config=VSAConfig(args.ratio, combine=what, selection=args.selection, implementation=implementation),
+            )
         try:
             with BACKENDS[backend]():
                 with shallow(model):
@@ -193,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="MODEL", help=", ".join(names))
     parser.add_argument("--ratio", type=float, default=0.2, help="top_k_ratio")
     parser.add_argument("--combines", nargs="+", default=["merge", "gate"], choices=["merge", "gate", "sparse", "sum"])
+    parser.add_argument("--selection", default="auto", choices=["auto", "mean", "quarters"], help="of key tiles")
     parser.add_argument("--implementation", choices=["auto", "triton", "torch"], help="triton on a GPU unless given")
     parser.add_argument("--tiny", action="store_true", help="small models of the same make")
     parser.add_argument("--json", type=Path, help="write all rows to this file")

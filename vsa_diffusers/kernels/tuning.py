@@ -84,7 +84,7 @@ class Device:
 # By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
 _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     9: (
-        (64, Launch("descriptor", 4, 3, 64, 128), Launch("direct", 4, 3, 64, 128)),
+        (64, Launch("tiled", 4, 3, 64, 128), Launch("direct", 4, 3, 64, 128)),
         (128, Launch("descriptor", 4, 3), Launch("direct", 4, 3)),
         (256, Launch("descriptor", 8, 2, 32), Launch("direct", 8, 2, 32)),
     ),
@@ -144,7 +144,7 @@ WHOLE_BACKWARD_COPY_BYTES = 2**27
 _BACKWARD_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     9: (
         (64, Launch("descriptor", 4, 2), Launch("descriptor", 4, 2)),
-        (128, Launch("descriptor", 4, 2), Launch("descriptor", 4, 2, 32)),
+        (128, Launch("descriptor", 4, 2), Launch("descriptor", 4, 2)),
         (256, Launch("descriptor", 8, 2, 32), Launch("descriptor", 8, 1, 32)),
     ),
     8: (
