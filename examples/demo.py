@@ -65,6 +65,9 @@ def main(
     prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
     ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.25, 0.125],  # noqa: B006
     dense_steps: Annotated[float, typer.Option(help="Share of the steps, the first ones, that stay dense.")] = 0.2,
+    dense_layers: Annotated[
+        list[int], typer.Option(help="Layers that stay dense; fine-tuned weights bring their own.")
+    ] = [0],  # noqa: B006
     selection: Annotated[str, typer.Option(help="What key tiles are scored by: mean, quarters or auto.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial noise.")] = None,
@@ -93,8 +96,8 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     runs = [Run("dense", pipe)]
     for ratio in ratios:
-        config = VSAConfig(ratio, block_size=BLOCK_SIZE, dense_steps=dense_steps, selection=selection)
-        runs.append(Run(f"VSA {ratio:g}", pipe, config))
+        dense = {"dense_steps": dense_steps, "dense_layers": tuple(dense_layers)}
+        runs.append(Run(f"VSA {ratio:g}", pipe, VSAConfig(ratio, block_size=BLOCK_SIZE, selection=selection, **dense)))
     if fine_tuned is None and FINE_TUNED.exists() and model.samefile(MODEL):
         fine_tuned = FINE_TUNED
     tuned = None
@@ -104,14 +107,15 @@ def main(
 
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')
-    console.print(f"The first {dense_steps:.0%} of the steps are dense in all of them.")
+    console.print(f"Dense in all of them: the first {dense_steps:.0%} of the steps, {of_layers(dense_layers)}.")
     videos, results = make_videos(runs, call, seed, grid, console)
 
     output.mkdir(parents=True, exist_ok=True)
     write_video(output / "side_by_side.mp4", videos)
     write_contact_sheet(output / "contact_sheet.png", videos, results, call["prompt"])
     numbers = {"device": device, "tokens": grid.num_tokens, "tiles": grid.num_tiles, "padding": grid.padding}
-    numbers |= {"call": call, "seed": seed, "dense_steps": dense_steps, "selection": selection}
+    numbers |= {"call": call, "seed": seed, "selection": selection}
+    numbers |= {"dense_steps": dense_steps, "dense_layers": dense_layers}
     numbers["fine_tuned"] = None if tuned is None else tuned.config.to_dict()
     numbers["results"] = [asdict(result) for result in results]
     (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -120,6 +124,11 @@ def main(
         console.print("The dense video is by the weights as they are; fine-tuned ones need not repeat it.")
     console.print(f"Left to right in {output / 'side_by_side.mp4'}: {'; '.join(result.label for result in results)}.")
     console.print(f"Frames beside each other: {output / 'contact_sheet.png'}. Numbers: {output / 'results.json'}.")
+
+
+def of_layers(dense_layers: list[int]) -> str:
+    """Dense layers in words."""
+    return f"and layers {', '.join(map(str, dense_layers))}" if dense_layers else "and no layer"
 
 
 def fine_tuned_run(pipe: WanPipeline, directory: Path, dense_steps: float) -> Run:

@@ -87,7 +87,7 @@ def main(
     layers = tuple(int(layer) for layer in dense_layers.split(",") if layer)
     recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift, optimizer, layers, compile_blocks)
     settings = asdict(recipe) | dict(clips=clips, side=side, frames=frames, held_out=held_out, levels=levels)
-    results = open_results(output / "results.json", settings, torch_device)
+    results = open_results(output / "results.json", {} if report_only else settings, torch_device)
     measured = numbers(ratios)
     wanted = list(plan(names(variants), numbers(train_ratios), range(first_seed, first_seed + seeds), trainable))
     missing = [run for run in wanted if key_of(*run) not in results["runs"]]
