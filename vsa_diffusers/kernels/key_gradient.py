@@ -41,7 +41,10 @@ PROXY_PROGRAMS = 512  # a launch of fewer programs is cut into parts
 
 @triton.jit
 def _step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION: tl.constexpr):
-    """Add the queries of one step; `bias` is added to the logits (base 2) of each key, `None` for full keys."""
+    """Add the queries of one step; `bias` is added to the logits (base 2) of each key, `None` for full keys.
+
+    What both gradients need comes first: one stretch of softmax between the products holds fewer registers than two.
+    """
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [M, L]
     dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [M, L]
     s = s * logit_scale - lse[None, :]
