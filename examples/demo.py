@@ -128,7 +128,9 @@ def main(
 
 def of_layers(dense_layers: list[int]) -> str:
     """Dense layers in words."""
-    return f"and layers {', '.join(map(str, dense_layers))}" if dense_layers else "and no layer"
+    if not dense_layers:
+        return "and no layer"
+    return f"and layer{'s' if len(dense_layers) > 1 else ''} {', '.join(map(str, dense_layers))}"
 
 
 def fine_tuned_run(pipe: WanPipeline, directory: Path, dense_steps: float) -> Run:
