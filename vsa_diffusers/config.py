@@ -54,7 +54,7 @@ class VSAConfig:
         modules: patterns (`fnmatch`) of module names that become sparse; `None` means every video self-attention.
         implementation: as in `video_sparse_attention`.
         selection: `"mean"` or `"quarters"` (see `video_sparse_attention`), or `"auto"`: "quarters" where `combine`
-            comes out as "merge" or "sparse", else "mean", by which models with gates have been trained.
+            comes out as "merge", else "mean", by which models with gates have been trained.
 
     Raises:
         ValueError: a field is not as described; the message names it, its value and the mend.

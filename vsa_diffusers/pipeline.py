@@ -48,7 +48,7 @@ def enable_vsa(
         combine: how the coarse and the sparse branch become one output; `"auto"` uses trained gates where there are
             some, and otherwise "merge", which needs no training. See `video_sparse_attention`.
         selection: what key tiles are scored by: `"mean"`, `"quarters"` (see `video_sparse_attention`), or `"auto"`:
-            "quarters" where there are no trained gates; it keeps better tiles for a few percent of attention's time.
+            "quarters" with "merge", which keeps better tiles for a few percent of attention's time, else "mean".
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs at every call.
         dense_steps: first denoising steps that stay dense, as a number or as a share of the scheduler's steps.
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.

@@ -207,5 +207,5 @@ def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
         trained = gate is not None and any(bool(p.detach().any()) for p in gate.parameters())
         combine = "gate" if trained else "merge"
     if selection == "auto":
-        selection = "quarters" if combine in ("merge", "sparse") else "mean"
+        selection = "quarters" if combine == "merge" else "mean"
     return replace(config, combine=combine, selection=selection)
