@@ -55,7 +55,12 @@ def test_the_backward_pass_compiles_without_spills(target, head_dim):
     reports = {each.kernel: each for each in _reports(target, **case)}
     assert {"restore", "invert", "query gradient", "proxy gradient", "key gradient"} <= reports.keys()
     for each in reports.values():
-        assert not each.spills, each
+        if (target, head_dim, each.kernel) == (90, 128, "key gradient"):
+            # Steps of 64 queries are a fifth faster than of 32; the loops beside the main one spill for it.
+            assert each.spills <= 128
+            assert each.main_loop_spills <= 2
+        else:
+            assert not each.spills, each
 
 
 @pytest.mark.parametrize(

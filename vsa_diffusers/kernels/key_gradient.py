@@ -368,7 +368,8 @@ def proxy_gradients(
     batch, sequence, heads, dim = query.shape
     grid = problem.grid
     block_m = 64 if dim <= 128 else 32
-    block_n = max(16, min(launch.keys, power_of_two(grid.tile_capacity)))
+    most = launch.keys if dim <= 64 else min(launch.keys, TAIL)  # its masks take the registers that more would need
+    block_n = max(16, min(most, power_of_two(grid.tile_capacity)))
     programs = -(-grid.num_tiles // block_m) * batch * heads
     parts = max(1, min(grid.num_tiles, PROXY_PROGRAMS // programs))
     gradients = work.empty(prepared.stats, (parts, 2, batch * heads, grid.num_tiles, dim))
