@@ -56,7 +56,7 @@ def test_the_backward_pass_compiles_without_spills(target, head_dim):
     assert {"restore", "invert", "query gradient", "proxy gradient", "key gradient"} <= reports.keys()
     for each in reports.values():
         if (target, head_dim, each.kernel) == (90, 128, "key gradient"):
-            # The whole backward pass is 7 to 11 % faster with 64 queries a step; the loops beside the main one spill for it.
+            # 64 queries a step make the backward pass 7 to 11 % faster; the loops beside the main one spill for it.
             assert each.spills <= 128
             assert each.main_loop_spills <= 2
         else:
