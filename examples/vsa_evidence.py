@@ -15,7 +15,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +37,7 @@ from vsa_training.tiny_evidence import (
 
 from tiny_wan_transformer import Clips
 from vsa_diffusers import save_vsa, set_top_k_ratio
+from vsa_diffusers.tiles import check_block_size
 
 MODEL = Path(__file__).parent / "tiny_wan"
 UNFINISHED = 75
@@ -71,6 +72,7 @@ def main(
     ] = 0.3,
     trainable: Annotated[str, typer.Option(help="all, attention or gates; dense then trains all.")] = "all",
     dense_layers: Annotated[str, typer.Option(help="Layers that stay dense, such as 0 or 0,-1.")] = "",
+    block_size: Annotated[str, typer.Option(help="Tokens per tile along time, height and width.")] = "4,4,4",
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks for training; needs --ramp 0 to pay.")
     ] = False,
@@ -85,7 +87,8 @@ def main(
     console = Console()
     torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     layers = tuple(int(layer) for layer in dense_layers.split(",") if layer)
-    recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift, optimizer, layers, compile_blocks)
+    block = block_of(block_size)
+    recipe = Recipe(steps, batch_size, lr, gate_lr, ramp, trainable, shift, optimizer, layers, compile_blocks, block)
     settings = asdict(recipe) | dict(clips=clips, side=side, frames=frames, held_out=held_out, levels=levels)
     results = open_results(output / "results.json", {} if report_only else settings, torch_device)
     measured = numbers(ratios)
@@ -105,7 +108,7 @@ def main(
         for report, tuned in fine_tunings(
             pipe.transformer, missing, material, recipe, torch_device, deadline, progress
         ):
-            report["losses"] = losses_by_ratio(tuned, report["variant"], measured, material, batch_size, layers)
+            report["losses"] = losses_by_ratio(tuned, report["variant"], measured, material, recipe)
             name = key_of(report["variant"], report["ratio"], report["seed"])
             results["runs"][name] = report
             write(output, results)
@@ -148,7 +151,7 @@ def fine_tunings(
         if deadline is not None and started + 1.1 * longest > deadline:
             return
         task = progress.add_task(key_of(variant, ratio, seed), total=recipe.steps, text="")
-        tuned = prepare(base, variant, ratio, device, recipe.dense_layers)
+        tuned = prepare(base, variant, ratio, device, recipe)
 
         def show(step: int, loss: float, task=task) -> None:
             progress.update(task, completed=step, text=f"loss {loss:.4f}")
@@ -183,6 +186,14 @@ def numbers(text: str) -> list[float]:
     return ratios
 
 
+def block_of(text: str) -> tuple[int, int, int]:
+    """A block size from a comma-separated list."""
+    try:
+        return check_block_size([int(side) for side in text.split(",")])
+    except ValueError as error:
+        raise typer.BadParameter(f"block_size={text!r} is not a block such as 4,4,4: {error}") from error
+
+
 def plan(
     variants: list[str], ratios: list[float], seeds: Iterable[int], trainable: str
 ) -> Iterator[tuple[str, float, int]]:
@@ -203,7 +214,7 @@ def key_of(variant: str, ratio: float, seed: int) -> str:
 
 
 def open_results(path: Path, settings: dict, device: torch.device) -> dict:
-    """The results so far, or new ones.
+    """The results so far, or new ones. A setting that the file lacks was no option yet, and had its default.
 
     Raises:
         typer.BadParameter: those in the file were made with other settings.
@@ -212,8 +223,10 @@ def open_results(path: Path, settings: dict, device: torch.device) -> dict:
     if not path.exists():
         return {"settings": settings, "device": where, "torch": torch.__version__, "untrained": {}, "runs": {}}
     results = json.loads(path.read_text())
-    settings = json.loads(json.dumps(settings))  # a tuple comes back as a list
-    changed = [name for name, value in settings.items() if results["settings"].get(name) != value]
+    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    settings, defaults = json.loads(json.dumps([settings, defaults]))  # a tuple comes back as a list
+    recorded = defaults | results["settings"]
+    changed = [name for name, value in settings.items() if recorded.get(name) != value]
     if changed:
         raise typer.BadParameter(f"{path} was made with other values of {', '.join(changed)}; choose another --output.")
     return results
@@ -227,8 +240,8 @@ def measure_untrained(
         done = results["untrained"].setdefault(variant, {})
         new = [ratio for ratio in ratios if f"{ratio:g}" not in done and variant != "dense"]
         if new or (variant == "dense" and not done):
-            model = prepare(base, variant, new[0] if new else 1.0, device, recipe.dense_layers)
-            done |= losses_by_ratio(model, variant, new, material, recipe.batch_size, recipe.dense_layers)
+            model = prepare(base, variant, new[0] if new else 1.0, device, recipe)
+            done |= losses_by_ratio(model, variant, new, material, recipe)
 
 
 def write(folder: Path, results: dict) -> None:

@@ -158,7 +158,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path):
         options = dict(
             latents=tmp_path / "latents", output=tmp_path / "evidence", clips=32, side=64, frames=13, held_out=1,
             levels=2, ratios="1,0.5", train_ratios="0.5", variants="dense,gate,merge_gate", seeds=1, steps=2,
-            batch_size=1, device="cpu", optimizer="muon", dense_layers="0",
+            batch_size=1, device="cpu", optimizer="muon", dense_layers="0", block_size="2,2,2",
         )  # fmt: skip
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         return CliRunner().invoke(app, [*words, *more])
@@ -167,11 +167,13 @@ def test_the_experiment_runs_and_goes_on(tmp_path):
     assert first.exit_code == 75, first.output
     second = invoke("--keep")
     assert second.exit_code == 0, second.output
-    results = json.loads((tmp_path / "evidence" / "results.json").read_text())
+    path = tmp_path / "evidence" / "results.json"
+    results = json.loads(path.read_text())
     assert list(results["runs"]) == ["dense-1-seed0", "gate-0.5-seed0", "merge_gate-0.5-seed0"]
     dense = results["untrained"]["dense"]["1"]
     assert results["untrained"]["merge"]["1"] == pytest.approx(dense, rel=1e-4)
     assert results["untrained"]["sparse"]["1"] == pytest.approx(dense, rel=1e-4)
+    assert results["untrained"]["merge"]["0.5"] != pytest.approx(dense, rel=1e-3)
     assert results["runs"]["dense-1-seed0"]["losses"]["1"] != dense
     (tmp_path / "evidence" / "loss_by_ratio.png").unlink()
     assert invoke("--report-only").exit_code == 0
@@ -179,10 +181,21 @@ def test_the_experiment_runs_and_goes_on(tmp_path):
     kept = load_vsa(WanTransformer3DModel.from_pretrained(TINY_WAN), tmp_path / "evidence" / "gate-0.5-seed0")
     assert enabled_config(kept).top_k_ratio == 0.5
     assert enabled_config(kept).dense_layers == (0,)
+    assert enabled_config(kept).block_size == (2, 2, 2)
     assert kept.blocks[1].attn1.to_gate_compress.weight.any()
     assert not kept.blocks[0].attn1.to_gate_compress.weight.any()
     assert invoke("--lr=0.1").exit_code == 2
     assert invoke("--variants=some").exit_code == 2
+    assert invoke("--block-size=2,2").exit_code == 2
+    # As written before these were options: they had their defaults then.
+    for name in ("compile", "block_size"):
+        del results["settings"][name]
+    path.write_text(json.dumps(results))
+    assert invoke("--report-only").exit_code == 0
+    refused = invoke()
+    assert refused.exit_code == 2
+    assert "other values of block_size;" in refused.output
+    assert invoke("--block-size=4,4,4").exit_code == 0
 
 
 COMMANDS = re.findall(r"^accelerate launch(?:\\\n|.)*", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)

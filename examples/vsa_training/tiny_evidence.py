@@ -80,6 +80,7 @@ class Recipe:
     optimizer: str = "adamw"
     dense_layers: tuple[int, ...] = ()
     compile: bool = False
+    block_size: tuple[int, int, int] = (4, 4, 4)
     max_norm: float = 1.0
 
 
@@ -129,7 +130,7 @@ def embed_captions(pipe: WanPipeline, captions: list[str], device: torch.device)
 
 
 def prepare(
-    base: WanTransformer3DModel, variant: str, ratio: float, device: torch.device, dense_layers: tuple[int, ...] = ()
+    base: WanTransformer3DModel, variant: str, ratio: float, device: torch.device, recipe: Recipe
 ) -> WanTransformer3DModel:
     """A copy of the model that attends as `variant` says, with new gates where it has some."""
     model = copy.deepcopy(base).to(device)
@@ -137,10 +138,22 @@ def prepare(
     if how.gates:
         add_gate_compress(model)
     if how.combine is not None:
-        enable_vsa(model, ratio, combine=how.combine, selection=how.selection, dense_layers=dense_layers)
+        sparsify(model, ratio, how, recipe)
     if not how.in_package:
         add_gates_to_merge(model)
     return model
+
+
+def sparsify(model: WanTransformer3DModel, ratio: float, how: Variant, recipe: Recipe) -> None:
+    """Enable VSA with the recipe's blocks and dense layers."""
+    enable_vsa(
+        model,
+        ratio,
+        block_size=recipe.block_size,
+        combine=how.combine,
+        selection=how.selection,
+        dense_layers=recipe.dense_layers,
+    )
 
 
 @torch.no_grad()
@@ -162,20 +175,19 @@ def losses_by_ratio(
     variant: str,
     ratios: Iterable[float],
     material: Material,
-    batch_size: int,
-    dense_layers: tuple[int, ...] = (),
+    recipe: Recipe,
 ) -> dict[str, list[float]]:
-    """`validation_loss` at every ratio, under the ratio's text form. A dense model is judged as each of the others."""
+    """`validation_loss` at every ratio, under the ratio's text form. A dense model is judged as merge there."""
     losses = {}
     for ratio in ratios:
         if variant == "dense":
-            enable_vsa(model, ratio, combine="merge", selection="mean", dense_layers=dense_layers)
+            sparsify(model, ratio, VARIANTS["merge"], recipe)
         else:
             set_top_k_ratio(model, ratio)
-        losses[f"{ratio:g}"] = validation_loss(model, material, batch_size)
+        losses[f"{ratio:g}"] = validation_loss(model, material, recipe.batch_size)
     if variant == "dense":
         disable_vsa(model)
-        losses["1"] = validation_loss(model, material, batch_size)
+        losses["1"] = validation_loss(model, material, recipe.batch_size)
     return losses
 
 
