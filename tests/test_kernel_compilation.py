@@ -125,3 +125,30 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
     ptx = compile_call(90, ratio=0.2, only=["attend"])["attend"].asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        ("descriptor", {"combine": "gate"}),
+        ("descriptor", {"combine": "merge"}),
+        ("descriptor", {"combine": "sparse", "block_size": (3, 5, 4)}),
+        ("direct", {"combine": "gate", "video_shape": (16, 16, 24)}),
+        ("direct", {"combine": "merge"}),
+    ],
+    ids=str,
+)
+def test_the_specialised_kernel_compiles_for_two_programs_and_without_spills_in_its_loop(layout, case):
+    from compilation import KERNELS, SHARED_LIMIT, compile_call, report
+    from vsa_diffusers.kernels.tuning import Launch
+
+    if "specialised" not in KERNELS:
+        pytest.skip("runs with a Triton that has Gluon")
+    launch = Launch(layout, stages=3, programs=264)
+    kernel = compile_call(90, launch=launch, only=["specialised"], **case)["specialised"]
+    told = report("specialised", 90, kernel)
+    assert not told.serialized
+    assert not told.main_loop_spills
+    assert told.registers == 128  # to begin with; warps that multiply take over most of what those that fetch give up
+    assert 2 * told.shared + 1024 <= SHARED_LIMIT[90]
+    assert all(text in kernel.asm["ptx"] for text in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"))

@@ -72,6 +72,65 @@ def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
     check(case, "cuda")
 
 
+@pytest.fixture
+def specialised(monkeypatch):
+    """Counts the calls of the specialised kernel."""
+    if not tuning.device_of(0).processors:
+        pytest.skip("runs on a GPU of compute capability 9.0, with Triton 3.6")
+    from vsa_diffusers.kernels import specialised
+
+    calls = []
+    attend = specialised.attend
+
+    def count(*arguments):
+        calls.append(arguments)
+        attend(*arguments)
+
+    monkeypatch.setattr(specialised, "attend", count)
+    return calls
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize(
+    ("layout", "block_size"), [("direct", (4, 4, 4)), ("direct", (2, 4, 8)), ("tiled", (4, 4, 4)), ("tiled", (3, 5, 4))]
+)
+@pytest.mark.parametrize("combine", MODES)
+def test_the_specialised_kernel_matches_fp64(combine, layout, block_size, spread, specialised):
+    case = replace(MEDIUM, combine=combine, layout=layout, block_size=block_size, spread=spread, batch=2, programs=7)
+    check(case, "cuda")
+    assert specialised
+
+
+@pytest.mark.parametrize("combine", ["gate", "sparse"])
+def test_the_specialised_kernel_finds_rows_far_below_their_bound(combine, specialised):
+    check_rows_far_below_their_bound(combine, "cuda", head_dim=128, programs=2)
+    assert specialised
+
+
+def test_the_specialised_kernel_does_whole_tiles_like_the_ordinary_one(specialised):
+    query, key, value, gate = (randn(2, 8 * 8 * 12, 5, 128) for _ in range(4))
+    problem = Problem(TileGrid((8, 8, 12), (4, 4, 4)), 5, "gate", 128**-0.5)
+    for layout in ("direct", "descriptor"):
+        launch = tuning.Launch(layout, programs=3)
+        ours, _, lse = forward(query, key, value, gate, None, problem, launch)
+        other, _, other_lse = forward(query, key, value, gate, None, problem, replace(launch, programs=0))
+        torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(lse, other_lse, rtol=1e-6, atol=1e-5)
+    assert len(specialised) == 2
+
+
+def test_a_call_that_the_specialised_kernel_cannot_take_goes_to_the_ordinary_one(specialised):
+    for case in (
+        replace(MEDIUM, head_dim=96, programs=7),
+        replace(MEDIUM, dtype=torch.float16, programs=7),
+        replace(MEDIUM, after=5, programs=7),
+        replace(MEDIUM, block_size=(3, 5, 4), programs=7),
+        replace(MEDIUM, transposed=True, heads=2, programs=7),
+    ):
+        check(case, "cuda")
+    assert not specialised
+
+
 @pytest.mark.parametrize(
     "case", [JOINT, replace(MEDIUM, top_k=40, before=70, after=200, masked=True, batch=2)], ids=str
 )

@@ -39,6 +39,7 @@ class Case:
     transposed: bool = False
     tolerance: float | None = None
     selection: str = "mean"
+    programs: int = 0
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case(), k)}
@@ -58,7 +59,7 @@ class Case:
     @property
     def launch(self) -> Launch:
         wide = self.dtype == torch.float32 or self.head_dim > 128 or math.prod(self.block_size) > 64
-        return Launch(self.layout, *((8, 1, 32) if wide else (4, 2, 64)))
+        return Launch(self.layout, *((8, 1, 32) if wide else (4, 2, 64)), programs=self.programs)
 
     def inputs(self, device: str = "cpu"):
         """Query, key, value, gate and context mask; views of wider tensors if `transposed`."""
@@ -261,11 +262,12 @@ def check_gradients(case: Case, device: str = "cpu", launch: BackwardLaunch | No
         assert error < tolerance, f"gradient of {name}: {error}"
 
 
-def check_rows_far_below_their_bound(combine: str, device: str = "cpu") -> None:
+def check_rows_far_below_their_bound(combine: str, device: str = "cpu", **changed) -> None:
     """Logits that lie where their norms allow, but on the far side: weights vanish there and must be had again."""
-    case = Case(video_shape=(5, 6, 7), combine=combine, head_dim=64, dtype=torch.bfloat16, heads=2)
+    case = replace(Case(combine=combine, head_dim=64, dtype=torch.bfloat16, heads=2), **changed)
     query, key, value, gate, mask = case.inputs(device)
-    query, key = (0.1 * query + 3.4).to(query.dtype), (0.1 * key - 3.4).to(key.dtype)
+    size = 3.4 * (64 / case.head_dim) ** 0.25
+    query, key = (0.1 * query + size).to(query.dtype), (0.1 * key - size).to(key.dtype)
     longest = [x.float().norm(dim=-1).max() for x in (query, key)]
     bound = float(longest[0] * longest[1] * case.problem.scale / math.log(2))
     assert 120 < bound < 180

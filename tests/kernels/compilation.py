@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -47,6 +48,10 @@ KERNELS = {
     "top_k": select.top_k_kernel,
     "attend": attend.attend_kernel,
 }
+if importlib.util.find_spec("triton.experimental.gluon") is not None:
+    from vsa_diffusers.kernels.specialised import specialised_kernel
+
+    KERNELS["specialised"] = specialised_kernel
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 BACKWARD_KERNELS = {
@@ -230,8 +235,10 @@ def main() -> None:
     parser.add_argument("--warps", type=int, default=4)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--keys", type=int, default=64)
+    parser.add_argument("--programs", type=int, default=0, help="of the specialised kernel (with --layout)")
     args = parser.parse_args()
-    launch = Launch(args.layout, args.warps, args.stages, args.keys) if args.layout else None
+    form = (args.warps, args.stages, args.keys)
+    launch = Launch(args.layout, *form, programs=args.programs) if args.layout else None
     if launch and args.backward:
         launch = BackwardLaunch(launch, launch)
     for target in args.targets:

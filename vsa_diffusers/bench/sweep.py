@@ -20,7 +20,7 @@ from .shapes import Shape
 
 def candidates(head_dim: int) -> Iterator[Any]:
     """Launches worth trying for 16-bit inputs and tiles of at most 64 tokens, the likeliest first."""
-    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch
+    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch, device_of
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
     # warps, stages, keys, registers, tail_stages
@@ -34,6 +34,9 @@ def candidates(head_dim: int) -> Iterator[Any]:
     for form in forms:
         for layout in layouts:
             yield Launch(layout, *form)
+    processors = device_of(torch.cuda.current_device()).processors
+    if head_dim == 128 and processors:
+        yield from (Launch(layout, programs=2 * processors) for layout in ("descriptor", "direct"))
 
 
 def sweep(

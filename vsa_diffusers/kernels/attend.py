@@ -285,6 +285,12 @@ def attend(
     batch, _, heads, dim = query.shape
     grid = problem.grid
     context = problem.before + problem.after
+    if launch.programs:
+        from . import specialised  # needs Gluon, which not every Triton has
+
+        if specialised.can_specialise(query, key, value, pooled, problem):
+            specialised.attend(work, query, key, value, gate, pooled, lists, output, lse, problem, launch.programs)
+            return
     block_m = power_of_two(grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
     programs = (grid.num_tiles + -(-context // block_m)) * batch * heads

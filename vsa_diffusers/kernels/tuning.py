@@ -7,11 +7,14 @@ import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 
 from ..torch_impl import Problem
 
 HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
 LAYOUTS = ("direct", "tiled", "descriptor")
+# Gluon is experimental and changes; this is the release of Triton with which the specialised kernel has been run.
+GLUON_RELEASE = ["3", "6"]
 # A copy of key and value above this many bytes is made for half of the heads at a time.
 WHOLE_COPY_BYTES = 2**26
 
@@ -27,6 +30,8 @@ class Launch:
         keys: keys of one step, at most; a power of two.
         registers: most registers of a thread, so that more programs share a processor (CUDA only).
         tail_stages: buffers where it walks partial tiles.
+        programs: of the kernel in `specialised.py`, which takes query tiles in turns, where it can run; 0 for the
+            ordinary one.
     """
 
     layout: str = "direct"
@@ -35,6 +40,7 @@ class Launch:
     keys: int = 64
     registers: int | None = None
     tail_stages: int = 1
+    programs: int = 0
 
     @property
     def options(self) -> dict[str, int]:
@@ -79,6 +85,7 @@ class Device:
 
     capability: tuple[int, int] = (0, 0)
     descriptors: bool = False
+    processors: int = 0  # multiprocessors of one on which the specialised kernel is known to run, else 0
 
 
 # By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
@@ -102,6 +109,8 @@ _TABLE[10] = _TABLE[9]
 _TABLE[12] = _TABLE[8]
 # Shorter sequences do not repay the copy in tile order.
 LONG_SEQUENCE = 8192
+# But where the specialised kernel reads it, lists of so many tiles do.
+LONG_LIST = 24
 
 
 def plan(
@@ -114,7 +123,8 @@ def plan(
     batch, _, heads, dim = query.shape
     launch = launch or table_launch(query, problem, device, token_stride)
     copy_bytes = 2 * batch * problem.grid.num_tokens * heads * dim * query.element_size()
-    if launch.layout != "direct" and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
+    whole = WHOLE_COPY_BYTES if _is_long(problem, token_stride) else 2 * WHOLE_COPY_BYTES
+    if launch.layout != "direct" and copy_bytes > whole and heads > 1:
         heads = -(-heads // 2)
     precision = "ieee"
     if device.capability >= (8, 0):
@@ -128,14 +138,22 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     dim, capacity = query.shape[-1], problem.grid.tile_capacity
     rows = _TABLE.get(device.capability[0], _TABLE[0])
     long, short = next(launches for most, *launches in rows if dim <= most)
-    launch = long if _is_long(problem, token_stride) else short
+    specialised = bool(device.processors) and may_specialise(query, problem)
+    pays = _is_long(problem, token_stride) or (specialised and problem.top_k >= LONG_LIST)
+    launch = long if pays else short
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
     if query.element_size() == 4:
         return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
-    return launch
+    return replace(launch, programs=2 * device.processors) if specialised else launch
+
+
+def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
+    """Whether the kernel in `specialised.py` has been written for such a call, wherever key and value lie."""
+    shape_fits = query.shape[-1] == 128 and 32 < problem.grid.tile_capacity <= 64
+    return shape_fits and query.dtype == torch.bfloat16 and not problem.before + problem.after
 
 
 # Copies above this many bytes are made for some of the heads at a time.
@@ -222,4 +240,10 @@ def device_of(index: int) -> Device:
     if torch.version.hip:
         return Device()
     capability = torch.cuda.get_device_capability(index)
-    return Device(capability, HAS_DESCRIPTORS and capability >= (9, 0))
+    properties = torch.cuda.get_device_properties(index)
+    specialises = capability[0] == 9 and triton.__version__.split(".")[:2] == GLUON_RELEASE
+    return Device(
+        capability,
+        HAS_DESCRIPTORS and capability >= (9, 0),
+        processors=properties.multi_processor_count if specialises else 0,
+    )
