@@ -15,7 +15,9 @@ from vsa_diffusers.kernels import backward, forward, tuning
 SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)
 IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3)  # the specialised kernel, where it can run
 
-for base in (SMALL, IN_TURNS, replace(IN_TURNS, combine="merge"), replace(JOINT, head_dim=64, dtype=torch.bfloat16), SHAPE_CASES[5]):
+CONTEXT = replace(JOINT, head_dim=64, dtype=torch.bfloat16)
+
+for base in (SMALL, IN_TURNS, replace(IN_TURNS, combine="merge"), CONTEXT, SHAPE_CASES[5]):
     for layout in tuning.LAYOUTS:
         case = replace(base, layout=layout)
         if case.programs and not tuning.device_of(0).processors:

@@ -219,7 +219,6 @@ def _producer(
     buffers,
     bars,
     finished,
-    any_redo,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
@@ -239,7 +238,7 @@ def _producer(
     for attempt in gl.static_range(2):
         if attempt == 1:
             mbarrier.wait(finished, 0)
-            repeat = gl.sum(any_redo.load(gl.BlockedLayout([1], [32], [4], [0])), 0) > 0
+            repeat = gl.load(redo + tasks + gl.program_id(0)) > 0
         if repeat:
             following = _ahead(gl.program_id(0), lists, numbers, GROUP)
             tile = _query_tile(gl.program_id(0), heads, num_tiles, grid, BLOCK)
@@ -394,7 +393,6 @@ def _consumer(
     buffers,
     bars,
     finished,
-    any_redo,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
@@ -417,7 +415,7 @@ def _consumer(
     for attempt in gl.static_range(2):
         if attempt == 1:
             again += gl.max(vanished, 0)
-            any_redo.store(gl.full([1], again, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+            gl.store(redo + tasks + gl.program_id(0), again)
             mbarrier.arrive(finished)
             repeat = again > 0
         if repeat:
@@ -565,7 +563,6 @@ def specialised_kernel(
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     finished = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    any_redo = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for stage in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(stage), count=1)
         mbarrier.init(value_ready.index(stage), count=1)
@@ -591,7 +588,6 @@ def specialised_kernel(
                     buffers,
                     bars,
                     finished,
-                    any_redo,
                     BLOCK,
                     GROUP,
                     TILED,
@@ -610,7 +606,6 @@ def specialised_kernel(
                     buffers,
                     bars,
                     finished,
-                    any_redo,
                     BLOCK,
                     GROUP,
                     TILED,
@@ -683,10 +678,11 @@ def attend(
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
     tasks = grid.num_tiles * batch * heads
-    redo = work.empty(lists.starts, (tasks,))
+    programs = min(tasks, programs)
+    redo = work.empty(lists.starts, (tasks + programs,))  # one of each: whether the task, whether any of the program
     work.launch(
         specialised_kernel,
-        (min(tasks, programs),),
+        (programs,),
         query,
         key,
         value,

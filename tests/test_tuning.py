@@ -1,0 +1,72 @@
+"""Which launch the table chooses for a call, on devices that are not there."""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("runs with Triton installed", allow_module_level=True)
+
+from vsa_diffusers.kernels.tuning import Device, plan
+from vsa_diffusers.tiles import TileGrid, num_selected_tiles
+from vsa_diffusers.torch_impl import Problem
+
+HOPPER = Device((9, 0), descriptors=True, processors=132)
+
+
+def chosen(
+    device,
+    video_shape,
+    ratio,
+    heads=12,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    block_size=(4, 4, 4),
+    combine="gate",
+    after=0,
+):
+    grid = TileGrid(video_shape, block_size)
+    query = torch.empty(1, grid.num_tokens + after, heads, head_dim, dtype=dtype, device="meta")
+    top_k = num_selected_tiles(grid.num_tiles, ratio)
+    problem = Problem(grid, top_k, combine, head_dim**-0.5, after=after)
+    return plan(query, problem, device, query.stride(1))
+
+
+@pytest.mark.parametrize("block_size", [(4, 4, 4), (3, 5, 4)])
+def test_hopper_specialises_two_programs_to_a_multiprocessor(block_size):
+    launch = chosen(HOPPER, (21, 30, 52), 0.2, block_size=block_size).attend
+    assert (launch.layout, launch.programs) == ("descriptor", 264)
+
+
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        (Device((9, 0), descriptors=True), {}),  # another release of Triton
+        (Device((10, 0), descriptors=True), {}),
+        (Device((8, 0)), {}),
+        (Device(), {}),
+        (HOPPER, {"dtype": torch.float16}),
+        (HOPPER, {"dtype": torch.float32}),
+        (HOPPER, {"head_dim": 64}),
+        (HOPPER, {"head_dim": 96}),
+        (HOPPER, {"after": 5}),
+        (HOPPER, {"block_size": (4, 4, 8)}),
+        (HOPPER, {"block_size": (2, 4, 4)}),
+    ],
+    ids=str,
+)
+def test_everything_else_takes_the_ordinary_kernel(device, case):
+    assert chosen(device, (21, 30, 52), 0.2, **case).attend.programs == 0
+
+
+def test_short_sequences_are_copied_where_lists_are_long_enough_to_repay_it():
+    shape = (16, 16, 24)  # 96 tiles
+    few, many = chosen(HOPPER, shape, 0.2, heads=32), chosen(HOPPER, shape, 0.3, heads=32)
+    assert (few.attend.layout, many.attend.layout) == ("direct", "descriptor")
+    assert many.heads == 32  # in one part
+    assert chosen(Device((9, 0), descriptors=True), shape, 0.3, heads=32).attend.layout == "direct"
+
+
+def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
+    assert chosen(HOPPER, (21, 45, 80), 0.2, heads=40).heads == 20
