@@ -31,16 +31,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tiles import TileGrid
 from ..torch_impl import Problem
+from .attend import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
 from .geometry import SIZES, grid_arguments, slot_offset, tile_box
 from .pool import Pooled
 from .replay import Work
+from .rows import block_offset, tail_rows
 from .select import GROUP, Lists
 from .tuning import may_specialise
 
-LN2 = gl.constexpr(math.log(2))
-FARTHEST = gl.constexpr(180.0)
-HEADROOM = gl.constexpr(90.0)
-LEAST_TOTAL = gl.constexpr(2.0**-100)
 ROWS = gl.constexpr(64)
 DIM = gl.constexpr(128)
 STAGES = gl.constexpr(3)
@@ -52,12 +50,6 @@ WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
 _synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
-
-
-@gluon.jit
-def _block_offset(slot, video_h, video_w, BLOCK: gl.constexpr):
-    """Tokens between a full tile's first one and the one in `slot`."""
-    return (slot // (BLOCK[1] * BLOCK[2]) * video_h + slot // BLOCK[2] % BLOCK[1]) * video_w + slot % BLOCK[2]
 
 
 @gluon.jit
@@ -111,25 +103,6 @@ def _ahead(task, lists, numbers, GROUP: gl.constexpr):
         listed_keys = gl.load(counts + line * 2 + 1, exists, other=0) * GROUP
     first_start = gl.load(starts + line * top_k, exists, other=0)
     return bound * gl.abs(scale), full_tiles, listed_keys, first_start
-
-
-@gluon.jit
-def _tail_rows(tail, first, listed_keys, video_h, video_w, TILED: gl.constexpr, GROUP: gl.constexpr):
-    """Rows `first` to `first + 64` of a list's partial tiles: their positions, and which of them exist."""
-    inside = first + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-    group = tail + inside // GROUP * 2
-    from_list = inside < listed_keys
-    start = gl.load(group, from_list, other=0)
-    shape = gl.load(group + 1, from_list, other=0)
-    member = inside % GROUP
-    exists = member < (shape & 255)
-    if TILED:
-        position = start + member
-    else:
-        member += (shape >> 24) * GROUP
-        extent_h, extent_w = gl.maximum((shape >> 8) & 255, 1), gl.maximum((shape >> 16) & 255, 1)
-        position = start + slot_offset(member, extent_h, extent_w, video_h, video_w)
-    return position, exists
 
 
 @gluon.jit
@@ -232,7 +205,7 @@ def _producer(
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
     slot = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-    inside = _block_offset(slot, video_h, video_w, BLOCK)
+    inside = block_offset(slot, video_h, video_w, BLOCK)
     at = 0
     repeat = True
     for attempt in gl.static_range(2):
@@ -284,8 +257,15 @@ def _producer(
                         at += 1
                     if tail is not None:
                         for first in range(0, listed_keys, ROWS):
-                            rows, exists = _tail_rows(
-                                tail + line * tail_width * 2, first, listed_keys, video_h, video_w, TILED, GROUP
+                            listed = first + slot
+                            rows, exists = tail_rows(
+                                tail + line * tail_width * 2,
+                                listed,
+                                listed < listed_keys,
+                                video_h,
+                                video_w,
+                                TILED,
+                                GROUP,
                             )
                             rows = rows.to(gl.int64)
                             _fetch_rows(
@@ -406,8 +386,8 @@ def _consumer(
     TILE: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     column = gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
     whole = gl.where(column < TILE, 0.0, float("-inf")) if TILE != ROWS else None
-    lines_in_full = _block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, LINES)), video_h, video_w, BLOCK)
-    rows_in_full = _block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, OUTPUT)), video_h, video_w, BLOCK)
+    lines_in_full = block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, LINES)), video_h, video_w, BLOCK)
+    rows_in_full = block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, OUTPUT)), video_h, video_w, BLOCK)
     vanished = gl.zeros((ROWS,), gl.int32, gl.SliceLayout(1, OUTPUT))
     at = 0
     again = 0
