@@ -78,7 +78,7 @@ def share_of_close_rows(actual, expected):
     return int((errors < ROW_TOLERANCE).sum()) / errors.numel()
 
 
-@pytest.mark.parametrize("ratio", [0.3, 1.0])
+@pytest.mark.parametrize("ratio", [0.2, 1.0])
 def test_every_call_agrees_with_pytorch_in_fp32(recipe, ratio, calls):
     run_sparse(build(recipe), recipe, ratio, "triton")
     assert len(calls) == recipe.sparse
@@ -88,13 +88,11 @@ def test_every_call_agrees_with_pytorch_in_fp32(recipe, ratio, calls):
         options = options | {"implementation": "torch"}
         expected = video_sparse_attention(*precise, shape, **options)
         assert share_of_close_rows(output, expected) >= (1.0 if ratio == 1.0 else CLOSE_ROWS)
-        # The tolerance tells sparse from dense, save where an amplified history outweighs the video; Kandinsky 6's
-        # weights are so even that merge comes near to dense.
+        # The tolerance tells sparse from dense, save where an amplified history outweighs the video.
         if ratio < 1.0 and recipe.name != "helios-amplified":
             dense = video_sparse_attention(*precise, shape, **options | {"top_k_ratio": 1.0})
             video = slice(options["context_tokens"][0], output.shape[1] - options["context_tokens"][1])
-            most = 0.75 if recipe.name == "kandinsky6" else 0.5
-            assert share_of_close_rows(dense[:, video], expected[:, video]) < most
+            assert share_of_close_rows(dense[:, video], expected[:, video]) < 0.5
 
 
 def test_ratio_one_is_as_near_to_dense_as_bf16_allows(recipe):

@@ -267,6 +267,19 @@ def attend_kernel(
     tl.store(lse + item * lse_b + head * length + tokens, (highest + tl.math.log2(total)) * LN2, row_mask)
 
 
+def list_arguments(pooled: Pooled, lists: Lists) -> tuple[torch.Tensor | None, ...]:
+    """What both sparse kernels walk: from `starts` to `longest`, in the order of their arguments."""
+    walked = (lists.starts, lists.tail, lists.counts, lists.kept)
+    return (*walked, pooled.proxies, pooled.log_size, pooled.longest)
+
+
+def size_arguments(query: torch.Tensor, lists: Lists, problem: Problem) -> tuple[int, ...]:
+    """How large it is: from `heads` to `kept_width`, in the order of their arguments."""
+    batch, _, heads, _ = query.shape
+    widths = (0 if x is None else x.shape[3] for x in (lists.tail, lists.kept))
+    return (heads, batch * heads, problem.grid.num_tiles, problem.top_k, *widths)
+
+
 def attend(
     work: Work,
     query: torch.Tensor,
@@ -301,13 +314,7 @@ def attend(
         key,
         value,
         *tiled_sources(pooled.rows, launch, block_n),
-        lists.starts,
-        lists.tail,
-        lists.counts,
-        lists.kept,
-        pooled.proxies,
-        pooled.log_size,
-        pooled.longest,
+        *list_arguments(pooled, lists),
         lists.reach if query.dtype == torch.bfloat16 else None,
         lists.coarse,
         gate,
@@ -321,12 +328,7 @@ def attend(
         *(query if gate is None else gate).stride()[:3],
         *output.stride()[:3],
         lse.stride(0),
-        heads,
-        batch * heads,
-        grid.num_tiles,
-        problem.top_k,
-        0 if lists.tail is None else lists.tail.shape[3],
-        0 if lists.kept is None else lists.kept.shape[3],
+        *size_arguments(query, lists, problem),
         problem.before,
         problem.after,
         *grid_arguments(grid),

@@ -1,0 +1,75 @@
+"""What the fetching and the multiplying warps of the specialised kernel share: layouts, and where a query tile lies."""
+
+# Tuples are taken apart whole, so that one sees what is in them.
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .geometry import slot_offset, tile_box
+
+ROWS = gl.constexpr(64)
+DIM = gl.constexpr(128)
+STAGES = gl.constexpr(3)
+# How rows lie in registers when they are loaded and stored, and how the products lay out logits and outputs.
+LINES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 2))
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
+
+
+@gluon.jit
+def query_tile(task, heads, num_tiles, grid, BLOCK: gl.constexpr):
+    """Batch item and head of a task, and its tile: first token, how many there are, and the extents of its plane."""
+    video_t, video_h, video_w, tiles_h, tiles_w = grid
+    place = task // num_tiles
+    t, h, w, extent_t, extent_h, extent_w = tile_box(task % num_tiles, grid, BLOCK)
+    first = (t * video_h + h) * video_w + w
+    return place // heads, place % heads, first, extent_t * extent_h * extent_w, extent_h, extent_w
+
+
+@gluon.jit
+def rows_in_tile(tile, in_full, grid, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Tokens of a query tile's rows, counted from its first one, and which of them exist.
+
+    `in_full` are those of a full tile, so that only partial ones need be worked out.
+    """
+    video_t, video_h, video_w, tiles_h, tiles_w = grid
+    item, head, first, size, extent_h, extent_w = tile
+    slot = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    offset = in_full
+    if size < BLOCK[0] * BLOCK[1] * BLOCK[2]:
+        offset = slot_offset(slot, extent_h, extent_w, video_h, video_w)
+    return offset.to(gl.int64), slot < size
+
+
+@gluon.jit
+def lines_at(base, tile, strides, offset):
+    """Where the rows `[64, 128]` of a query tile begin in a tensor `[B, S, H, D]` with these strides."""
+    item, head, first, size, extent_h, extent_w = tile
+    stride_b, stride_s, stride_h = strides
+    base += item.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + first.to(gl.int64) * stride_s
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, LINES))
+    return base + (offset * stride_s)[:, None] + dim[None, :]
+
+
+@gluon.jit
+def ahead(task, lists, numbers, GROUP: gl.constexpr):
+    """What a task begins with, asked for while another one runs: the bound of its logits, full tiles in its list, keys
+    of partial ones, and where the first tile begins."""
+    starts, tail, counts, longest, reach, redo = lists
+    tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
+    exists = task < tasks
+    line = gl.cast(task, gl.int64)
+    bound = gl.load(longest + line, exists, other=0.0) * gl.load(reach + task // num_tiles, exists, other=0.0)
+    full_tiles = top_k
+    listed_keys = 0
+    if counts is not None:
+        full_tiles = gl.load(counts + line * 2, exists, other=0)
+        listed_keys = gl.load(counts + line * 2 + 1, exists, other=0) * GROUP
+    first_start = gl.load(starts + line * top_k, exists, other=0)
+    return bound * gl.abs(scale), full_tiles, listed_keys, first_start

@@ -1,0 +1,205 @@
+"""The multiplying warps of the specialised kernel: softmax, output and log-sum-exp of query tiles in turn."""
+
+# Tuples are taken apart whole, so that one sees what is in them.
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .attend import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
+from .rows import block_offset
+from .specialised_common import (
+    DIM,
+    LINES,
+    LOGITS,
+    OUTPUT,
+    ROWS,
+    STAGES,
+    WEIGHTS,
+    ahead,
+    lines_at,
+    query_tile,
+    rows_in_tile,
+)
+
+
+@gluon.jit
+def _step(q, buffers, bars, at, state, scale, bias, FENCE: gl.constexpr, BOUNDED: gl.constexpr):
+    """One step of the softmax in base 2. The product with the values is left running; the next step waits for it.
+
+    Args:
+        state: highest logit (or the fixed offset), sums and outputs so far, and the weights that may still be read.
+        FENCE: the buffers were filled by threads, not by the copy engine.
+    """
+    keys, values = buffers
+    key_ready, value_ready, used = bars
+    highest, total, acc, p = state
+    slot = at % STAGES
+    phase = at // STAGES & 1
+    mbarrier.wait(key_ready.index(slot), phase)
+    if FENCE:
+        fence_async_shared()
+    s = warpgroup_mma(
+        q, keys.index(slot).permute((1, 0)), gl.zeros((ROWS, ROWS), gl.float32, LOGITS), use_acc=False, is_async=True
+    )
+    s, acc, p = warpgroup_mma_wait(0, deps=(s, acc, p))
+    mbarrier.arrive(used.index(slot))
+    if BOUNDED:
+        shift = -highest[:, None]
+        if bias is not None:
+            shift = bias[None, :] - highest[:, None]
+        weights = gl.exp2(gl.fma(s, gl.to_tensor(scale), shift))
+        total += gl.sum(weights, 1)
+    else:
+        s = s * scale
+        if bias is not None:
+            s += bias[None, :]
+        new_highest = gl.maximum(highest, gl.max(s, 1))
+        weights = gl.exp2(s - new_highest[:, None])
+        shrink = gl.exp2(highest - new_highest)
+        total = total * shrink + gl.sum(weights, 1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+        highest = new_highest
+    p = gl.convert_layout(weights.to(values.dtype), WEIGHTS)
+    mbarrier.wait(value_ready.index(slot), phase)
+    if FENCE:
+        fence_async_shared()
+    acc = warpgroup_mma(p, values.index(slot), acc, is_async=True)
+    return highest, total, acc, p
+
+
+@gluon.jit
+def _take_query(q, buffers, bars, at):
+    """Move the next tile's query from where keys arrive to where it stays."""
+    keys, values = buffers
+    key_ready, value_ready, used = bars
+    slot = at % STAGES
+    mbarrier.wait(key_ready.index(slot), at // STAGES & 1)
+    q.store(keys.index(slot).load(LINES))
+    fence_async_shared()
+    mbarrier.arrive(used.index(slot))
+
+
+@gluon.jit
+def multiply(
+    sources,
+    targets,
+    lists,
+    strides,
+    numbers,
+    grid,
+    q_buffer,
+    buffers,
+    bars,
+    finished,
+    BLOCK: gl.constexpr,
+    GROUP: gl.constexpr,
+    TILED: gl.constexpr,
+):
+    gate, proxies, coarse, kept, log_size = sources
+    output, lse = targets
+    starts, tail, counts, longest, reach, redo = lists
+    output_strides, lse_b = strides
+    tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
+    video_t, video_h, video_w, tiles_h, tiles_w = grid
+    TILE: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
+    column = gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
+    whole = gl.where(column < TILE, 0.0, float("-inf")) if TILE != ROWS else None
+    lines_in_full = block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, LINES)), video_h, video_w, BLOCK)
+    rows_in_full = block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, OUTPUT)), video_h, video_w, BLOCK)
+    vanished = gl.zeros((ROWS,), gl.int32, gl.SliceLayout(1, OUTPUT))
+    at = 0
+    again = 0
+    repeat = True
+    for attempt in gl.static_range(2):
+        if attempt == 1:
+            again += gl.max(vanished, 0)
+            gl.store(redo + tasks + gl.program_id(0), again)
+            mbarrier.arrive(finished)
+            repeat = again > 0
+        if repeat:
+            next_bound, next_full, next_keys, _ = ahead(gl.program_id(0), lists, numbers, GROUP)
+            _take_query(q_buffer, buffers, bars, at)
+            at += 1
+            for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
+                bound, full_tiles, listed_keys = next_bound, next_full, next_keys
+                next_bound, next_full, next_keys, _ = ahead(task + gl.num_programs(0), lists, numbers, GROUP)
+                if attempt == 0:
+                    mine = bound < FARTHEST
+                    again += gl.where(mine, 0, 1)
+                    gl.store(redo + task, gl.where(mine, 0, 1))
+                else:
+                    mine = gl.load(redo + task) > 0
+                if mine:
+                    line = gl.cast(task, gl.int64)
+                    if attempt == 0:
+                        highest = gl.full((ROWS,), 0.0, gl.float32, gl.SliceLayout(1, LOGITS)) + gl.maximum(
+                            bound - HEADROOM, 0.0
+                        )
+                    else:
+                        highest = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+                    total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, LOGITS))
+                    acc = warpgroup_mma_init(gl.zeros((ROWS, DIM), gl.float32, OUTPUT))
+                    p = gl.zeros((ROWS, ROWS), q_buffer.dtype, WEIGHTS)
+                    state = (highest, total, acc, p)
+                    for step in range(full_tiles):
+                        state = _step(q_buffer, buffers, bars, at + step, state, scale, whole, False, attempt == 0)
+                    at += full_tiles  # said after the loop, since a number that only bounds loops is taken for unused
+                    if tail is not None:
+                        for first in range(0, listed_keys, ROWS):
+                            inside = first + column
+                            shape = gl.load(
+                                tail + line * tail_width * 2 + inside // GROUP * 2 + 1, inside < listed_keys, other=0
+                            )
+                            bias = gl.where(inside % GROUP < (shape & 255), 0.0, float("-inf"))
+                            state = _step(
+                                q_buffer, buffers, bars, at + first // ROWS, state, scale, bias, True, attempt == 0
+                            )
+                        at += gl.cdiv(listed_keys, ROWS)
+                    if proxies is not None:
+                        for first in range(0, num_tiles, ROWS):
+                            index = first + column
+                            pooled = index < num_tiles
+                            word = gl.load(kept + line * kept_width + index // 32, pooled, other=-1)
+                            pooled &= ((word >> (index % 32)) & 1) == 0
+                            bias = gl.load(log_size + index, pooled, other=float("-inf"))
+                            state = _step(q_buffer, buffers, bars, at, state, scale, bias, True, attempt == 0)
+                            at += 1
+                    if coarse is not None:
+                        dim = gl.arange(0, DIM, gl.SliceLayout(0, OUTPUT))
+                        spread = gl.load(coarse + line * DIM + dim)[None, :]
+                    highest, total, acc, p = state
+                    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+
+                    total = gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))
+                    highest = gl.convert_layout(highest, gl.SliceLayout(1, OUTPUT))
+                    out = acc * (1.0 / total)[:, None]
+                    if coarse is not None:
+                        if gate is not None:
+                            mbarrier.wait(bars[1].index(at % STAGES), at // STAGES & 1)
+                            spread = spread * buffers[1].index(at % STAGES).load(OUTPUT).to(gl.float32)
+                        out += spread
+                    q_buffer.store(out.to(q_buffer.dtype))
+                    lines = q_buffer.load(LINES)
+                    tile = query_tile(task, heads, num_tiles, grid, BLOCK)
+                    offset, exists = rows_in_tile(tile, lines_in_full, grid, BLOCK, LINES)
+                    gl.store(lines_at(output, tile, output_strides, offset), lines, exists[:, None])
+                    row, real = rows_in_tile(tile, rows_in_full, grid, BLOCK, OUTPUT)
+                    item, head, first, size, extent_h, extent_w = tile
+                    lse_at = lse + item.to(gl.int64) * lse_b + head.to(gl.int64) * (video_t * video_h * video_w) + first
+                    gl.store(lse_at + row, (highest + gl.log2(total)) * LN2, real)
+                    if attempt == 0:
+                        lost = real & (total <= LEAST_TOTAL)
+                        vanished |= lost.to(gl.int32)
+                        gl.store(redo + task + gl.zeros_like(vanished), 1, lost)
+                _take_query(q_buffer, buffers, bars, at)
+                at += 1
