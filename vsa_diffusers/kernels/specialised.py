@@ -125,7 +125,6 @@ def specialised_kernel(
                     finished,
                     BLOCK,
                     GROUP,
-                    TILED,
                 ),
             ),
             (
@@ -160,9 +159,9 @@ def can_specialise(
 ) -> bool:
     """Whether the kernel takes this call. Without a copy in tile order, tiles must have 64 tokens and sides that are
     powers of two, and heads must lie side by side."""
-    if not may_specialise(query, problem) or pooled.rows is not None:
-        return may_specialise(query, problem)
-    return (
+    if not may_specialise(query, problem):
+        return False
+    return pooled.rows is not None or (
         problem.grid.tile_capacity == ROWS.value
         and all(side & (side - 1) == 0 for side in problem.grid.block_size)
         and all(x.stride(2) == DIM.value or x.shape[2] == 1 for x in (key, value))

@@ -103,7 +103,6 @@ def multiply(
     finished,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
-    TILED: gl.constexpr,
 ):
     gate, proxies, coarse, kept, log_size = sources
     output, lse = targets
