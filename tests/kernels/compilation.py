@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--combines", nargs="+", default=["gate", "merge"])
     parser.add_argument("--selection", choices=["mean", "quarters"], default="mean")
+    parser.add_argument("--video-shape", type=int, nargs=3, default=(21, 30, 52), metavar=("T", "H", "W"))
     parser.add_argument("--backward", action="store_true", help="the kernels of the backward pass")
     parser.add_argument("--only", help="print nothing but this kernel")
     parser.add_argument("--layout", choices=["direct", "tiled", "descriptor"])
@@ -246,7 +247,7 @@ def main() -> None:
         for head_dim in args.head_dims:
             for combine in args.combines:
                 case = {"head_dim": head_dim, "combine": combine, "launch": launch, "gradients": args.backward}
-                case["selection"] = args.selection
+                case |= {"selection": args.selection, "video_shape": tuple(args.video_shape)}
                 for label, kernel in compile_call(name, **case).items():
                     if args.only in (None, label):
                         print(head_dim, combine, report(label, name, kernel), flush=True)

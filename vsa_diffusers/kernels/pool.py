@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
-from .quarters import quarter_of, store_quarters
+from .quarters import store_quarters
 from .replay import Work
 from .tuning import power_of_two
 
@@ -123,8 +123,8 @@ def pool_kernel(
         x = _pool_one(source, mean, None, 0, None, 0, longest, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
         if quarters is not None:
             counts_at = log_counts + 4 * tile
-            part = quarter_of(slot, size, extent_h, extent_w, BLOCK)
-            store_quarters(x, part, quarters + summary * (4 * HEAD_DIM), counts_at, HEAD_DIM, BLOCK_D)
+            to = quarters + summary * (4 * HEAD_DIM)
+            store_quarters(x, slot, size, extent_h, extent_w, to, counts_at, BLOCK, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
     elif which == 1:
@@ -135,8 +135,8 @@ def pool_kernel(
             source, mean, proxies, at, rows, copy, longest, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D
         )
         if quarters is not None:
-            part = quarter_of(slot, size, extent_h, extent_w, BLOCK)
-            store_quarters(x, part, quarters + 4 * (copies + at), None, HEAD_DIM, BLOCK_D)
+            to = quarters + 4 * (copies + at)
+            store_quarters(x, slot, size, extent_h, extent_w, to, None, BLOCK, HEAD_DIM, BLOCK_D)
     else:
         source = value + item * value_b + head * value_h
         at = copies + summary * HEAD_DIM

@@ -32,8 +32,22 @@ def quarter_of(slot, size, extent_h, extent_w, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_quarters(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
+def _store_whole(x, quarters, log_counts, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Quarters of a full tile, which are where its rows lie: sums that hardly leave their threads."""
+    COUNT: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2] // 4
+    part = tl.arange(0, 4)
+    dim = tl.arange(0, BLOCK_D)
+    rows = tl.reshape(x.to(tl.float32), (BLOCK[0], 2, BLOCK[1] // 2, 2, BLOCK[2] // 2, BLOCK_D))
+    sums = tl.reshape(tl.sum(tl.sum(tl.sum(rows, 4), 2), 0), (4, BLOCK_D))
+    mean = (sums / COUNT).to(quarters.dtype.element_ty)
+    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, dim[None, :] < HEAD_DIM)
+    if log_counts is not None:
+        tl.store(log_counts + part, tl.log(tl.full((4,), COUNT, tl.float32)))
+
+
+@triton.jit
+def _store_any(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Quarters of any tile, given the one that each row lies in."""
     part = tl.arange(0, 16)  # the least rows of a product, which needs fewer registers than four masked sums
     dim = tl.arange(0, BLOCK_D)
     member = part[:, None] == quarter[None, :]
@@ -44,6 +58,31 @@ def store_quarters(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLO
     if log_counts is not None:
         log_count = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
         tl.store(log_counts + part, log_count, part < 4)
+
+
+@triton.jit
+def store_quarters(
+    x,
+    slot,
+    size,
+    extent_h,
+    extent_w,
+    quarters,
+    log_counts,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
+    whole = False
+    if x.shape[0] == TILE and BLOCK[1] % 2 == 0 and BLOCK[2] % 2 == 0:
+        whole = size == TILE
+    if whole:
+        _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
+    else:
+        quarter = quarter_of(slot, size, extent_h, extent_w, BLOCK)
+        _store_any(x, quarter, quarters, log_counts, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)

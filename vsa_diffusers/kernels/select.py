@@ -2,7 +2,7 @@
 
 `scores_kernel` writes the scores of a block of query tiles to a workspace, and gathers their coarse output by online
 softmax on the way. `top_k_kernel` takes one row of it, finds the k-th highest score bit by bit and writes what is kept;
-a row belongs to one warp where it fits, since every bit needs a sum over it. Where all scores do not fit the workspace,
+a short row belongs to one warp, since every bit needs a sum over it. Where all scores do not fit the workspace,
 the two take turns.
 
 Shapes: B batch, H heads of this pass, N tiles, D head_dim, K kept tiles.
@@ -27,7 +27,7 @@ from .tuning import power_of_two
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
-SCORES_PER_THREAD = 64  # that a thread of top_k_kernel holds
+SCORES_OF_A_WARP = 1024  # top_k_kernel gives longer rows to several
 LEAST_WORKSPACE_BYTES = 2**26
 
 
@@ -69,10 +69,8 @@ def _threshold(ordered, top_k, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def scores_kernel(
     means,
-    longest,
     scores,
     coarse,
-    reach,
     first_row,
     batch_heads,
     num_tiles,
@@ -81,7 +79,6 @@ def scores_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, width]`, from row `first_row` of all."""
@@ -122,25 +119,21 @@ def scores_kernel(
             highest = new_highest
     if coarse is not None:
         tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
-    if block == 0:
-        furthest = tl.zeros((KEYS,), tl.float32)
-        for start in range(0, num_tiles, KEYS):
-            column = start + tl.arange(0, KEYS)
-            norm = tl.load(longest + (batch_heads + place) * num_tiles + column, column < num_tiles, other=0.0)
-            furthest = tl.maximum(furthest, norm)
-        tl.store(reach + place, tl.max(furthest, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def top_k_kernel(
     scores,
+    longest,
     indices,
     starts,
     tail,
     counts,
     kept_bits,
+    reach,
     first_row,
     heads,
+    batch_heads,
     num_tiles,
     top_k,
     tail_width,
@@ -236,6 +229,11 @@ def top_k_kernel(
     if PARTIAL:
         tl.store(counts + entry * 2, full_before, row_mask)
         tl.store(counts + entry * 2 + 1, groups_before, row_mask)
+    if first % padded == 0:  # whoever has a head's first tile also finds its longest key
+        norm = tl.load(
+            longest + (batch_heads + place) * num_tiles + tl.arange(0, KEYS), tl.arange(0, KEYS) < num_tiles, other=0.0
+        )
+        tl.store(reach + place, tl.max(norm, 0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -277,8 +275,7 @@ def select(
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, power_of_two(num_tiles))
-    few = batch * heads * num_tiles < 16384 and pooled.quarters is None
-    block_m = 16 if dim > 128 or few else 32
+    block_m = 16 if dim > 128 or batch * heads * num_tiles < 16384 else 32
     width = tail_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     per_tile = (batch, heads, num_tiles)
@@ -290,8 +287,8 @@ def select(
         coarse=work.empty(means, (*per_tile, dim)) if coarse else None,
         reach=work.empty(means, (batch, heads)),
     )
-    num_warps = min(16, max(1, keys // (32 * SCORES_PER_THREAD)))
-    rows = min(block_m, max(1, 512 // keys))
+    one_warp = keys <= SCORES_OF_A_WARP
+    rows = max(1, 256 // keys)
     all_rows = batch * heads * -(-num_tiles // block_m) * block_m
     row_bytes = 4 * (-(-num_tiles // 32) * 32)
     at_once = workspace_bytes(batch * heads * grid.num_tokens * dim) // (row_bytes * block_m) * block_m
@@ -299,28 +296,26 @@ def select(
     scores = work.empty(means, (at_once, row_bytes // 4))
     for first_row in range(0, all_rows, at_once):
         some_rows = min(at_once, all_rows - first_row)
-        work.launch(
-            scores_kernel,
-            (some_rows // block_m,),
-            means,
-            pooled.longest,
-            scores if pooled.quarters is None else None,
-            lists.coarse,
-            lists.reach,
-            first_row,
-            batch * heads,
-            num_tiles,
-            problem.scale,
-            HEAD_DIM=dim,
-            BLOCK_D=power_of_two(dim),
-            BLOCK_M=block_m,
-            BLOCK_N=32 if dim <= 128 else 16,
-            KEYS=keys,
-            PRECISION=precision,
-            num_warps=4 if block_m == 16 else 8,
-            num_stages=2,
-            enable_fp_fusion=False,  # as in the sparse kernel
-        )
+        if coarse or pooled.quarters is None:
+            work.launch(
+                scores_kernel,
+                (some_rows // block_m,),
+                means,
+                scores if pooled.quarters is None else None,
+                lists.coarse,
+                first_row,
+                batch * heads,
+                num_tiles,
+                problem.scale,
+                HEAD_DIM=dim,
+                BLOCK_D=power_of_two(dim),
+                BLOCK_M=block_m,
+                BLOCK_N=32 if dim <= 128 else 16,
+                PRECISION=precision,
+                num_warps=4 if block_m == 16 else 8,
+                num_stages=2,
+                enable_fp_fusion=False,  # as in the sparse kernel
+            )
         if pooled.quarters is not None:
             numbers = (first_row, some_rows, problem.scale)
             quarter_scores(work, pooled, scores, *numbers, block_m=block_m, precision=precision)
@@ -328,13 +323,16 @@ def select(
             top_k_kernel,
             (some_rows // rows,),
             scores,
+            pooled.longest,
             indices,
             lists.starts,
             lists.tail,
             lists.counts,
             lists.kept,
+            lists.reach,
             first_row,
             heads,
+            batch * heads,
             num_tiles,
             top_k,
             width,
@@ -343,10 +341,10 @@ def select(
             BLOCK_M=block_m,
             ROWS=rows,
             KEYS=keys,
-            PART=min(keys, 256),
+            PART=128 if one_warp else 256,
             TILED=tiled,
             PARTIAL=width > 0,
             **tail_groups(grid),
-            num_warps=num_warps,
+            num_warps=1 if one_warp else min(16, keys // 512),
         )
     return lists
