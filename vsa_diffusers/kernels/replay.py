@@ -7,7 +7,6 @@ the addresses of the next call's tensors, and takes all memory in between as one
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -80,9 +79,7 @@ class Replay:
             for argument, tensor, offset, _ in pointers:
                 arguments[argument] = starts[tensor] + offset
             for argument, tensor, offset, descriptor in descriptors:
-                moved = copy.copy(descriptor)
-                moved.base = _Address(starts[tensor] + offset)
-                arguments[argument] = moved
+                arguments[argument] = _moved(descriptor, _Address(starts[tensor] + offset))
             run(*arguments)
         return None
 
@@ -103,10 +100,15 @@ class Replay:
             for place in pointers:
                 arguments[place.argument] = view(place, place.form)
             for place in descriptors:
-                moved = copy.copy(place.form)
-                moved.base = view(place, place.form.base)
-                arguments[place.argument] = moved
+                arguments[place.argument] = _moved(place.form, view(place, place.form.base))
             run(*arguments)
+
+
+def _moved(descriptor: Any, base: object) -> Any:
+    """A copy of a tensor descriptor for other memory; `copy.copy` would take longer than a launch."""
+    moved = object.__new__(type(descriptor))
+    moved.__dict__.update(descriptor.__dict__, base=base)
+    return moved
 
 
 class _Address:
@@ -172,8 +174,7 @@ class Recording(Work):
                 pointers.append(Place(index, *self._place(argument), _form(argument)))
                 ordered[index] = None
             elif hasattr(argument, "block_shape"):
-                form = copy.copy(argument)
-                form.base = _form(argument.base)
+                form = _moved(argument, _form(argument.base))
                 descriptors.append(Place(index, *self._place(argument.base), form))
                 ordered[index] = None
         self.interpreted = not isinstance(kernel, triton.runtime.JITFunction)

@@ -37,8 +37,10 @@ def specialised_kernel(
     query,
     key,
     value,
+    query_descriptor,
     key_descriptor,
     value_descriptor,
+    gate_descriptor,
     starts,
     tail,
     counts,
@@ -133,8 +135,8 @@ def specialised_kernel(
                     (key, value, key_descriptor, value_descriptor, proxies),
                     lists,
                     (key_b, key_s, key_h, value_b, value_s, value_h),
-                    (query, gate),
-                    ((query_b, query_s, query_h), (gate_b, gate_s, gate_h)),
+                    (query, query_descriptor, (query_b, query_s, query_h)),
+                    (gate, gate_descriptor, (gate_b, gate_s, gate_h)),
                     numbers,
                     grid,
                     buffers,
@@ -157,16 +159,21 @@ PRODUCER_REGISTERS = 40  # of each thread that fetches; the others get what that
 def can_specialise(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pooled: Pooled, problem: Problem
 ) -> bool:
-    """Whether the kernel takes this call. Without a copy in tile order, tiles must have 64 tokens and sides that are
-    powers of two, and heads must lie side by side."""
+    """Whether the kernel takes this call; without a copy in tile order, it must be able to read tiles as boxes."""
     if not may_specialise(query, problem):
         return False
-    return pooled.rows is not None or (
-        problem.grid.tile_capacity == ROWS.value
-        and all(side & (side - 1) == 0 for side in problem.grid.block_size)
-        and all(x.stride(2) == DIM.value or x.shape[2] == 1 for x in (key, value))
-        and all(stride % 8 == 0 for x in (key, value) for stride in x.stride()[:2])
-        and all(x.data_ptr() % 16 == 0 for x in (key, value))
+    return pooled.rows is not None or all(_has_boxes(x, problem.grid) for x in (key, value))
+
+
+def _has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
+    """Whether tensor descriptors can see the tiles of `[B, S, H, D]`: they have 64 tokens and sides that are powers of
+    two, and heads lie side by side."""
+    return (
+        grid.tile_capacity == ROWS.value
+        and all(side & (side - 1) == 0 for side in grid.block_size)
+        and (x.stride(2) == DIM.value or x.shape[2] == 1)
+        and all(stride % 8 == 0 for stride in x.stride()[:2])
+        and x.data_ptr() % 16 == 0
     )
 
 
@@ -175,8 +182,10 @@ def _rows_descriptor(rows: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(rows.view(-1, DIM.value), [ROWS.value, DIM.value], SHARED.value)
 
 
-def _box_descriptor(x: torch.Tensor, grid: TileGrid) -> TensorDescriptor:
-    """Of a full tile of one head of `[B, S, H, D]`."""
+def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor | None:
+    """Of a tile of one head of `[B, S, H, D]`, where there can be one."""
+    if x is None or not _has_boxes(x, grid):
+        return None
     batch, _, heads, dim = x.shape
     frames, height, width = grid.video_shape
     stride_b, stride_s = x.stride()[:2]
@@ -219,7 +228,9 @@ def attend(
         query,
         key,
         value,
+        _box_descriptor(query, grid),
         *descriptors,
+        _box_descriptor(gate, grid),
         *list_arguments(pooled, lists),
         lists.reach,
         redo,

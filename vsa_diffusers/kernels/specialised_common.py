@@ -8,7 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .geometry import slot_offset, tile_box
+from .geometry import tile_box
 
 ROWS = gl.constexpr(64)
 DIM = gl.constexpr(128)
@@ -24,37 +24,38 @@ BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
 
 @gluon.jit
 def query_tile(task, heads, num_tiles, grid, BLOCK: gl.constexpr):
-    """Batch item and head of a task, and its tile: first token, how many there are, and the extents of its plane."""
-    video_t, video_h, video_w, tiles_h, tiles_w = grid
+    """Batch item and head of a task, and its tile: first token `(t, h, w)` and extents."""
     place = task // num_tiles
     t, h, w, extent_t, extent_h, extent_w = tile_box(task % num_tiles, grid, BLOCK)
-    first = (t * video_h + h) * video_w + w
-    return place // heads, place % heads, first, extent_t * extent_h * extent_w, extent_h, extent_w
+    return place // heads, place % heads, t, h, w, extent_t, extent_h, extent_w
 
 
 @gluon.jit
-def rows_in_tile(tile, in_full, grid, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    """Tokens of a query tile's rows, counted from its first one, and which of them exist.
-
-    `in_full` are those of a full tile, so that only partial ones need be worked out.
-    """
+def first_token(tile, grid):
+    """Where a query tile begins, counted in tokens of the sequence."""
+    item, head, t, h, w, extent_t, extent_h, extent_w = tile
     video_t, video_h, video_w, tiles_h, tiles_w = grid
-    item, head, first, size, extent_h, extent_w = tile
-    slot = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    offset = in_full
-    if size < BLOCK[0] * BLOCK[1] * BLOCK[2]:
-        offset = slot_offset(slot, extent_h, extent_w, video_h, video_w)
-    return offset.to(gl.int64), slot < size
+    return ((t * video_h + h) * video_w + w).to(gl.int64)
 
 
 @gluon.jit
-def lines_at(base, tile, strides, offset):
-    """Where the rows `[64, 128]` of a query tile begin in a tensor `[B, S, H, D]` with these strides."""
-    item, head, first, size, extent_h, extent_w = tile
+def rows_exist(tile, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of a query tile's 64 rows are tokens. Here those of a partial tile lie where they would in a full one."""
+    item, head, t, h, w, extent_t, extent_h, extent_w = tile
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    inside = (row // (BLOCK[1] * BLOCK[2]) < extent_t) & (row // BLOCK[2] % BLOCK[1] < extent_h)
+    return inside & (row % BLOCK[2] < extent_w)
+
+
+@gluon.jit
+def lines_at(base, tile, strides, in_full, grid):
+    """Where the rows `[64, 128]` of a query tile begin in a tensor `[B, S, H, D]` with these strides, given tokens
+    between the first one and the others."""
+    item, head, t, h, w, extent_t, extent_h, extent_w = tile
     stride_b, stride_s, stride_h = strides
-    base += item.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + first.to(gl.int64) * stride_s
+    base += item.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + first_token(tile, grid) * stride_s
     dim = gl.arange(0, DIM, gl.SliceLayout(0, LINES))
-    return base + (offset * stride_s)[:, None] + dim[None, :]
+    return base + (in_full.to(gl.int64) * stride_s)[:, None] + dim[None, :]
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .attend import FARTHEST
 from .rows import block_offset, tail_rows
-from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, lines_at, query_tile, rows_in_tile
+from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, lines_at, query_tile, rows_exist
 
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
@@ -51,45 +51,66 @@ def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, bars, at)
 
 
 @gluon.jit
-def _fetch_lines(wanted, in_full, grid, buffers, bars, at, BLOCK: gl.constexpr):
+def _fetch_box(descriptor, corner, buffer, ready, BLOCK: gl.constexpr):
+    """Copy a tile that begins at `corner` of the video; what would lie beyond the video becomes zeros."""
+    box = buffer._reinterpret(buffer.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
+    mbarrier.expect(ready, ROWS * DIM * 2)
+    tma.async_copy_global_to_shared(descriptor, corner, ready, box)
+
+
+@gluon.jit
+def _fetch_query_tile(source, descriptor, strides, tile, exists, in_full, grid, buffer, ready, BLOCK: gl.constexpr):
+    """Copy the rows of a query tile from a tensor `[B, S, H, D]`, query or gate; `None` for one that does not exist."""
+    if source is None:
+        mbarrier.arrive(ready)
+    elif descriptor is not None:
+        item, head, t, h, w, extent_t, extent_h, extent_w = tile
+        _fetch_box(descriptor, [item, t, h, w, head * DIM], buffer, ready, BLOCK)
+    else:
+        lines = lines_at(source, tile, strides, in_full, grid)
+        mask = (rows_exist(tile, BLOCK, LINES) & exists)[:, None]
+        async_copy.async_copy_global_to_shared(buffer, lines, mask=mask)
+        async_copy.mbarrier_arrive(ready)
+        synchronise()
+        mbarrier.arrive(ready)
+
+
+@gluon.jit
+def _fetch_between(query, gate, next_tile, exists, tile, in_full, grid, buffers, bars, at, BLOCK: gl.constexpr):
     """What lies between two query tiles: the query of the next one, where key goes, and this one's gate, where value
     goes."""
-    query, query_strides, next_tile, exists, gate, gate_strides, tile = wanted
+    query, query_descriptor, query_strides = query
+    gate, gate_descriptor, gate_strides = gate
     keys, values = buffers
     key_ready, value_ready, _ = bars
     slot = at % STAGES
+    to, ready = keys.index(slot), key_ready.index(slot)
     _await_key_room(bars, at)
-    offset, inside = rows_in_tile(next_tile, in_full, grid, BLOCK, LINES)
-    lines = lines_at(query, next_tile, query_strides, offset)
-    async_copy.async_copy_global_to_shared(keys.index(slot), lines, mask=(inside & exists)[:, None])
-    async_copy.mbarrier_arrive(key_ready.index(slot))
+    _fetch_query_tile(query, query_descriptor, query_strides, next_tile, exists, in_full, grid, to, ready, BLOCK)
+    to, ready = values.index(slot), value_ready.index(slot)
     _await_value_room(bars, at)
-    if gate is not None:
-        offset, inside = rows_in_tile(tile, in_full, grid, BLOCK, LINES)
-        lines = lines_at(gate, tile, gate_strides, offset)
-        async_copy.async_copy_global_to_shared(values.index(slot), lines, mask=inside[:, None])
-        async_copy.mbarrier_arrive(value_ready.index(slot))
-    synchronise()
-    mbarrier.arrive(key_ready.index(slot))
-    mbarrier.arrive(value_ready.index(slot))
+    _fetch_query_tile(gate, gate_descriptor, gate_strides, tile, True, in_full, grid, to, ready, BLOCK)
 
 
 @gluon.jit
 def _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLOCK: gl.constexpr):
-    """The same for a full tile that begins at `corner`, in the coordinates of the descriptors."""
+    """Copy a full tile of key and value that begins at `corner`: of the video, or, without `BLOCK`, of the rows in tile
+    order."""
     keys, values = buffers
     key_ready, value_ready, _ = bars
     slot = at % STAGES
-    to_key, to_value = keys.index(slot), values.index(slot)
-    if BLOCK is not None:  # a box of the video, not rows that lie side by side
-        to_key = to_key._reinterpret(keys.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
-        to_value = to_value._reinterpret(keys.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
     _await_key_room(bars, at)
-    mbarrier.expect(key_ready.index(slot), ROWS * DIM * 2)
-    tma.async_copy_global_to_shared(key_descriptor, corner, key_ready.index(slot), to_key)
+    if BLOCK is not None:
+        _fetch_box(key_descriptor, corner, keys.index(slot), key_ready.index(slot), BLOCK)
+    else:
+        mbarrier.expect(key_ready.index(slot), ROWS * DIM * 2)
+        tma.async_copy_global_to_shared(key_descriptor, corner, key_ready.index(slot), keys.index(slot))
     _await_value_room(bars, at)
-    mbarrier.expect(value_ready.index(slot), ROWS * DIM * 2)
-    tma.async_copy_global_to_shared(value_descriptor, corner, value_ready.index(slot), to_value)
+    if BLOCK is not None:
+        _fetch_box(value_descriptor, corner, values.index(slot), value_ready.index(slot), BLOCK)
+    else:
+        mbarrier.expect(value_ready.index(slot), ROWS * DIM * 2)
+        tma.async_copy_global_to_shared(value_descriptor, corner, value_ready.index(slot), values.index(slot))
 
 
 @gluon.jit
@@ -97,8 +118,8 @@ def fetch(
     sources,
     lists,
     strides,
-    line_sources,
-    line_strides,
+    query,
+    gate,
     numbers,
     grid,
     buffers,
@@ -111,8 +132,6 @@ def fetch(
     key, value, key_descriptor, value_descriptor, proxies = sources
     starts, tail, counts, longest, reach, redo = lists
     key_b, key_s, key_h, value_b, value_s, value_h = strides
-    query, gate = line_sources
-    query_strides, gate_strides = line_strides
     tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
@@ -127,7 +146,8 @@ def fetch(
         if repeat:
             following = ahead(gl.program_id(0), lists, numbers, GROUP)
             tile = query_tile(gl.program_id(0), heads, num_tiles, grid, BLOCK)
-            _fetch_lines((query, query_strides, tile, True, None, None, tile), inside, grid, buffers, bars, at, BLOCK)
+            no_gate = (None, None, None)
+            _fetch_between(query, no_gate, tile, True, tile, inside, grid, buffers, bars, at, BLOCK)
             at += 1
             for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
                 bound, full_tiles, listed_keys, next_start = following
@@ -202,15 +222,7 @@ def fetch(
                             at += 1
                 next_task = task + gl.num_programs(0)
                 next_tile = query_tile(next_task, heads, num_tiles, grid, BLOCK)
-                exists = next_task < tasks
-                _fetch_lines(
-                    (query, query_strides, next_tile, exists, gate, gate_strides, tile),
-                    inside,
-                    grid,
-                    buffers,
-                    bars,
-                    at,
-                    BLOCK,
-                )
+                more = next_task < tasks
+                _fetch_between(query, gate, next_tile, more, tile, inside, grid, buffers, bars, at, BLOCK)
                 at += 1
                 tile = next_tile

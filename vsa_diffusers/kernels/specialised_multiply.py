@@ -26,9 +26,10 @@ from .specialised_common import (
     STAGES,
     WEIGHTS,
     ahead,
+    first_token,
     lines_at,
     query_tile,
-    rows_in_tile,
+    rows_exist,
 )
 
 
@@ -182,20 +183,22 @@ def multiply(
                     total = gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))
                     highest = gl.convert_layout(highest, gl.SliceLayout(1, OUTPUT))
                     out = acc * (1.0 / total)[:, None]
+                    staged = buffers[1].index(at % STAGES)  # where the gate arrives; nobody else wants it now
                     if coarse is not None:
                         if gate is not None:
                             mbarrier.wait(bars[1].index(at % STAGES), at // STAGES & 1)
-                            spread = spread * buffers[1].index(at % STAGES).load(OUTPUT).to(gl.float32)
+                            spread = spread * staged.load(OUTPUT).to(gl.float32)
                         out += spread
-                    q_buffer.store(out.to(q_buffer.dtype))
-                    lines = q_buffer.load(LINES)
                     tile = query_tile(task, heads, num_tiles, grid, BLOCK)
-                    offset, exists = rows_in_tile(tile, lines_in_full, grid, BLOCK, LINES)
-                    gl.store(lines_at(output, tile, output_strides, offset), lines, exists[:, None])
-                    row, real = rows_in_tile(tile, rows_in_full, grid, BLOCK, OUTPUT)
-                    item, head, first, size, extent_h, extent_w = tile
-                    lse_at = lse + item.to(gl.int64) * lse_b + head.to(gl.int64) * (video_t * video_h * video_w) + first
-                    gl.store(lse_at + row, (highest + gl.log2(total)) * LN2, real)
+                    staged.store(out.to(q_buffer.dtype))
+                    exists = rows_exist(tile, BLOCK, LINES)[:, None]
+                    at_output = lines_at(output, tile, output_strides, lines_in_full, grid)
+                    gl.store(at_output, staged.load(LINES), exists)
+                    real = rows_exist(tile, BLOCK, OUTPUT)
+                    place = gl.cast(task // num_tiles, gl.int64)
+                    item, head = place // heads, place % heads
+                    lse_at = lse + item * lse_b + head * (video_t * video_h * video_w) + first_token(tile, grid)
+                    gl.store(lse_at + rows_in_full, (highest + gl.log2(total)) * LN2, real)
                     if attempt == 0:
                         lost = real & (total <= LEAST_TOTAL)
                         vanished |= lost.to(gl.int32)
