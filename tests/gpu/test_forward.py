@@ -120,6 +120,12 @@ def test_the_specialised_kernel_does_whole_tiles_like_the_ordinary_one(specialis
     assert len(specialised) == 2
 
 
+@pytest.mark.parametrize("combine", ["gate", "merge"])
+def test_the_specialised_kernel_reads_queries_that_boxes_cannot_see(combine, specialised):
+    check(replace(MEDIUM, combine=combine, transposed=True, heads=2, layout="descriptor", programs=7), "cuda")
+    assert specialised
+
+
 def test_a_call_that_the_specialised_kernel_cannot_take_goes_to_the_ordinary_one(specialised):
     for case in (
         replace(MEDIUM, head_dim=96, programs=7),

@@ -76,7 +76,7 @@ def store_quarters(
     """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     whole = False
-    if x.shape[0] == TILE and BLOCK[1] % 2 == 0 and BLOCK[2] % 2 == 0:
+    if x.shape[0] == TILE and BLOCK_D == HEAD_DIM and BLOCK[1] % 2 == 0 and BLOCK[2] % 2 == 0:
         whole = size == TILE
     if whole:
         _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)

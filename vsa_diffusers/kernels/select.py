@@ -312,7 +312,7 @@ def select(
                 BLOCK_M=block_m,
                 BLOCK_N=32 if dim <= 128 else 16,
                 PRECISION=precision,
-                num_warps=4 if block_m == 16 else 8,
+                num_warps=4,
                 num_stages=2,
                 enable_fp_fusion=False,  # as in the sparse kernel
             )
