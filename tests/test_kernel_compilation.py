@@ -86,12 +86,16 @@ def test_every_kind_of_backward_call_compiles_within_shared_memory(case):
         {"head_dim": 72, "batch": 2},
         {"head_dim": 72, "selection": "quarters", "combine": "merge", "context": (0, 9)},
         {"dtype": torch.float32, "selection": "quarters", "combine": "sparse"},
+        {"selection": "quarters", "combine": "gate", "block_size": (3, 5, 4)},
+        {"selection": "quarters", "combine": "merge", "block_size": (2, 1, 10), "head_dim": 64},
         {"head_dim": 128, "dtype": torch.float32, "context": (3, 0)},
     ],
     ids=str,
 )
 def test_every_kind_of_call_compiles_within_shared_memory(case):
-    scored = {"quarter scores"} if "selection" in case else {"scores"}  # and none for a coarse output that nobody wants
+    scored = {"quarter scores"} if "selection" in case else {"scores"}
+    if "selection" in case and case.get("combine") == "gate":
+        scored |= {"scores"}  # for the coarse output
     assert {told.kernel for told in _reports(90, **case)} == {"pool", "top_k", "attend"} | scored
 
 

@@ -12,9 +12,13 @@ import torch
 
 @dataclass
 class Measurement:
-    """Medians. `launches`, `cpu_us`, `extra_bytes` and `kernels` (microseconds by name) are known on GPUs only."""
+    """Medians, and `first_ms`: what the first call took, with whatever had to be compiled or tuned for it.
+
+    `launches`, `cpu_us`, `extra_bytes` and `kernels` (microseconds by name) are known on GPUs only.
+    """
 
     ms: float
+    first_ms: float
     launches: int | None = None
     cpu_us: float | None = None
     extra_bytes: int | None = None
@@ -23,21 +27,27 @@ class Measurement:
 
 def measure(call: Callable[[], object], device: str, rep_ms: int = 100) -> Measurement:
     """Measure `call` after it has run twice. Extra memory is what it needs beyond what it returns."""
-    for _ in range(2):
-        call()
+    first_ms = _wall_ms(call, device)
+    call()
     if device == "cpu":
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return Measurement(1e3 * statistics.median(times))
-    result = Measurement(time_ms(call, rep_ms))
+        return Measurement(statistics.median(_wall_ms(call, device) for _ in range(3)), first_ms)
+    result = Measurement(time_ms(call, rep_ms), first_ms)
     result.extra_bytes = _extra_bytes(call)
     result.cpu_us = _cpu_us(call, max(1, min(10, int(20 / result.ms))))
     result.kernels = _kernels(call)
     result.launches = int(result.kernels.pop("launches"))
     return result
+
+
+def _wall_ms(call: Callable[[], object], device: str) -> float:
+    """How long one call keeps its caller waiting."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def time_ms(call: Callable[[], object], rep_ms: int = 100) -> float:

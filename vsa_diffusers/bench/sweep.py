@@ -85,7 +85,7 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
         mine = [row for row in rows if (row["shape"], row["combine"], row["ratio"]) == group and "ms" in row]
         mine = sorted((row for row in mine if row["difference"] < 0.02), key=lambda row: row["ms"])
         for row in mine[:3]:
-            fields = ("layout", "warps", "stages", "keys", "registers", "tail_stages")
+            fields = ("layout", "warps", "stages", "keys", "registers", "tail_stages", "programs")
             launch = " ".join(f"{field}={row[field]}" for field in fields)
             lines.append(f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch}")
     failed = [row for row in rows if "error" in row or not row.get("difference", 0) < 0.02]

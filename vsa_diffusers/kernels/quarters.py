@@ -75,12 +75,14 @@ def store_quarters(
 ):
     """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-    whole = False
-    if x.shape[0] == TILE and BLOCK_D == HEAD_DIM and BLOCK[1] % 2 == 0 and BLOCK[2] % 2 == 0:
-        whole = size == TILE
-    if whole:
-        _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
-    else:
+    EVEN: tl.constexpr = (x.shape[0] == TILE) & (BLOCK_D == HEAD_DIM) & (BLOCK[1] % 2 == 0) & (BLOCK[2] % 2 == 0)
+    SMALL: tl.constexpr = (TILE <= 64) & (BLOCK_D <= 128) & (x.dtype.primitive_bitwidth == 16)  # in shared memory, too
+    to_do = True
+    if EVEN and SMALL:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
+        if size == TILE:
+            _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
+            to_do = False
+    if to_do:
         quarter = quarter_of(slot, size, extent_h, extent_w, BLOCK)
         _store_any(x, quarter, quarters, log_counts, HEAD_DIM, BLOCK_D)
 
@@ -170,7 +172,7 @@ def quarter_scores(
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
-        BLOCK_N=32 if wide or dim > 128 else 64,
+        BLOCK_N=32 if wide or dim > 128 else 128 if tiles == 16 else 64,
         TILES=tiles,
         PRECISION=precision,
         num_warps=8 if tiles == 32 else 4,
