@@ -70,3 +70,22 @@ def test_short_sequences_are_copied_where_lists_are_long_enough_to_repay_it():
 
 def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
     assert chosen(HOPPER, (21, 45, 80), 0.2, heads=40).heads == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (lambda x: x, True),
+        (lambda x: torch.cat([x, x, x], 2)[:, :, :3], True),  # query of one projection for all three
+        (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), True),  # batch item by batch item for every token
+        (lambda x: x[:1].expand(2, -1, -1, -1), False),
+        (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), False),  # [B, H, S, D] in memory
+        (lambda x: torch.nn.functional.pad(x, (0, 8))[..., :128], False),  # heads apart
+        (lambda x: torch.nn.functional.pad(x.flatten(2), (4, 4))[..., 4:-4].unflatten(2, (3, 128)), False),  # unaligned
+    ],
+)
+def test_boxes_of_the_video_are_seen_where_heads_lie_side_by_side(change, seen):
+    specialised = pytest.importorskip("vsa_diffusers.kernels.specialised", reason="runs with a Triton that has Gluon")
+    x = change(torch.zeros(2, 6 * 8 * 9, 3, 128, dtype=torch.bfloat16))
+    assert specialised._has_boxes(x, TileGrid((6, 8, 9), (4, 4, 4))) == seen
+    assert not specialised._has_boxes(x, TileGrid((6, 8, 9), (3, 5, 4)))

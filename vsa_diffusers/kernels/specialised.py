@@ -172,7 +172,7 @@ def _has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
         grid.tile_capacity == ROWS.value
         and all(side & (side - 1) == 0 for side in grid.block_size)
         and (x.stride(2) == DIM.value or x.shape[2] == 1)
-        and all(stride % 8 == 0 for stride in x.stride()[:2])
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:2])
         and x.data_ptr() % 16 == 0
     )
 
