@@ -255,7 +255,7 @@ def table_of(results: list[Result], grid: TileGrid) -> Table:
     """The numbers for a person to read."""
     title = f"{grid.num_tokens} tokens {grid.video_shape}, {grid.num_tiles} tiles of {grid.tile_capacity}, "
     table = Table(title=f"{title}{grid.padding:.0%} padding")
-    for heading in ("", "tiles kept", "denoising, s", "times dense", "PSNR, dB", "SSIM"):
+    for heading in ("", "tiles kept", "seconds", "times dense", "PSNR, dB", "SSIM"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=not heading)
     for each in results:
         psnr = "" if each.psnr is None else "identical" if math.isinf(each.psnr) else f"{each.psnr:.1f}"

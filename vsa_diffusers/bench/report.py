@@ -11,10 +11,10 @@ COLUMNS = ("shape", "what", "ratio", "ms", "TFLOP/s", "x dense", "extra MB", "la
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One result as the table shows it; what was not measured stays empty."""
-    formats = {"ratio": "{:g}", "ms": "{:.3f}", "tflops": "{:.3g}", "speedup": "{:.2f}", "extra_bytes": "{:.0f}"}
+    formats = {"ratio": "{:g}", "ms": "{:.3f}", "tflops": "{:.3g}", "speedup": "{:.2f}"}
+    formats |= dict.fromkeys(("extra_bytes", "cpu_us", "first_ms"), "{:.0f}")
     values = {**row, "extra_bytes": None if row["extra_bytes"] is None else row["extra_bytes"] / 2**20}
     names = ("shape", "what", "ratio", "ms", "tflops", "speedup", "extra_bytes", "launches", "cpu_us", "first_ms")
-    formats |= {"cpu_us": "{:.0f}", "first_ms": "{:.0f}"}
     return ["" if values[name] is None else formats.get(name, "{}").format(values[name]) for name in names]
 
 

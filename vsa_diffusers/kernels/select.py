@@ -230,9 +230,8 @@ def top_k_kernel(
         tl.store(counts + entry * 2, full_before, row_mask)
         tl.store(counts + entry * 2 + 1, groups_before, row_mask)
     if first % padded == 0:  # whoever has a head's first tile also finds its longest key
-        norm = tl.load(
-            longest + (batch_heads + place) * num_tiles + tl.arange(0, KEYS), tl.arange(0, KEYS) < num_tiles, other=0.0
-        )
+        tile = tl.arange(0, KEYS)
+        norm = tl.load(longest + (batch_heads + place) * num_tiles + tile, tile < num_tiles, other=0.0)
         tl.store(reach + place, tl.max(norm, 0))
 
 

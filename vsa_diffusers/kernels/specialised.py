@@ -105,8 +105,7 @@ def specialised_kernel(
         mbarrier.init(value_ready.index(stage), count=1)
         mbarrier.init(used.index(stage), count=1)
     mbarrier.init(finished, count=1)
-    bars = (key_ready, value_ready, used)
-    buffers = (keys, values)
+    ring = ((keys, values), (key_ready, value_ready, used), finished)
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     lists = (starts, tail, counts, longest, reach, redo)
     numbers = (tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale)
@@ -122,9 +121,7 @@ def specialised_kernel(
                     numbers,
                     grid,
                     q_buffer,
-                    buffers,
-                    bars,
-                    finished,
+                    ring,
                     BLOCK,
                     GROUP,
                 ),
@@ -139,9 +136,7 @@ def specialised_kernel(
                     (gate, gate_descriptor, (gate_b, gate_s, gate_h)),
                     numbers,
                     grid,
-                    buffers,
-                    bars,
-                    finished,
+                    ring,
                     BLOCK,
                     GROUP,
                     TILED,

@@ -51,11 +51,13 @@ def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, bars, at)
 
 
 @gluon.jit
-def _fetch_box(descriptor, corner, buffer, ready, BLOCK: gl.constexpr):
-    """Copy a tile that begins at `corner` of the video; what would lie beyond the video becomes zeros."""
-    box = buffer._reinterpret(buffer.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
+def _copy(descriptor, corner, buffer, ready, BLOCK: gl.constexpr):
+    """Let the copy engine fill a buffer with 64 rows from `corner` on: a tile of the video, zeros for what would lie
+    beyond it, or, without `BLOCK`, rows in tile order."""
+    if BLOCK is not None:
+        buffer = buffer._reinterpret(buffer.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
     mbarrier.expect(ready, ROWS * DIM * 2)
-    tma.async_copy_global_to_shared(descriptor, corner, ready, box)
+    tma.async_copy_global_to_shared(descriptor, corner, ready, buffer)
 
 
 @gluon.jit
@@ -65,7 +67,7 @@ def _fetch_query_tile(source, descriptor, strides, tile, exists, in_full, grid, 
         mbarrier.arrive(ready)
     elif descriptor is not None:
         item, head, t, h, w, extent_t, extent_h, extent_w = tile
-        _fetch_box(descriptor, [item, t, h, w, head * DIM], buffer, ready, BLOCK)
+        _copy(descriptor, [item, t, h, w, head * DIM], buffer, ready, BLOCK)
     else:
         lines = lines_at(source, tile, strides, in_full, grid)
         mask = (rows_exist(tile, BLOCK, LINES) & exists)[:, None]
@@ -100,17 +102,9 @@ def _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLO
     key_ready, value_ready, _ = bars
     slot = at % STAGES
     _await_key_room(bars, at)
-    if BLOCK is not None:
-        _fetch_box(key_descriptor, corner, keys.index(slot), key_ready.index(slot), BLOCK)
-    else:
-        mbarrier.expect(key_ready.index(slot), ROWS * DIM * 2)
-        tma.async_copy_global_to_shared(key_descriptor, corner, key_ready.index(slot), keys.index(slot))
+    _copy(key_descriptor, corner, keys.index(slot), key_ready.index(slot), BLOCK)
     _await_value_room(bars, at)
-    if BLOCK is not None:
-        _fetch_box(value_descriptor, corner, values.index(slot), value_ready.index(slot), BLOCK)
-    else:
-        mbarrier.expect(value_ready.index(slot), ROWS * DIM * 2)
-        tma.async_copy_global_to_shared(value_descriptor, corner, value_ready.index(slot), values.index(slot))
+    _copy(value_descriptor, corner, values.index(slot), value_ready.index(slot), BLOCK)
 
 
 @gluon.jit
@@ -122,13 +116,12 @@ def fetch(
     gate,
     numbers,
     grid,
-    buffers,
-    bars,
-    finished,
+    ring,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
 ):
+    buffers, bars, finished = ring
     key, value, key_descriptor, value_descriptor, proxies = sources
     starts, tail, counts, longest, reach, redo = lists
     key_b, key_s, key_h, value_b, value_s, value_h = strides
@@ -136,7 +129,7 @@ def fetch(
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
     slot = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-    inside = block_offset(slot, video_h, video_w, BLOCK)
+    in_full = block_offset(slot, video_h, video_w, BLOCK)
     at = 0
     repeat = True
     for attempt in gl.static_range(2):
@@ -147,7 +140,7 @@ def fetch(
             following = ahead(gl.program_id(0), lists, numbers, GROUP)
             tile = query_tile(gl.program_id(0), heads, num_tiles, grid, BLOCK)
             no_gate = (None, None, None)
-            _fetch_between(query, no_gate, tile, True, tile, inside, grid, buffers, bars, at, BLOCK)
+            _fetch_between(query, no_gate, tile, True, tile, in_full, grid, buffers, bars, at, BLOCK)
             at += 1
             for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
                 bound, full_tiles, listed_keys, next_start = following
@@ -223,6 +216,6 @@ def fetch(
                 next_task = task + gl.num_programs(0)
                 next_tile = query_tile(next_task, heads, num_tiles, grid, BLOCK)
                 more = next_task < tasks
-                _fetch_between(query, gate, next_tile, more, tile, inside, grid, buffers, bars, at, BLOCK)
+                _fetch_between(query, gate, next_tile, more, tile, in_full, grid, buffers, bars, at, BLOCK)
                 at += 1
                 tile = next_tile

@@ -99,12 +99,11 @@ def multiply(
     numbers,
     grid,
     q_buffer,
-    buffers,
-    bars,
-    finished,
+    ring,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
 ):
+    buffers, bars, finished = ring
     gate, proxies, coarse, kept, log_size = sources
     output, lse = targets
     starts, tail, counts, longest, reach, redo = lists
@@ -195,9 +194,8 @@ def multiply(
                     at_output = lines_at(output, tile, output_strides, lines_in_full, grid)
                     gl.store(at_output, staged.load(LINES), exists)
                     real = rows_exist(tile, BLOCK, OUTPUT)
-                    place = gl.cast(task // num_tiles, gl.int64)
-                    item, head = place // heads, place % heads
-                    lse_at = lse + item * lse_b + head * (video_t * video_h * video_w) + first_token(tile, grid)
+                    lse_at = lse + tile[0].to(gl.int64) * lse_b
+                    lse_at += tile[1].to(gl.int64) * (video_t * video_h * video_w) + first_token(tile, grid)
                     gl.store(lse_at + rows_in_full, (highest + gl.log2(total)) * LN2, real)
                     if attempt == 0:
                         lost = real & (total <= LEAST_TOTAL)
