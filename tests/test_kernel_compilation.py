@@ -140,6 +140,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
         ("descriptor", {"combine": "sparse", "block_size": (3, 5, 4)}),
         ("direct", {"combine": "gate", "video_shape": (16, 16, 24)}),
         ("direct", {"combine": "merge"}),
+        ("descriptor", {"combine": "merge", "context": (3, 100), "masked": True}),
     ],
     ids=str,
 )

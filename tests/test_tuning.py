@@ -50,7 +50,6 @@ def test_hopper_specialises_two_programs_to_a_multiprocessor(block_size):
         (HOPPER, {"dtype": torch.float32}),
         (HOPPER, {"head_dim": 64}),
         (HOPPER, {"head_dim": 96}),
-        (HOPPER, {"after": 5}),
         (HOPPER, {"block_size": (4, 4, 8)}),
         (HOPPER, {"block_size": (2, 4, 4)}),
     ],
@@ -58,6 +57,16 @@ def test_hopper_specialises_two_programs_to_a_multiprocessor(block_size):
 )
 def test_everything_else_takes_the_ordinary_kernel(device, case):
     assert chosen(device, (21, 30, 52), 0.2, **case).attend.programs == 0
+
+
+@pytest.mark.parametrize(("video_shape", "programs"), [((21, 30, 52), 264), ((16, 16, 24), 0)])
+def test_context_tokens_are_specialised_where_the_sequence_repays_another_launch(video_shape, programs):
+    assert chosen(HOPPER, video_shape, 0.2, after=5).attend.programs == programs
+
+
+@pytest.mark.parametrize(("ratio", "parts"), [(0.1, 1), (0.2, 5), (0.5, 8)])
+def test_programs_keep_in_step_where_lists_are_long(ratio, parts):
+    assert chosen(HOPPER, (21, 30, 52), ratio).attend.parts == parts
 
 
 def test_short_sequences_are_copied_where_lists_are_long_enough_to_repay_it():

@@ -13,11 +13,11 @@ from checks import JOINT, SHAPE_CASES, Case
 from vsa_diffusers.kernels import backward, forward, tuning
 
 SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)
-IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3)  # the specialised kernel, where it can run
+IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3, parts=2)  # the specialised kernel, where it can run
 
 CONTEXT = replace(JOINT, head_dim=64, dtype=torch.bfloat16)
 
-for base in (SMALL, IN_TURNS, replace(IN_TURNS, combine="merge"), CONTEXT, SHAPE_CASES[5]):
+for base in (SMALL, IN_TURNS, replace(IN_TURNS, combine="merge", before=3, after=5), CONTEXT, SHAPE_CASES[5]):
     for layout in tuning.LAYOUTS:
         case = replace(base, layout=layout)
         if case.programs and not tuning.device_of(0).processors:

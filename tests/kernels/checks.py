@@ -40,6 +40,7 @@ class Case:
     tolerance: float | None = None
     selection: str = "mean"
     programs: int = 0
+    parts: int = 1
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case(), k)}
@@ -59,7 +60,8 @@ class Case:
     @property
     def launch(self) -> Launch:
         wide = self.dtype == torch.float32 or self.head_dim > 128 or math.prod(self.block_size) > 64
-        return Launch(self.layout, *((8, 1, 32) if wide else (4, 2, 64)), programs=self.programs)
+        form = (8, 1, 32) if wide else (4, 2, 64)
+        return Launch(self.layout, *form, programs=self.programs, parts=self.parts)
 
     def inputs(self, device: str = "cpu"):
         """Query, key, value, gate and context mask; views of wider tensors if `transposed`."""

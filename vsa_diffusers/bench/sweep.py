@@ -36,7 +36,8 @@ def candidates(head_dim: int) -> Iterator[Any]:
             yield Launch(layout, *form)
     processors = device_of(torch.cuda.current_device()).processors
     if head_dim == 128 and processors:
-        yield from (Launch(layout, programs=2 * processors) for layout in ("descriptor", "direct"))
+        for layout in ("descriptor", "direct"):
+            yield from (Launch(layout, programs=2 * processors, parts=parts) for parts in (1, 4, 8, 16))
 
 
 def sweep(
@@ -85,7 +86,7 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
         mine = [row for row in rows if (row["shape"], row["combine"], row["ratio"]) == group and "ms" in row]
         mine = sorted((row for row in mine if row["difference"] < 0.02), key=lambda row: row["ms"])
         for row in mine[:3]:
-            fields = ("layout", "warps", "stages", "keys", "registers", "tail_stages", "programs")
+            fields = ("layout", "warps", "stages", "keys", "registers", "tail_stages", "programs", "parts")
             launch = " ".join(f"{field}={row[field]}" for field in fields)
             lines.append(f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch}")
     failed = [row for row in rows if "error" in row or not row.get("difference", 0) < 0.02]

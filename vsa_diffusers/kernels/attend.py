@@ -11,6 +11,8 @@ M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -293,45 +295,91 @@ def attend(
     lse: torch.Tensor,
     problem: Problem,
     launch: Launch,
-) -> None:
-    """Write `output` `[B, S, H, D]` and `lse` fp32 `[B, H, S]` (natural logarithm) for the heads given."""
-    batch, _, heads, dim = query.shape
-    grid = problem.grid
-    context = problem.before + problem.after
+) -> bool:
+    """Write `output` `[B, S, H, D]` and `lse` fp32 `[B, H, S]` (natural logarithm) for the heads given.
+
+    Returns whether the rows of context queries are left to `attend_from_context`.
+    """
     if launch.programs:
         from . import specialised  # needs Gluon, which not every Triton has
 
         if specialised.can_specialise(query, key, value, pooled, problem):
-            specialised.attend(work, query, key, value, gate, pooled, lists, output, lse, problem, launch.programs)
-            return
-    block_m = power_of_two(grid.tile_capacity)
+            specialised.attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, launch)
+            return problem.num_context > 0
+    batch, _, heads, _ = query.shape
+    reach = lists.reach if query.dtype == torch.bfloat16 else None
+    _launch(
+        work,
+        problem.grid.num_tiles * batch * heads,
+        (query, key, value, gate, output),
+        lse,
+        context_mask,
+        pooled.rows,
+        (*list_arguments(pooled, lists), reach, lists.coarse),
+        size_arguments(query, lists, problem),
+        problem,
+        launch,
+    )
+    return False
+
+
+def attend_from_context(
+    work: Work,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context_mask: torch.Tensor | None,
+    indices: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    problem: Problem,
+    launch: Launch,
+) -> None:
+    """What `attend` leaves: the rows of context queries, dense, of all heads at a time."""
+    batch, _, heads, _ = query.shape
+    walked = (indices, *[None] * 8)  # nothing is taken from a list, but there must be one
+    sizes = (heads, batch * heads, problem.grid.num_tiles, problem.top_k, 0, 0)
+    tensors = (query, key, value, None, output)
+    _launch(work, 0, tensors, lse, context_mask, None, walked, sizes, problem, replace(launch, layout="direct"))
+
+
+def _launch(
+    work: Work,
+    query_tiles: int,
+    tensors: tuple[Any, ...],
+    lse: torch.Tensor,
+    context_mask: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    walked: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, ...],
+    problem: Problem,
+    launch: Launch,
+) -> None:
+    """One launch of `attend_kernel`, for so many query tiles and for all context queries."""
+    query, key, value, gate, output = tensors
+    batch, _, heads, dim = query.shape
+    block_m = power_of_two(problem.grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    programs = (grid.num_tiles + -(-context // block_m)) * batch * heads
+    strides = (query, key, value, query if gate is None else gate, output)
     work.launch(
         attend_kernel,
-        (programs,),
+        (query_tiles + -(-problem.num_context // block_m) * batch * heads,),
         query,
         key,
         value,
-        *tiled_sources(pooled.rows, launch, block_n),
-        *list_arguments(pooled, lists),
-        lists.reach if query.dtype == torch.bfloat16 else None,
-        lists.coarse,
+        *tiled_sources(rows, launch, block_n),
+        *walked,
         gate,
         context_mask,
         output,
         lse,
         problem.scale * math.log2(math.e),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *(query if gate is None else gate).stride()[:3],
-        *output.stride()[:3],
+        *(stride for x in strides for stride in x.stride()[:3]),
         lse.stride(0),
-        *size_arguments(query, lists, problem),
+        *sizes,
         problem.before,
         problem.after,
-        *grid_arguments(grid),
+        *grid_arguments(problem.grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
@@ -340,7 +388,7 @@ def attend(
         STAGES=launch.stages,
         TAIL_STAGES=launch.tail_stages,
         PRECISION="ieee",
-        HAS_CONTEXT=context > 0,
+        HAS_CONTEXT=problem.num_context > 0,
         **launch.options,
         enable_fp_fusion=False,  # fused, a huge logit would miss itself as the maximum by more than exp2 can hold
     )

@@ -54,9 +54,9 @@ def backward(
 def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: BackwardPlan, heads: slice) -> None:
     """All kernels for some of the heads; what they need in between is free afterwards."""
     *sequences, indices, lse, context_mask = tensors
-    sequences = work.heads(sequences, 2, heads)
+    sequences = work.parts(sequences, 2, heads)
     query, key, value, gate, output, grad_output, grad_query, grad_key, grad_value, grad_gate = sequences
-    indices, lse = work.heads((indices, lse), 1, heads)
+    indices, lse = work.parts((indices, lse), 1, heads)
     keys_tiled, queries_tiled = (x.layout != "direct" for x in (chosen.query, chosen.key))
     pooled = pool(work, query, key, value, problem, tiled=keys_tiled)
     coarse = None

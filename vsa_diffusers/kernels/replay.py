@@ -25,8 +25,8 @@ class Work:
         """Memory on the device of `like`, and of its dtype unless told otherwise, until `free` or `end_part`."""
         return like.new_empty(shape, dtype=dtype)
 
-    def heads(self, tensors: Tensors, axis: int, part: slice) -> list[torch.Tensor | None]:
-        """Some of the heads of the call's own tensors."""
+    def parts(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
+        """Some of the heads or tokens of the call's own tensors, or of parts of those."""
         return [None if x is None else x[(slice(None),) * axis + (part,)] for x in tensors]
 
     def free(self, *tensors: torch.Tensor | None) -> None:
@@ -147,8 +147,8 @@ class Recording(Work):
         self.workspace_bytes = max(self.workspace_bytes, start + size)
         return x
 
-    def heads(self, tensors: Tensors, axis: int, part: slice) -> list[torch.Tensor | None]:
-        parts = super().heads(tensors, axis, part)
+    def parts(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
+        parts = super().parts(tensors, axis, part)
         for whole, some in zip(tensors, parts, strict=True):
             if whole is not None and some is not None:
                 index, offset = self.places[id(whole)]

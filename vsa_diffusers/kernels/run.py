@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..torch_impl import Problem
-from .attend import attend, attend_kernel
+from .attend import attend, attend_from_context, attend_kernel
 from .pool import pool
 from .replay import Replays, Tensors, Work
 from .select import MAX_TILES, select
@@ -72,8 +72,12 @@ def forward(
     def launch_all(work: Work, tensors: Tensors) -> None:
         query, key, value, *_ = tensors
         chosen = plan(query, problem, this_device(query), max(key.stride(1), value.stride(1)), launch)
+        left = False
         for first in range(0, heads, chosen.heads):
-            _some_heads(work, tensors, problem, chosen, slice(first, first + chosen.heads))
+            left |= _some_heads(work, tensors, problem, chosen, slice(first, first + chosen.heads))
+        if left:
+            query, key, value, _, output, indices, lse, context_mask = tensors
+            attend_from_context(work, query, key, value, context_mask, indices, output, lse, problem, chosen.attend)
 
     tensors = (query, key, value, gate, output, indices, lse, context_mask)
     launch_or_replay("forward", tensors, problem, launch, launch_all)
@@ -110,16 +114,20 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device)
 
 
-def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, heads: slice) -> None:
-    """All kernels for some of the heads; what they need in between is free afterwards."""
+def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, heads: slice) -> bool:
+    """All kernels for some of the heads; what they need in between is free afterwards.
+
+    Returns whether context queries are left.
+    """
     *sequences, indices, lse, context_mask = tensors
-    query, key, value, gate, output = work.heads(sequences, 2, heads)
-    indices, lse = work.heads((indices, lse), 1, heads)
+    query, key, value, gate, output = work.parts(sequences, 2, heads)
+    indices, lse = work.parts((indices, lse), 1, heads)
     tiled = chosen.attend.layout != "direct"
     pooled = pool(work, query, key, value, problem, tiled=tiled, parts=problem.selection == "quarters")
     lists = select(work, pooled, indices, problem, tiled=tiled, precision=chosen.precision)
-    attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
+    left = attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
     work.end_part()
+    return left
 
 
 def this_device(x: torch.Tensor) -> Device:

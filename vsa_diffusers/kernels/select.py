@@ -40,6 +40,7 @@ class Lists(NamedTuple):
     kept: torch.Tensor | None  # one bit per tile: int32 [B, H, N, words]
     coarse: torch.Tensor | None  # fp32 [B, H, N, D]
     reach: torch.Tensor  # norm of the longest key, fp32 [B, H]
+    progress: torch.Tensor  # zeros, where programs that keep in step count themselves: int32 [B, H, N]
 
 
 @triton.jit
@@ -131,6 +132,7 @@ def top_k_kernel(
     counts,
     kept_bits,
     reach,
+    progress,
     first_row,
     heads,
     batch_heads,
@@ -229,6 +231,7 @@ def top_k_kernel(
     if PARTIAL:
         tl.store(counts + entry * 2, full_before, row_mask)
         tl.store(counts + entry * 2 + 1, groups_before, row_mask)
+    tl.store(progress + entry, 0, row_mask)
     if first % padded == 0:  # whoever has a head's first tile also finds its longest key
         tile = tl.arange(0, KEYS)
         norm = tl.load(longest + (batch_heads + place) * num_tiles + tile, tile < num_tiles, other=0.0)
@@ -285,6 +288,7 @@ def select(
         kept=work.empty(indices, (*per_tile, keys // 32)) if merge else None,
         coarse=work.empty(means, (*per_tile, dim)) if coarse else None,
         reach=work.empty(means, (batch, heads)),
+        progress=work.empty(indices, per_tile),
     )
     one_warp = keys <= SCORES_OF_A_WARP
     rows = max(1, 256 // keys)
@@ -329,6 +333,7 @@ def select(
             lists.counts,
             lists.kept,
             lists.reach,
+            lists.progress,
             first_row,
             heads,
             batch * heads,

@@ -29,10 +29,10 @@ from .select import GROUP, Lists
 from .specialised_common import BOX, DIM, ROWS, SHARED, STAGES
 from .specialised_fetch import fetch
 from .specialised_multiply import multiply
-from .tuning import may_specialise
+from .tuning import Launch, may_specialise
 
 
-@gluon.jit(do_not_specialize=(*SIZES, "tasks"))
+@gluon.jit(do_not_specialize=(*SIZES, "tasks", "parts"))
 def specialised_kernel(
     query,
     key,
@@ -50,10 +50,14 @@ def specialised_kernel(
     longest,
     reach,
     redo,
+    progress,
     coarse,
     gate,
     output,
     lse,
+    context_key,
+    context_value,
+    context_mask,
     scale,
     query_b,
     query_s,
@@ -71,6 +75,7 @@ def specialised_kernel(
     output_s,
     output_h,
     lse_b,
+    parts,
     tasks,
     heads,
     batch_heads,
@@ -78,6 +83,8 @@ def specialised_kernel(
     top_k,
     tail_width,
     kept_width,
+    tokens_before,
+    tokens_after,
     video_t,
     video_h,
     video_w,
@@ -116,6 +123,7 @@ def specialised_kernel(
                 (
                     (gate, proxies, coarse, kept, log_size),
                     (output, lse),
+                    (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
                     ((output_b, output_s, output_h), lse_b),
                     numbers,
@@ -130,6 +138,7 @@ def specialised_kernel(
                 fetch,
                 (
                     (key, value, key_descriptor, value_descriptor, proxies),
+                    (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
                     (key_b, key_s, key_h, value_b, value_s, value_h),
                     (query, query_descriptor, (query_b, query_s, query_h)),
@@ -137,6 +146,7 @@ def specialised_kernel(
                     numbers,
                     grid,
                     ring,
+                    (progress, parts),
                     BLOCK,
                     GROUP,
                     TILED,
@@ -199,23 +209,30 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor | None,
+    context_mask: torch.Tensor | None,
     pooled: Pooled,
     lists: Lists,
     output: torch.Tensor,
     lse: torch.Tensor,
     problem: Problem,
-    programs: int,
+    launch: Launch,
 ) -> None:
-    """What `attend` does, for calls that `can_specialise` allows, with as many `programs` as run at once."""
+    """What `attend` does for video queries, in calls that `can_specialise` allows."""
     grid = problem.grid
-    tiled = pooled.rows is not None
+    context = (None, None, None)
+    if problem.num_context:
+        context = (key, value, context_mask)
+        query, key, value, gate, output = work.parts((query, key, value, gate, output), 1, problem.video)
+        (lse,) = work.parts((lse,), 2, problem.video)
+    strides = (query, key, value, query if gate is None else gate, output)
     if pooled.rows is not None:
         key, value = pooled.rows.unbind(0)
         descriptors = [_rows_descriptor(rows) for rows in (key, value)]
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
     tasks = grid.num_tiles * query.shape[0] * query.shape[2]
-    programs = min(tasks, programs)
+    programs = min(tasks, launch.programs)
+    turns = -(-tasks // programs)
     redo = work.empty(lists.starts, (tasks + programs,))  # one of each: whether the task, whether any of the program
     work.launch(
         specialised_kernel,
@@ -229,22 +246,23 @@ def attend(
         *list_arguments(pooled, lists),
         lists.reach,
         redo,
+        lists.progress,
         lists.coarse,
         gate,
         output,
         lse,
+        *context,
         problem.scale * math.log2(math.e),
-        *query.stride()[:3],
-        *((0, 0, 0) if tiled else key.stride()[:3]),
-        *((0, 0, 0) if tiled else value.stride()[:3]),
-        *(query if gate is None else gate).stride()[:3],
-        *output.stride()[:3],
+        *(stride for x in strides for stride in x.stride()[:3]),
         lse.stride(0),
+        min(launch.parts, tasks // turns),  # as many as can be counted
         tasks,
         *size_arguments(query, lists, problem),
+        problem.before,
+        problem.after,
         *grid_arguments(grid),
         GROUP=GROUP,
-        TILED=tiled,
+        TILED=pooled.rows is not None,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
         maxnreg=128,

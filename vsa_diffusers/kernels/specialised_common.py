@@ -74,3 +74,12 @@ def ahead(task, lists, numbers, GROUP: gl.constexpr):
         listed_keys = gl.load(counts + line * 2 + 1, exists, other=0) * GROUP
     first_start = gl.load(starts + line * top_k, exists, other=0)
     return bound * gl.abs(scale), full_tiles, listed_keys, first_start
+
+
+@gluon.jit
+def is_valid(context_mask, item, index, context_tokens):
+    """Which context tokens exist and are not padding."""
+    exists = index < context_tokens
+    if context_mask is not None:
+        exists &= gl.load(context_mask + item * context_tokens + index, exists, other=0) != 0
+    return exists

@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .attend import FARTHEST
 from .rows import block_offset, tail_rows
-from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, lines_at, query_tile, rows_exist
+from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, is_valid, lines_at, query_tile, rows_exist
 
+PATIENCE = gl.constexpr(256)  # looks at others' progress, each a way to L2 and back
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -108,8 +109,30 @@ def _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLO
 
 
 @gluon.jit
+def _begin_part(progress, turn, part, parts, tasks, patience):
+    """Count this program among those that have begun a part of the list of their so-manieth query tile, and wait until
+    every program has begun the part before; so they read the same keys at about the same time, and most of those
+    from L2.
+
+    Who waits in vain, since other work occupies the place of a program, goes on without. Returns the patience left.
+    """
+    mine = progress + turn * parts + part
+    gl.atomic_add(mine, 1, sem="relaxed")
+    if turn + part > 0:
+        before = turn - gl.where(part > 0, 0, 1)
+        all_programs = gl.minimum(tasks - before * gl.num_programs(0), gl.num_programs(0))
+        begun = gl.load(mine - 1, volatile=True)
+        while (begun < all_programs) & (patience > 0):
+            begun = gl.load(mine - 1, volatile=True)
+            patience -= 1
+        patience = gl.where(begun < all_programs, 0, PATIENCE)
+    return patience
+
+
+@gluon.jit
 def fetch(
     sources,
+    context,
     lists,
     strides,
     query,
@@ -117,25 +140,31 @@ def fetch(
     numbers,
     grid,
     ring,
+    pace,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
 ):
     buffers, bars, finished = ring
+    progress, parts = pace
     key, value, key_descriptor, value_descriptor, proxies = sources
+    context_key, context_value, context_mask, tokens_before, tokens_after = context
     starts, tail, counts, longest, reach, redo = lists
     key_b, key_s, key_h, value_b, value_s, value_h = strides
+    context_tokens = tokens_before + tokens_after
     tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
     slot = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
     in_full = block_offset(slot, video_h, video_w, BLOCK)
     at = 0
+    patience = gl.to_tensor(PATIENCE)
     repeat = True
     for attempt in gl.static_range(2):
         if attempt == 1:
             mbarrier.wait(finished, 0)
             repeat = gl.load(redo + tasks + gl.program_id(0)) > 0
+        in_step = (parts > 1) & (attempt == 0)
         if repeat:
             following = ahead(gl.program_id(0), lists, numbers, GROUP)
             tile = query_tile(gl.program_id(0), heads, num_tiles, grid, BLOCK)
@@ -145,6 +174,7 @@ def fetch(
             for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
                 bound, full_tiles, listed_keys, next_start = following
                 following = ahead(task + gl.num_programs(0), lists, numbers, GROUP)
+                turn = task // gl.num_programs(0)
                 if attempt == 0:
                     mine = bound < FARTHEST
                 else:
@@ -164,22 +194,26 @@ def fetch(
                         key_base += item.to(gl.int64) * key_b + head.to(gl.int64) * key_h
                         value_base += item.to(gl.int64) * value_b + head.to(gl.int64) * value_h
                         key_step, value_step = key_s, value_s
-                    for step in range(full_tiles):
-                        start = next_start
-                        next_start = gl.load(list_at + step + 1, mask=step + 1 < full_tiles, other=0)
-                        if TILED:
-                            corner = [first_row + start, 0]
-                            _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, None)
-                        else:
-                            corner = [
-                                item,
-                                start // (video_h * video_w),
-                                start // video_w % video_h,
-                                start % video_w,
-                                head * DIM,
-                            ]
-                            _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLOCK)
-                        at += 1
+                    part_tiles = gl.cdiv(full_tiles, parts)
+                    for part in range(parts):
+                        if in_step:
+                            patience = _begin_part(progress, turn, part, parts, tasks, patience)
+                        for step in range(part * part_tiles, gl.minimum((part + 1) * part_tiles, full_tiles)):
+                            start = next_start
+                            next_start = gl.load(list_at + step + 1, mask=step + 1 < full_tiles, other=0)
+                            if TILED:
+                                corner = [first_row + start, 0]
+                                _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, None)
+                            else:
+                                corner = [
+                                    item,
+                                    start // (video_h * video_w),
+                                    start // video_w % video_h,
+                                    start % video_w,
+                                    head * DIM,
+                                ]
+                                _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLOCK)
+                            at += 1
                     if tail is not None:
                         for first in range(0, listed_keys, ROWS):
                             listed = first + slot
@@ -213,6 +247,18 @@ def fetch(
                                 mean_key, mean_value, offset, offset, first + slot < num_tiles, buffers, bars, at
                             )
                             at += 1
+                    if context_key is not None:
+                        item_key = context_key + item.to(gl.int64) * key_b + head.to(gl.int64) * key_h
+                        item_value = context_value + item.to(gl.int64) * value_b + head.to(gl.int64) * value_h
+                        for first in range(0, context_tokens, ROWS):
+                            index = first + slot
+                            token = gl.where(index < tokens_before, index, index + video_tokens).to(gl.int64)
+                            exists = is_valid(context_mask, item, index, context_tokens)
+                            _fetch_rows(item_key, item_value, token * key_s, token * value_s, exists, buffers, bars, at)
+                            at += 1
+                elif in_step:
+                    for part in range(parts):
+                        gl.atomic_add(progress + turn * parts + part, 1, sem="relaxed")
                 next_task = task + gl.num_programs(0)
                 next_tile = query_tile(next_task, heads, num_tiles, grid, BLOCK)
                 more = next_task < tasks

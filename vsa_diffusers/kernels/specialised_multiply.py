@@ -27,6 +27,7 @@ from .specialised_common import (
     WEIGHTS,
     ahead,
     first_token,
+    is_valid,
     lines_at,
     query_tile,
     rows_exist,
@@ -80,11 +81,16 @@ def _step(q, buffers, bars, at, state, scale, bias, FENCE: gl.constexpr, BOUNDED
 
 @gluon.jit
 def _take_query(q, buffers, bars, at):
-    """Move the next tile's query from where keys arrive to where it stays."""
+    """Move the next tile's query from where keys arrive to where it stays.
+
+    The gate beside it must have arrived, too, even for a tile that is left out: the same bars count what comes next.
+    """
     keys, values = buffers
     key_ready, value_ready, used = bars
     slot = at % STAGES
-    mbarrier.wait(key_ready.index(slot), at // STAGES & 1)
+    phase = at // STAGES & 1
+    mbarrier.wait(key_ready.index(slot), phase)
+    mbarrier.wait(value_ready.index(slot), phase)
     q.store(keys.index(slot).load(LINES))
     fence_async_shared()
     mbarrier.arrive(used.index(slot))
@@ -94,6 +100,7 @@ def _take_query(q, buffers, bars, at):
 def multiply(
     sources,
     targets,
+    context,
     lists,
     strides,
     numbers,
@@ -106,6 +113,8 @@ def multiply(
     buffers, bars, finished = ring
     gate, proxies, coarse, kept, log_size = sources
     output, lse = targets
+    context_key, context_value, context_mask, tokens_before, tokens_after = context
+    context_tokens = tokens_before + tokens_after
     starts, tail, counts, longest, reach, redo = lists
     output_strides, lse_b = strides
     tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
@@ -173,6 +182,13 @@ def multiply(
                             bias = gl.load(log_size + index, pooled, other=float("-inf"))
                             state = _step(q_buffer, buffers, bars, at, state, scale, bias, True, attempt == 0)
                             at += 1
+                    video_total = state[1]
+                    if context_key is not None:  # online, since nothing bounds its logits
+                        for first in range(0, context_tokens, ROWS):
+                            there = is_valid(context_mask, task // num_tiles // heads, first + column, context_tokens)
+                            bias = gl.where(there, 0.0, float("-inf"))
+                            state = _step(q_buffer, buffers, bars, at, state, scale, bias, True, False)
+                            at += 1
                     if coarse is not None:
                         dim = gl.arange(0, DIM, gl.SliceLayout(0, OUTPUT))
                         spread = gl.load(coarse + line * DIM + dim)[None, :]
@@ -195,10 +211,12 @@ def multiply(
                     gl.store(at_output, staged.load(LINES), exists)
                     real = rows_exist(tile, BLOCK, OUTPUT)
                     lse_at = lse + tile[0].to(gl.int64) * lse_b
-                    lse_at += tile[1].to(gl.int64) * (video_t * video_h * video_w) + first_token(tile, grid)
+                    lse_at += tile[1].to(gl.int64) * (video_t * video_h * video_w + context_tokens) + first_token(
+                        tile, grid
+                    )
                     gl.store(lse_at + rows_in_full, (highest + gl.log2(total)) * LN2, real)
                     if attempt == 0:
-                        lost = real & (total <= LEAST_TOTAL)
+                        lost = real & (gl.convert_layout(video_total, gl.SliceLayout(1, OUTPUT)) <= LEAST_TOTAL)
                         vanished |= lost.to(gl.int32)
                         gl.store(redo + task + gl.zeros_like(vanished), 1, lost)
                 _take_query(q_buffer, buffers, bars, at)

@@ -32,6 +32,7 @@ class Launch:
         tail_stages: buffers where it walks partial tiles.
         programs: of the kernel in `specialised.py`, which takes query tiles in turns, where it can run; 0 for the
             ordinary one.
+        parts: of a list, before each of which those programs wait for one another; 1 where they need not.
     """
 
     layout: str = "direct"
@@ -41,6 +42,7 @@ class Launch:
     registers: int | None = None
     tail_stages: int = 1
     programs: int = 0
+    parts: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -111,6 +113,9 @@ _TABLE[12] = _TABLE[8]
 LONG_SEQUENCE = 8192
 # But where the specialised kernel reads it, lists of so many tiles do.
 LONG_LIST = 24
+# Programs of the specialised kernel that wait for one another read the same keys at about the same time, which L2
+# rewards, as soon as a list has enough parts of enough tiles.
+MOST_PARTS, LEAST_PARTS, PART_TILES = 8, 4, 24
 
 
 def plan(
@@ -138,22 +143,29 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     dim, capacity = query.shape[-1], problem.grid.tile_capacity
     rows = _TABLE.get(device.capability[0], _TABLE[0])
     long, short = next(launches for most, *launches in rows if dim <= most)
-    specialised = bool(device.processors) and may_specialise(query, problem)
-    pays = _is_long(problem, token_stride) or (specialised and problem.top_k >= LONG_LIST)
-    launch = long if pays else short
+    is_long = _is_long(problem, token_stride)
+    # Context queries would need a launch of their own, which a short sequence does not repay.
+    specialised = device.processors > 0 and may_specialise(query, problem) and (is_long or not problem.num_context)
+    launch = long if is_long or (specialised and problem.top_k >= LONG_LIST) else short
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
     if query.element_size() == 4:
         return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
-    return replace(launch, programs=2 * device.processors) if specialised else launch
+    return replace(launch, programs=2 * device.processors, parts=parts_of(problem.top_k)) if specialised else launch
+
+
+def parts_of(top_k: int) -> int:
+    """Into how many parts programs that keep in step divide a list of `top_k` tiles."""
+    parts = min(MOST_PARTS, top_k // PART_TILES)
+    return parts if parts >= LEAST_PARTS else 1
 
 
 def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
     """Whether the kernel in `specialised.py` has been written for such a call, wherever key and value lie."""
     shape_fits = query.shape[-1] == 128 and 32 < problem.grid.tile_capacity <= 64
-    return shape_fits and query.dtype == torch.bfloat16 and not problem.before + problem.after
+    return shape_fits and query.dtype == torch.bfloat16
 
 
 # Copies above this many bytes are made for some of the heads at a time.
