@@ -115,7 +115,7 @@ LONG_SEQUENCE = 8192
 LONG_LIST = 24
 # Programs of the specialised kernel that wait for one another read the same keys at about the same time, which L2
 # rewards, as soon as a list has enough parts of enough tiles.
-MOST_PARTS, LEAST_PARTS, PART_TILES = 8, 4, 24
+MOST_PARTS, LEAST_PARTS, PART_TILES = 8, 4, 32
 
 
 def plan(
