@@ -29,6 +29,13 @@ def driver(monkeypatch):
         yield stub
 
 
+@pytest.fixture
+def workspaces(monkeypatch):
+    """Keeps them: one that is gone could be told from the tensors that take its place no more."""
+    alive, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: alive.append(empty(*args, **options)) or alive[-1])
+
+
 def comparable(launches, tensors):
     """Launches with every pointer named: which tensor it belongs to, and bytes from its start."""
 
@@ -45,13 +52,12 @@ def comparable(launches, tensors):
 
 
 @pytest.mark.parametrize(("combine", "video_shape", "heads"), [("gate", (6, 8, 8), 2), ("merge", (32, 16, 18), 3)])
+@pytest.mark.usefixtures("workspaces")
 def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, combine, video_shape, heads, monkeypatch):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**24)  # the larger shape goes through in two parts
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 3, combine, 0.1, before=2)
-    calls, alive, empty = [], [], torch.empty
-    # A workspace that is gone could be told from the tensors that take its place no more.
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: alive.append(empty(*args, **options)) or alive[-1])
+    calls = []
     for _ in range(2):
         given = {name: torch.empty(1, grid.num_tokens + 2, heads, 64, dtype=torch.bfloat16) for name in "qkvgo"}
         gate = given["g"] if combine == "gate" else None
@@ -68,6 +74,34 @@ def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, comb
         assert once == again, name
     own = {x[0] for _, _, arguments in first for x in arguments.values() if isinstance(x, tuple)}
     assert own >= {"q", "k", "v", "o", "output", "indices", "lse", "gradient 0", "gradient 1", "gradient 2"}
+
+
+@pytest.mark.usefixtures("workspaces")
+def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver, monkeypatch):
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        pytest.skip("runs with a Triton that has Gluon")
+    monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**16)  # in two parts
+    grid = TileGrid((8, 8, 12), (4, 4, 4))
+    problem = Problem(grid, 3, "gate", 0.1, before=2, after=5)
+    calls = []
+    for _ in range(2):
+        given = {name: torch.empty(1, grid.num_tokens + 7, 2, 128, dtype=torch.bfloat16) for name in "qkvg"}
+        launch = tuning.Launch("descriptor", stages=3, programs=264)
+        given["output"], given["indices"], given["lse"] = forward(*given.values(), None, problem, launch)
+        calls.append(comparable(driver.launches, given))
+        driver.launches.clear()
+    first, second = calls
+    assert [name for name, *_ in first[-2:]] == [
+        "specialised_kernel",
+        "attend_kernel",
+    ]  # for context queries
+    assert len(first) == 9
+    assert first == second
+    own = first[-2][2]
+    tokens, heads = 2 * 128, 1  # elements between two tokens, and the second part's first head
+    for name, at in (("query", "q"), ("gate", "g"), ("output", "output")):
+        assert own[name] == (at, 2 * (2 * tokens + heads * 128))  # bytes to the first video token
+    assert own["context_key"] == ("k", 2 * heads * 128)
 
 
 def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):

@@ -7,9 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ import torch
 from vsa_diffusers import video_sparse_attention
 
 FILES = sorted((Path(__file__).parent / "kernels").glob("interpreted_*.py"))
-INTERPRETED = pytest.StashKey[dict]()  # file -> what `start_interpreting` returned
 
 
 def can_interpret() -> bool:
@@ -29,22 +26,14 @@ def can_interpret() -> bool:
     return is_recent_triton()
 
 
-def start_interpreting(file: Path) -> tuple[subprocess.Popen, IO[bytes]]:
-    """The tests in `file` in a process that takes what time the other tests leave, and where its output goes."""
-    output = tempfile.TemporaryFile()  # noqa: SIM115 (closed after the process)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = ["nice", "-n", "19", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT), output
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_kernels_match_fp64_in_the_interpreter(file, request):
+def test_the_kernels_match_fp64_in_the_interpreter(file):
     if not can_interpret():
         pytest.skip("runs with Triton 3.6 or later; with an earlier one the kernels refuse to run")
-    process, output = request.config.stash[INTERPRETED][file]
-    returned = process.wait()
-    output.seek(0)
-    assert returned == 0, output.read().decode()[-6000:]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stdout[-6000:]
 
 
 def test_an_explicit_choice_that_cannot_run_names_the_reason_and_the_mend():
