@@ -186,12 +186,12 @@ def report(label: str, name: int | str, kernel) -> Report:
             tools = Path(triton.__file__).parent / "backends/nvidia/bin"
             command = [tools / _assembler(name), "-v", f"--gpu-name={arch}", source, "-o", binary]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            listing = subprocess.run(
-                [tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True
-            ).stdout
-            loop = _first_matrix_loop(listing.splitlines())
-        registers = int(re.search(r"Used (\d+) registers", log).group(1))
-        spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
+            registers = int(re.search(r"Used (\d+) registers", log).group(1))
+            spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
+            if spills:
+                command = [tools / "nvdisasm", "-c", binary]
+                listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                loop = _first_matrix_loop(listing.splitlines())
     return Report(
         label,
         f"sm_{name}" if isinstance(name, int) else name,
