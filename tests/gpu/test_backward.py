@@ -116,6 +116,7 @@ def test_gradients_at_a_ratio_of_one_err_little_more_than_those_of_dense_bf16_at
             assert relative_error(mine, right) <= 1.5 * relative_error(theirs, right)
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("layout", ["direct", "tiled", "descriptor"])
 def test_offsets_beyond_31_bits(layout):
     video_shape, batch, heads, dim = (50, 50, 80), 2, 64, 128
@@ -263,6 +264,7 @@ def test_training_with_the_kernels_follows_the_curve_of_the_pytorch_implementati
     assert ((ours - theirs).abs() / theirs).max() < 0.03
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("ratio", [0.5, 0.1])
 @pytest.mark.parametrize("combine", ["gate", "merge"])
 def test_peak_memory_is_at_most_that_of_dense_flash_attention_and_the_gate(combine, ratio):

@@ -198,6 +198,7 @@ def test_logits_near_overflow_stay_finite(dtype, size):
         assert triton(query, key, value, video_shape, top_k_ratio=0.3, combine=combine).isfinite().all()
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("combine", ["gate", "merge"])
 @pytest.mark.parametrize("layout", tuning.LAYOUTS)
 def test_offsets_beyond_31_bits(combine, layout):
@@ -305,6 +306,7 @@ def test_registration_passes_opcheck(combine):
     torch.library.opcheck(torch.ops.vsa_diffusers.attention.default, (query, key, value, given, mask, *numbers))
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("ratio", [0.5, 0.1])
 def test_extra_memory_is_at_most_that_of_key_and_value(ratio):
     query, key, value, gate = (randn(1, 75_600, 24, 128) for _ in range(4))
