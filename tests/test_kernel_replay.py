@@ -91,17 +91,36 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
         calls.append(comparable(driver.launches, given))
         driver.launches.clear()
     first, second = calls
-    assert [name for name, *_ in first[-2:]] == [
-        "specialised_kernel",
-        "attend_kernel",
-    ]  # for context queries
     assert len(first) == 9
     assert first == second
-    own = first[-2][2]
-    tokens, heads = 2 * 128, 1  # elements between two tokens, and the second part's first head
-    for name, at in (("query", "q"), ("gate", "g"), ("output", "output")):
-        assert own[name] == (at, 2 * (2 * tokens + heads * 128))  # bytes to the first video token
-    assert own["context_key"] == ("k", 2 * heads * 128)
+    (name, _, second_head), (last, *_) = first[-2:]
+    assert (name, last) == ("specialised_kernel", "attend_kernel")  # the last for context queries
+    head_bytes = 2 * 128
+    token_bytes = 2 * head_bytes
+    for argument, tensor in (("query", "q"), ("gate", "g"), ("output", "output")):
+        assert second_head[argument] == (tensor, problem.before * token_bytes + head_bytes)
+    assert second_head["context_key"] == ("k", head_bytes)
+
+
+def test_a_new_size_compiles_no_other_specialised_kernel(driver):
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        pytest.skip("runs with a Triton that has Gluon")
+    from vsa_diffusers.kernels.specialised import specialised_kernel
+
+    def call(video_shape, top_k, before, after, parts):
+        grid = TileGrid(video_shape, (4, 4, 4))
+        query = torch.empty(1, grid.num_tokens + before + after, 2, 128, dtype=torch.bfloat16)
+        launch = tuning.Launch("descriptor", stages=3, programs=264, parts=parts)
+        forward(query, query, query, query, None, Problem(grid, top_k, "gate", 0.1, before, after), launch)
+
+    def variants():
+        return len(specialised_kernel.device_caches[driver.get_current_device()][0])
+
+    call((8, 8, 12), 3, 2, 5, 1)
+    assert variants() == 1
+    call((12, 8, 16), 16, 16, 1, 4)
+    call((16, 12, 8), 1, 0, 64, 8)
+    assert variants() == 1
 
 
 def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):

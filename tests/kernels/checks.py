@@ -140,7 +140,7 @@ SPREAD_CASES = [
 
 QUARTER_CASES = [replace(case, selection="quarters") for case in (*MODE_CASES[::3], *SHAPE_CASES, *DIM_CASES)]
 QUARTER_CASES += [
-    Case(selection="quarters", video_shape=(5, 5, 9), block_size=(4, 4, 4), heads=2, batch=2, combine="gate"),
+    Case(selection="quarters", video_shape=(5, 9, 9), block_size=(4, 4, 4), heads=2, batch=2, combine="gate"),
     Case(selection="quarters", video_shape=(2, 9, 21), block_size=(2, 1, 10), top_k=7, combine="merge", after=3),
     Case(selection="quarters", video_shape=(2, 9, 12), block_size=(2, 4, 1), top_k=9, before=2),
     Case(selection="quarters", spread=4.0, dtype=torch.bfloat16, combine="merge", layout="tiled"),

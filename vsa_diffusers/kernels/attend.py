@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import SIZES, grid_arguments, slot_offset, tile_box
+from .geometry import SIZES, SLICED, grid_arguments, slot_offset, tile_box
 from .pool import Pooled
 from .replay import Work
 from .rows import load_rows, tiled_sources
@@ -36,7 +36,7 @@ HEADROOM = tl.constexpr(90.0)
 LEAST_TOTAL = tl.constexpr(2.0**-100)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def attend_kernel(
     query,
     key,
@@ -275,6 +275,14 @@ def list_arguments(pooled: Pooled, lists: Lists) -> tuple[torch.Tensor | None, .
     return (*walked, pooled.proxies, pooled.log_size, pooled.longest)
 
 
+def stride_arguments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor | None, output: torch.Tensor
+) -> list[int]:
+    """Strides of batch, sequence and heads: from `query_b` to `output_h`, in the order of their arguments."""
+    tensors = (query, key, value, query if gate is None else gate, output)
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
 def size_arguments(query: torch.Tensor, lists: Lists, problem: Problem) -> tuple[int, ...]:
     """How large it is: from `heads` to `kept_width`, in the order of their arguments."""
     batch, _, heads, _ = query.shape
@@ -360,7 +368,6 @@ def _launch(
     batch, _, heads, dim = query.shape
     block_m = power_of_two(problem.grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    strides = (query, key, value, query if gate is None else gate, output)
     work.launch(
         attend_kernel,
         (query_tiles + -(-problem.num_context // block_m) * batch * heads,),
@@ -374,7 +381,7 @@ def _launch(
         output,
         lse,
         problem.scale * math.log2(math.e),
-        *(stride for x in strides for stride in x.stride()[:3]),
+        *stride_arguments(*tensors),
         lse.stride(0),
         *sizes,
         problem.before,

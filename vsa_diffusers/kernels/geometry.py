@@ -16,6 +16,8 @@ SIZES = (
     *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
     *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b", "first_row"),
 )
+# Some heads or tokens of a tensor: whether 16 divides their address depends on the size, too.
+SLICED = ("lse", "indices")
 
 
 def grid_arguments(grid: TileGrid) -> tuple[object, ...]:

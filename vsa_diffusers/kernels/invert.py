@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import grid_arguments, tile_box, tile_row
+from .geometry import SLICED, grid_arguments, tile_box, tile_row
 from .replay import Work
 from .rows import BACKWARD_SIZES
 from .select import GROUP, tail_groups, tail_width
@@ -87,7 +87,7 @@ def _write_lists(
     return full_before + tl.sum(kept, 1), groups_before + tl.sum(groups, 1)
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
 def restore_kernel(
     indices,
     starts,

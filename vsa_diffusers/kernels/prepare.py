@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import grid_arguments
+from .geometry import SLICED, grid_arguments
 from .replay import Work
 from .rows import BACKWARD_SIZES, load_rows, rows_of, task_of
 from .tuning import power_of_two
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
     deltas: torch.Tensor | None  # the product of that and the coarse output, fp32 [P, N]
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
 def prepare_kernel(
     query,
     output,

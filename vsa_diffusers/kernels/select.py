@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..tiles import TileGrid
 from ..torch_impl import Problem
-from .geometry import SIZES, grid_arguments, tile_box, tile_row, workspace_width
+from .geometry import SIZES, SLICED, grid_arguments, tile_box, tile_row, workspace_width
 from .pool import Pooled
 from .quarters import quarter_scores
 from .replay import Work
@@ -122,7 +122,7 @@ def scores_kernel(
         tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def top_k_kernel(
     scores,
     longest,

@@ -21,8 +21,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tiles import TileGrid
 from ..torch_impl import Problem
-from .attend import list_arguments, size_arguments
-from .geometry import SIZES, grid_arguments
+from .attend import list_arguments, size_arguments, stride_arguments
+from .geometry import SIZES, SLICED, grid_arguments
 from .pool import Pooled
 from .replay import Work
 from .select import GROUP, Lists
@@ -32,7 +32,7 @@ from .specialised_multiply import multiply
 from .tuning import Launch, may_specialise
 
 
-@gluon.jit(do_not_specialize=(*SIZES, "tasks", "parts"))
+@gluon.jit(do_not_specialize=(*SIZES, "tasks", "parts"), do_not_specialize_on_alignment=SLICED)
 def specialised_kernel(
     query,
     key,
@@ -224,7 +224,7 @@ def attend(
         context = (key, value, context_mask)
         query, key, value, gate, output = work.parts((query, key, value, gate, output), 1, problem.video)
         (lse,) = work.parts((lse,), 2, problem.video)
-    strides = (query, key, value, query if gate is None else gate, output)
+    strides = stride_arguments(query, key, value, gate, output)
     if pooled.rows is not None:
         key, value = pooled.rows.unbind(0)
         descriptors = [_rows_descriptor(rows) for rows in (key, value)]
@@ -253,7 +253,7 @@ def attend(
         lse,
         *context,
         problem.scale * math.log2(math.e),
-        *(stride for x in strides for stride in x.stride()[:3]),
+        *strides,
         lse.stride(0),
         min(launch.parts, tasks // turns),  # as many as can be counted
         tasks,

@@ -77,7 +77,7 @@ def ahead(task, lists, numbers, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def is_valid(context_mask, item, index, context_tokens):
+def valid_context(context_mask, item, index, context_tokens):
     """Which context tokens exist and are not padding."""
     exists = index < context_tokens
     if context_mask is not None:

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .attend import FARTHEST
 from .rows import block_offset, tail_rows
-from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, is_valid, lines_at, query_tile, rows_exist
+from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, lines_at, query_tile, rows_exist, valid_context
 
 PATIENCE = gl.constexpr(256)  # looks at others' progress, each a way to L2 and back
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
@@ -253,7 +253,7 @@ def fetch(
                         for first in range(0, context_tokens, ROWS):
                             index = first + slot
                             token = gl.where(index < tokens_before, index, index + video_tokens).to(gl.int64)
-                            exists = is_valid(context_mask, item, index, context_tokens)
+                            exists = valid_context(context_mask, item, index, context_tokens)
                             _fetch_rows(item_key, item_value, token * key_s, token * value_s, exists, buffers, bars, at)
                             at += 1
                 elif in_step:

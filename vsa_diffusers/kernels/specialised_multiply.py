@@ -27,10 +27,10 @@ from .specialised_common import (
     WEIGHTS,
     ahead,
     first_token,
-    is_valid,
     lines_at,
     query_tile,
     rows_exist,
+    valid_context,
 )
 
 
@@ -185,7 +185,9 @@ def multiply(
                     video_total = state[1]
                     if context_key is not None:  # online, since nothing bounds its logits
                         for first in range(0, context_tokens, ROWS):
-                            there = is_valid(context_mask, task // num_tiles // heads, first + column, context_tokens)
+                            there = valid_context(
+                                context_mask, task // num_tiles // heads, first + column, context_tokens
+                            )
                             bias = gl.where(there, 0.0, float("-inf"))
                             state = _step(q_buffer, buffers, bars, at, state, scale, bias, True, False)
                             at += 1
