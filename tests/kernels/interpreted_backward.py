@@ -76,7 +76,7 @@ def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(ti
             begin, group = keepers.offsets[place, tile].tolist()
             count, groups = keepers.counts[place, tile].tolist()
             assert keepers.starts[place, begin : begin + count].equal(first[keeps[:, tile] & full].int())
-            shapes = keepers.tail[place, group : group + groups, 1] & 255
+            shapes = keepers.tail[place, group : group + groups] >> 32 & 255
             assert shapes.sum() == sizes[keeps[:, tile] & ~full].sum()
         lengths = keeps.long().T @ torch.where(full, sizes, (sizes + 15) // 16 * 16)
         assert (lengths[keepers.order[place]].diff() <= 0).all()

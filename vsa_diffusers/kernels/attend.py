@@ -20,10 +20,11 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, SLICED, grid_arguments, slot_offset, tile_box
+from .lists import GROUP
 from .pool import Pooled
 from .replay import Work
 from .rows import load_rows, tiled_sources
-from .select import GROUP, Lists
+from .select import Lists
 from .tuning import Launch, power_of_two
 from .walk import softmax_step, walk_video
 
@@ -156,7 +157,7 @@ def attend_kernel(
     if tail is not None:
         full_tiles = tl.load(counts + line * 2)
         groups = tl.load(counts + line * 2 + 1)
-        tail += line * tail_width * 2
+        tail += line * tail_width
     if kept is not None:
         kept += line * kept_width
     starts += line * top_k

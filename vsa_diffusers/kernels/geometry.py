@@ -15,6 +15,7 @@ from ..tiles import TileGrid
 SIZES = (
     *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
     *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b", "first_row"),
+    *("quantile", "spacing"),
 )
 # Some heads or tokens of a tensor: whether 16 divides their address depends on the size, too.
 SLICED = ("lse", "indices")
@@ -68,6 +69,18 @@ def slot_offset(slot, extent_h, extent_w, video_h, video_w):
 def tile_row(t, h, w, extent_t, extent_h, video_h, video_w):
     """Row of a tile's first token in the tile-ordered copy: the tokens of all tiles before it."""
     return t * video_h * video_w + extent_t * (h * video_w + extent_h * w)
+
+
+@triton.jit
+def pack(low, high):
+    """Two numbers of 31 bits in one of 64, which memory takes and gives at a time."""
+    return low.to(tl.int64) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def unpack(pair):
+    """What `pack` was given."""
+    return pair.to(tl.int32), (pair >> 32).to(tl.int32)
 
 
 @triton.jit

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SLICED, grid_arguments, tile_box, tile_row
+from .lists import GROUP, append_tiles, tail_groups, tail_width
 from .replay import Work
 from .rows import BACKWARD_SIZES
-from .select import GROUP, tail_groups, tail_width
 
 PART = 64  # list entries that a program takes at a time
 LINES = 32  # key tiles that a program puts in order
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
     """Per head and query tile: the tiles it keeps."""
 
     starts: torch.Tensor  # first row (or token) of every full tile kept, int32 [P, N, K]
-    tail: torch.Tensor | None  # (first row or token, shape) of every group of the partial tiles kept, [P, N, any, 2]
+    tail: torch.Tensor | None  # every group of the partial tiles kept, as in `lists.py`, int64 [P, N, any]
     counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
     bits: torch.Tensor  # bit k % 32 of word k // 32 says whether key tile k is kept: int32 [P, W, N]
 
@@ -37,54 +37,22 @@ class Keepers(NamedTuple):
     """Per head and key tile: the query tiles that keep it."""
 
     starts: torch.Tensor  # first row (or token) of every full one, int32 [P, K * full tiles]
-    tail: torch.Tensor | None  # (first row or token, shape) of every group of the partial ones, [P, K * groups, 2]
+    tail: torch.Tensor | None  # every group of the partial ones, as in `lists.py`, int64 [P, K * groups]
     counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
     offsets: torch.Tensor  # where the two lists of a key tile begin: int32 [P, N, 2]
     order: torch.Tensor  # key tiles, those with the longest lists first: int32 [P, N]
 
 
 @triton.jit
-def _write_lists(
-    kept,
-    tile,
-    starts,
-    tail,
-    full_before,
-    groups_before,
-    grid,
-    BLOCK: tl.constexpr,
-    TILED: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Append the `kept` tiles `[LISTS, PART]` to the lists `[LISTS]`; the lengths of both kinds of lists after that.
-
-    Nothing is written where `starts` is `None`.
-    """
+def _box_of(tile, grid, BLOCK: tl.constexpr, TILED: tl.constexpr):
+    """First rows (or tokens) of tiles, and their extents."""
     _, video_h, video_w, _, _ = grid
     t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
-    size = extent_t * extent_h * extent_w
-    full = size == BLOCK[0] * BLOCK[1] * BLOCK[2]
-    groups = tl.where(kept & ~full, (size + GROUP - 1) // GROUP, 0)
-    kept = (kept & full).to(tl.int32)
-    if starts is not None:
-        if TILED:
-            first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
-        else:
-            first = (t * video_h + h) * video_w + w
-        place = full_before[:, None] + tl.cumsum(kept, 1) - 1
-        tl.store(starts[:, None] + place, tl.broadcast_to(first, kept.shape), kept != 0)
-        if tail is not None:
-            place = groups_before[:, None] + tl.cumsum(groups, 1) - groups
-            for group in tl.static_range(TAIL_GROUPS):
-                at = tail[:, None] + (place + group) * 2
-                slots = tl.minimum(GROUP, size - group * GROUP)
-                first_slot = first + group * GROUP if TILED else first
-                # Bits 0-7: rows of the group; in the order of the sequence also 8-15, 16-23: extents, 24: group.
-                shape = slots if TILED else slots | (extent_h << 8) | (extent_w << 16) | (group << 24)
-                tl.store(at, tl.broadcast_to(first_slot, groups.shape), groups > group)
-                tl.store(at + 1, tl.broadcast_to(shape, groups.shape), groups > group)
-    return full_before + tl.sum(kept, 1), groups_before + tl.sum(groups, 1)
+    if TILED:
+        first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
+    else:
+        first = (t * video_h + h) * video_w + w
+    return first, extent_t, extent_h, extent_w
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
@@ -130,14 +98,13 @@ def restore_kernel(
         tile = tl.load(listed + column, exists, other=0)
         bit = tl.full((PART,), 1, tl.int32) << (tile % 32)
         tl.atomic_or(words + (tile // 32).to(tl.int64) * num_tiles, bit, exists, sem="relaxed")
-        full_before, groups_before = _write_lists(
+        full_before, groups_before = append_tiles(
             exists[None, :],
-            tile[None, :],
+            _box_of(tile[None, :], grid, BLOCK, TILED),
             starts + entry * top_k,
-            tail + entry * (tail_width * 2) if tail is not None else None,
+            tail + entry * tail_width if tail is not None else None,
             full_before,
             groups_before,
-            grid,
             BLOCK,
             TILED,
             TAIL_GROUPS,
@@ -181,21 +148,20 @@ def invert_kernel(
     if starts is not None:
         starts += place * full_length + tl.load(offsets + entry, line_mask, other=0)
         if tail is not None:
-            tail += (place * tail_length + tl.load(offsets + entry + 1, line_mask, other=0)) * 2
+            tail += place * tail_length + tl.load(offsets + entry + 1, line_mask, other=0)
     full_before = tl.zeros((32,), tl.int32)
     groups_before = tl.zeros((32,), tl.int32)
     for begin in range(0, num_tiles, PART):
         tile = begin + tl.arange(0, PART)
         column = tl.load(bits + tile, tile < num_tiles, other=0)
         kept = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, PART]
-        full_before, groups_before = _write_lists(
+        full_before, groups_before = append_tiles(
             kept,
-            tile[None, :],
+            _box_of(tile[None, :], grid, BLOCK, TILED),
             starts,
             tail,
             full_before,
             groups_before,
-            grid,
             BLOCK,
             TILED,
             TAIL_GROUPS,
@@ -253,7 +219,7 @@ def restore(work: Work, indices: torch.Tensor, problem: Problem, *, tiled: bool)
     places = batch * heads
     kept = Kept(
         starts=work.empty(indices, (places, num_tiles, top_k)),
-        tail=work.empty(indices, (places, num_tiles, width, 2)) if width else None,
+        tail=work.empty(indices, (places, num_tiles, width), torch.int64) if width else None,
         counts=work.empty(indices, (places, num_tiles, 2)),
         bits=work.empty(indices, (places, -(-num_tiles // 32), num_tiles)),
     )
@@ -286,7 +252,7 @@ def invert(work: Work, bits: torch.Tensor, problem: Problem, *, tiled: bool) -> 
     full_tiles, groups = _full_tiles_and_groups(problem)
     keepers = Keepers(
         starts=work.empty(bits, (places, top_k * full_tiles)),
-        tail=work.empty(bits, (places, top_k * groups, 2)) if groups else None,
+        tail=work.empty(bits, (places, top_k * groups), torch.int64) if groups else None,
         counts=work.empty(bits, (places, num_tiles, 2)),
         offsets=work.empty(bits, (places, num_tiles, 2)),
         order=work.empty(bits, (places, num_tiles)),

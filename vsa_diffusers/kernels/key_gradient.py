@@ -18,6 +18,7 @@ import triton.language as tl
 from ..torch_impl import Problem
 from .geometry import grid_arguments, slot_offset, tile_box, tile_row
 from .invert import Keepers
+from .lists import GROUP
 from .pool import Pooled
 from .prepare import Prepared
 from .replay import Work
@@ -33,7 +34,6 @@ from .rows import (
     task_of,
     tiled_sources,
 )
-from .select import GROUP
 from .tuning import Launch, power_of_two
 
 PROXY_PROGRAMS = 512  # a launch of fewer programs is cut into parts
@@ -206,7 +206,7 @@ def key_gradient_kernel(
         listed_rows = 0
         if tail is not None:
             listed_rows = tl.load(counts + entry + 1) * GROUP
-            tail += (place * tail_length + tl.load(offsets + entry + 1)) * 2
+            tail += place * tail_length + tl.load(offsets + entry + 1)
         rows_left = listed_rows
         if HAS_CONTEXT:
             listed_rows = tl.where(in_context, 0, listed_rows)

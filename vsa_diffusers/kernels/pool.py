@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
+from .geometry import SIZES, grid_arguments, pack, slot_offset, tile_box, tile_row, unpack
 from .quarters import store_quarters
 from .replay import Work
 from .tuning import power_of_two
@@ -28,6 +28,7 @@ class Pooled(NamedTuple):
     longest: torch.Tensor  # norm of the longest row of each tile, fp32 [query and key, B, H, N]
     quarters: torch.Tensor | None  # means of their quarters in the dtype of the inputs, [query and key, B, H, N, 4, D]
     log_counts: torch.Tensor | None  # logarithm of the tokens in each quarter, fp32 [N, 4]
+    boxes: torch.Tensor  # first row (or token) of every tile, and its extents, as in `store_box`, int64 [N]
 
 
 @triton.jit
@@ -63,6 +64,19 @@ def _pool_one(
     return x
 
 
+@triton.jit
+def store_box(to, first, extent_t, extent_h, extent_w):
+    """Note where a tile begins, in the low half, and its extents, in eight bits each of the high half."""
+    tl.store(to, pack(first, extent_t | (extent_h << 8) | (extent_w << 16)))
+
+
+@triton.jit
+def load_box(at, exists):
+    """First row (or token) and extents of tiles, 0 where `exists` says that there is none."""
+    first, extents = unpack(tl.load(at, exists, other=0))
+    return first, extents & 255, (extents >> 8) & 255, extents >> 16
+
+
 @triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     query,
@@ -75,6 +89,7 @@ def pool_kernel(
     longest,
     quarters,
     log_counts,
+    boxes,
     query_b,
     query_s,
     query_h,
@@ -107,7 +122,8 @@ def pool_kernel(
     t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
     slot = tl.arange(0, SLOTS)
-    tokens = tokens_before + (t * video_h + h) * video_w + w + slot_offset(slot, extent_h, extent_w, video_h, video_w)
+    token = (t * video_h + h) * video_w + w
+    tokens = tokens_before + token + slot_offset(slot, extent_h, extent_w, video_h, video_w)
     row = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
     place = (item * heads + head).to(tl.int64)
     summary = place * num_tiles + tile
@@ -127,6 +143,7 @@ def pool_kernel(
             store_quarters(x, slot, size, extent_h, extent_w, to, counts_at, BLOCK, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
+        store_box(boxes + tile, token if rows is None else row, extent_t, extent_h, extent_w)
     elif which == 1:
         source = key + item * key_b + head * key_h
         at = summary * HEAD_DIM
@@ -165,6 +182,7 @@ def pool(
     longest = work.empty(means, (2, batch, heads, num_tiles))
     quarters = work.empty(query, (2, batch, heads, num_tiles, 4, dim)) if parts else None
     log_counts = work.empty(means, (num_tiles, 4)) if parts else None
+    boxes = work.empty(query, (num_tiles,), torch.int64)
     needs_value = tiled or problem.combine != "sparse"
     work.launch(
         pool_kernel,
@@ -179,6 +197,7 @@ def pool(
         longest,
         quarters,
         log_counts,
+        boxes,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -192,4 +211,4 @@ def pool(
         BLOCK_D=power_of_two(dim),
         num_warps=4 if parts and dim > 128 else 1 if tiled and not parts else 2,
     )
-    return Pooled(means, proxies, rows, log_size, longest, quarters, log_counts)
+    return Pooled(means, proxies, rows, log_size, longest, quarters, log_counts, boxes)

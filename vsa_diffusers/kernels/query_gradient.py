@@ -15,6 +15,7 @@ import triton.language as tl
 from ..torch_impl import Problem
 from .geometry import grid_arguments
 from .invert import Kept
+from .lists import GROUP
 from .pool import Pooled
 from .prepare import Prepared
 from .replay import Work
@@ -30,7 +31,6 @@ from .rows import (
     task_of,
     tiled_sources,
 )
-from .select import GROUP
 from .tuning import Launch, power_of_two
 
 
@@ -197,9 +197,7 @@ def query_gradient_kernel(
             offset = walked + inside
             if tail is not None:
                 from_list = inside < listed_keys
-                listed, there = tail_rows(
-                    tail + line * tail_width * 2, inside, from_list, video_h, video_w, TILED, GROUP
-                )
+                listed, there = tail_rows(tail + line * tail_width, inside, from_list, video_h, video_w, TILED, GROUP)
                 present &= there | ~from_list
                 offset = tl.where(from_list, listed, offset)
             offset = offset.to(tl.int64)

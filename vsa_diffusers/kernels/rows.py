@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .geometry import SIZES, slot_offset, tile_box, tile_row
+from .geometry import SIZES, slot_offset, tile_box, tile_row, unpack
 from .tuning import Launch, power_of_two
 
 TAIL = 32  # rows that the shorter loops take in one step, at most: they must not hold registers from the main one
@@ -124,10 +124,8 @@ def block_offset(inside, video_h, video_w, BLOCK: tl.constexpr):
 
 @triton.jit
 def tail_rows(entry, inside, from_list, video_h, video_w, TILED: tl.constexpr, GROUP: tl.constexpr):
-    """Rows of partial tiles, listed in groups from `entry` on: their positions, and which of them exist."""
-    group = entry + inside // GROUP * 2
-    start = tl.load(group, from_list, other=0)
-    shape = tl.load(group + 1, from_list, other=0)
+    """Rows of partial tiles, listed from `entry` on as `lists.py` says: their positions, and which of them exist."""
+    start, shape = unpack(tl.load(entry + inside // GROUP, from_list, other=0))
     member = inside % GROUP
     exists = member < (shape & 255)
     if TILED:

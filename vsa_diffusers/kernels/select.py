@@ -1,9 +1,9 @@
 """Coarse scores and coarse output, then the exact top-k of every query tile, in two launches with bounded memory.
 
 `scores_kernel` writes the scores of a block of query tiles to a workspace, and gathers their coarse output by online
-softmax on the way. `top_k_kernel` takes one row of it, finds the k-th highest score bit by bit and writes what is kept;
-a short row belongs to one warp, since every bit needs a sum over it. Where all scores do not fit the workspace,
-the two take turns.
+softmax on the way. `top_k_kernel` takes one row of it, finds the k-th highest score, writes which tiles are kept, and
+from these the lists that the sparse kernel walks; a short row belongs to one warp, since the search needs sums over it.
+Where all scores do not fit the workspace, the two take turns.
 
 Shapes: B batch, H heads of this pass, N tiles, D head_dim, K kept tiles.
 """
@@ -11,22 +11,24 @@ Shapes: B batch, H heads of this pass, N tiles, D head_dim, K kept tiles.
 from __future__ import annotations
 
 import functools
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..tiles import TileGrid
 from ..torch_impl import Problem
-from .geometry import SIZES, SLICED, grid_arguments, tile_box, tile_row, workspace_width
-from .pool import Pooled
+from .geometry import SIZES, SLICED, workspace_width
+from .lists import append_tiles, tail_groups, tail_width
+from .pool import Pooled, load_box
 from .quarters import quarter_scores
 from .replay import Work
 from .tuning import power_of_two
 
-GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
 MAX_TILES = 16384
+LEAST, MOST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+PATIENCE = tl.constexpr(8)  # counts of a row's values before its search goes by halves, too
 SCORES_OF_A_WARP = 1024  # top_k_kernel gives longer rows to several
 LEAST_WORKSPACE_BYTES = 2**26
 
@@ -35,7 +37,7 @@ class Lists(NamedTuple):
     """What the sparse kernel walks, per head and query tile."""
 
     starts: torch.Tensor  # first row (or token) of every full tile kept, int32 [B, H, N, K]
-    tail: torch.Tensor | None  # (first row or token, shape) of every group of the partial tiles kept, [B, H, N, G, 2]
+    tail: torch.Tensor | None  # every group of the partial tiles kept, as in `lists.py`, int64 [B, H, N, G]
     counts: torch.Tensor | None  # full tiles, groups: int32 [B, H, N, 2]
     kept: torch.Tensor | None  # one bit per tile: int32 [B, H, N, words]
     coarse: torch.Tensor | None  # fp32 [B, H, N, D]
@@ -44,27 +46,59 @@ class Lists(NamedTuple):
 
 
 @triton.jit
-def _ordered(scores, valid):
-    """Integers that order as the scores do; columns beyond the last tile come below them all."""
-    bits = scores.to(tl.int32, bitcast=True)
-    return tl.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+def _in_order(bits):
+    """Integers that order as the floats with these bits do, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _threshold(ordered, top_k, ROWS: tl.constexpr):
-    """For each row of int32 `[ROWS, KEYS]` a number that `top_k` values reach, or, where values are alike, the highest
-    that at least so many reach; settled from the sign bit down, no further than it takes."""
-    threshold = tl.full((ROWS,), -2147483648, tl.int32)
-    reached = tl.full((ROWS,), -1, tl.int32)
-    bit = 31
-    while (bit >= 0) & (tl.sum((reached != top_k).to(tl.int32), 0) > 0):
-        candidate = threshold ^ (tl.full((ROWS,), 1, tl.int32) << bit)
+def _ordered(scores, valid):
+    """Integers that order as the scores do; columns beyond the last tile come below them all."""
+    return tl.where(valid, _in_order(scores.to(tl.int32, bitcast=True)), LEAST)
+
+
+@triton.jit
+def _threshold(scores, ordered, valid, is_row, num_tiles, top_k, quantile, spacing):
+    """For each row of `scores` `[ROWS, KEYS]` and of what `_ordered` makes of them, a number that `top_k` values reach,
+    or, where values are alike, the highest that more reach; and how many reach it.
+
+    A search between a number that enough values reach and one that too few do. Were the scores of a normal
+    distribution, `top_k` would lie above `quantile` standard deviations, and those around it `spacing` deviations
+    apart: that is where it begins. It goes on where a line through both ends says, and in the end, for rows that
+    defy this, to the middle of the integers every other time.
+    """
+    mean = tl.sum(tl.where(valid, scores, 0.0), 1) / num_tiles
+    square = tl.sum(tl.where(valid, scores * scores, 0.0), 1) / num_tiles
+    deviation = tl.sqrt(tl.maximum(square - mean * mean, 0.0))
+    guess = mean + quantile * deviation
+    stride = spacing * deviation
+    low = tl.zeros_like(mean).to(tl.int32) + LEAST
+    high = tl.zeros_like(mean).to(tl.int32) + MOST
+    low_count = tl.where(is_row, num_tiles, top_k)
+    high_count = tl.zeros_like(low)
+    turn = 0
+    while tl.max(((low_count != top_k) & (low + 1 < high)).to(tl.int32), 0) > 0:
+        candidate = _in_order(guess.to(tl.int32, bitcast=True))
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        astray = (candidate <= low) | (candidate >= high) | ((turn >= PATIENCE) & (turn % 2 == 0))
+        candidate = tl.where(astray, middle, candidate)
         count = tl.sum((ordered >= candidate[:, None]).to(tl.int32), 1)
-        enough = (count >= top_k) & (reached != top_k)
-        threshold = tl.where(enough, candidate, threshold)
-        reached = tl.where(enough, count, reached)
-        bit -= 1
-    return threshold
+        searching = low_count != top_k
+        enough = searching & (count >= top_k)
+        too_few = searching & (count < top_k)
+        low = tl.where(enough, candidate, low)
+        low_count = tl.where(enough, count, low_count)
+        high = tl.where(too_few, candidate, high)
+        high_count = tl.where(too_few, count, high_count)
+        surplus = (count - top_k).to(tl.float32)
+        beyond = _in_order(candidate).to(tl.float32, bitcast=True) + stride * (surplus + tl.where(enough, 1.0, -1.0))
+        stride *= 1.5
+        low_end = _in_order(low).to(tl.float32, bitcast=True)
+        high_end = _in_order(high).to(tl.float32, bitcast=True)
+        share = (low_count - top_k).to(tl.float32) / (low_count - high_count).to(tl.float32)
+        guess = tl.where((low == LEAST) | (high == MOST), beyond, low_end + (high_end - low_end) * share)
+        turn += 1
+    return low, low_count
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -126,6 +160,7 @@ def scores_kernel(
 def top_k_kernel(
     scores,
     longest,
+    boxes,
     indices,
     starts,
     tail,
@@ -138,25 +173,22 @@ def top_k_kernel(
     batch_heads,
     num_tiles,
     top_k,
+    quantile,
+    spacing,
     tail_width,
     indices_b,
-    video_t,
-    video_h,
-    video_w,
-    tiles_h,
-    tiles_w,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PART: tl.constexpr,
+    LISTED: tl.constexpr,
     TILED: tl.constexpr,
     PARTIAL: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Program (`ROWS` rows of the workspace). Rows of all heads are counted with each head's last block full."""
-    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
     first = first_row + tl.program_id(0) * ROWS
     line = first % padded + tl.arange(0, ROWS)
@@ -164,23 +196,22 @@ def top_k_kernel(
     scores_at = scores + lane[:, None] * workspace_width(num_tiles)
     if first % padded >= num_tiles:
         return
+    row_mask = line < num_tiles
     key = tl.arange(0, KEYS)[None, :]
     every = tl.broadcast_to(key < num_tiles, (ROWS, KEYS))
-    row = _ordered(tl.load(scores_at + key, every, other=0.0), every)
-    threshold = _threshold(row, top_k, ROWS)
-    missing = top_k - tl.sum((row > threshold[:, None]).to(tl.int32), 1)
-    level = tl.sum((every & (row == threshold[:, None])).to(tl.int32), 1)
-    crowded = tl.sum((level > missing).to(tl.int32), 0) > 0
+    row = tl.load(scores_at + key, every, other=0.0)
+    ordered_row = _ordered(row, every)
+    threshold, reached = _threshold(row, ordered_row, every, row_mask, num_tiles, top_k, quantile, spacing)
+    crowded = tl.max((reached > top_k).to(tl.int32), 0) > 0
+    missing = tl.zeros((ROWS,), tl.int32)
+    if crowded:
+        missing = top_k - tl.sum((ordered_row > threshold[:, None]).to(tl.int32), 1)
 
     place = (first // padded).to(tl.int64)
     entry = place * num_tiles + line
-    row_mask = line < num_tiles
-    indices_at = indices + ((place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k)[:, None]
-    starts_at = starts + (entry * top_k)[:, None]
+    indices_at = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
     level_before = tl.zeros((ROWS,), tl.int32)
     kept_before = tl.zeros((ROWS,), tl.int32)
-    full_before = tl.zeros((ROWS,), tl.int32)
-    groups_before = tl.zeros((ROWS,), tl.int32)
     for begin in range(0, num_tiles, PART):
         column = begin + tl.arange(0, PART)
         valid = row_mask[:, None] & (column[None, :] < num_tiles)
@@ -198,36 +229,30 @@ def top_k_kernel(
             bits_at = entry[:, None] * (KEYS // 32) + word[None, :]
             tl.store(kept_bits + bits_at, tl.sum(bits, 2), row_mask[:, None] & (word[None, :] < KEYS // 32))
 
-        t, h, w, extent_t, extent_h, extent_w = tile_box(column, grid, BLOCK)
-        if TILED:
-            token = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
-        else:
-            token = (t * video_h + h) * video_w + w
-        size = extent_t * extent_h * extent_w
-        groups = tl.where(size < BLOCK[0] * BLOCK[1] * BLOCK[2], (size + GROUP - 1) // GROUP, 0)
-        groups = tl.where(kept, groups[None, :], 0)
-        full = kept & (groups == 0)
-        # Three counts run in one number: tiles kept, full tiles, groups of partial tiles.
-        count = kept.to(tl.int32) | (full.to(tl.int32) << 9) | (groups << 18)
-        running = tl.cumsum(count, 1)
-        at = kept_before[:, None] + (running & 511) - 1
-        tl.store(indices_at + at, tl.broadcast_to(column[None, :], kept.shape), kept)
-        at = full_before[:, None] + ((running >> 9) & 511) - 1
-        tl.store(starts_at + at, tl.broadcast_to(token[None, :], kept.shape), full)
-        if PARTIAL:
-            at = entry[:, None] * tail_width + groups_before[:, None] + (running >> 18) - groups
-            for group in tl.static_range(TAIL_GROUPS):
-                slots = tl.minimum(GROUP, size - group * GROUP)
-                first_slot = token + group * GROUP if TILED else token
-                # Bits 0-7: keys in the group; for rows in the order of the sequence also 8-15, 16-23: extents,
-                # 24: group.
-                shape = slots if TILED else slots | (extent_h << 8) | (extent_w << 16) | (group << 24)
-                tl.store(tail + (at + group) * 2, tl.broadcast_to(first_slot[None, :], kept.shape), groups > group)
-                tl.store(tail + (at + group) * 2 + 1, tl.broadcast_to(shape[None, :], kept.shape), groups > group)
-        total = tl.sum(count, 1)
-        kept_before += total & 511
-        full_before += (total >> 9) & 511
-        groups_before += total >> 18
+        count = kept.to(tl.int32)
+        at = kept_before[:, None] + tl.cumsum(count, 1) - count
+        tl.store(indices_at[:, None] + at, tl.broadcast_to(column[None, :], kept.shape), kept)
+        kept_before += tl.sum(count, 1)
+    tl.debug_barrier()  # what one thread has stored others load
+    full_before = tl.zeros((ROWS,), tl.int32)
+    groups_before = tl.zeros((ROWS,), tl.int32)
+    for begin in range(0, top_k, LISTED):
+        column = begin + tl.arange(0, LISTED)
+        listed = row_mask[:, None] & (column[None, :] < top_k)
+        tile = tl.load(indices_at[:, None] + column[None, :], listed, other=0)
+        box = load_box(boxes + tile, listed)
+        full_before, groups_before = append_tiles(
+            listed,
+            box,
+            starts + entry * top_k,
+            tail + entry * tail_width if PARTIAL else None,
+            full_before,
+            groups_before,
+            BLOCK,
+            TILED,
+            TAIL_GROUPS,
+            GROUP,
+        )
     if PARTIAL:
         tl.store(counts + entry * 2, full_before, row_mask)
         tl.store(counts + entry * 2 + 1, groups_before, row_mask)
@@ -239,16 +264,14 @@ def top_k_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def tail_width(problem: Problem) -> int:
-    """The most groups that the partial tiles of one list can have; 0 where every tile is full."""
-    grid = problem.grid
-    sizes, full = {1}, 1
-    for extent, block, tiles in zip(grid.video_shape, grid.block_size, grid.tiles_per_axis, strict=True):
-        last = extent - (tiles - 1) * block
-        sizes = {size * choice for size in sizes for choice in ({last} if tiles == 1 else {block, last})}
-        full *= extent // block
-    largest = max((size for size in sizes if size < grid.tile_capacity), default=0)
-    return -(-largest // GROUP) * min(problem.top_k, grid.num_tiles - full)
+def _expectation(num_tiles: int, top_k: int) -> tuple[float, float]:
+    """In standard deviations: above which number `top_k` of so many normally distributed values lie, and how far apart
+    two of them are there."""
+    if top_k == num_tiles:
+        return 0.0, 0.0  # nothing is searched for
+    normal = NormalDist()
+    quantile = normal.inv_cdf(1 - top_k / num_tiles)
+    return quantile, 1 / (num_tiles * normal.pdf(quantile))
 
 
 def workspace_bytes(elements: int) -> int:
@@ -257,11 +280,6 @@ def workspace_bytes(elements: int) -> int:
     The fewer turns scores and top-k take, the more programs each of their launches has.
     """
     return max(LEAST_WORKSPACE_BYTES, elements // 2)
-
-
-def tail_groups(grid: TileGrid) -> dict[str, int]:
-    """What the kernels that write lists must know of partial tiles: how many groups the largest makes."""
-    return {"TAIL_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
 
 
 def select(
@@ -283,7 +301,7 @@ def select(
     per_tile = (batch, heads, num_tiles)
     lists = Lists(
         starts=work.empty(indices, (*per_tile, top_k)),
-        tail=work.empty(indices, (*per_tile, width, 2)) if width else None,
+        tail=work.empty(indices, (*per_tile, width), torch.int64) if width else None,
         counts=work.empty(indices, (*per_tile, 2)) if width else None,
         kept=work.empty(indices, (*per_tile, keys // 32)) if merge else None,
         coarse=work.empty(means, (*per_tile, dim)) if coarse else None,
@@ -327,6 +345,7 @@ def select(
             (some_rows // rows,),
             scores,
             pooled.longest,
+            pooled.boxes,
             indices,
             lists.starts,
             lists.tail,
@@ -339,13 +358,15 @@ def select(
             batch * heads,
             num_tiles,
             top_k,
+            *_expectation(num_tiles, top_k),
             width,
             indices.stride(0),
-            *grid_arguments(grid),
+            BLOCK=grid.block_size,
             BLOCK_M=block_m,
             ROWS=rows,
             KEYS=keys,
             PART=128 if one_warp else 256,
+            LISTED=64 if one_warp else 256,
             TILED=tiled,
             PARTIAL=width > 0,
             **tail_groups(grid),

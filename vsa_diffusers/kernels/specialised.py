@@ -23,9 +23,10 @@ from ..tiles import TileGrid
 from ..torch_impl import Problem
 from .attend import list_arguments, size_arguments, stride_arguments
 from .geometry import SIZES, SLICED, grid_arguments
+from .lists import GROUP
 from .pool import Pooled
 from .replay import Work
-from .select import GROUP, Lists
+from .select import Lists
 from .specialised_common import BOX, DIM, ROWS, SHARED, STAGES
 from .specialised_fetch import fetch
 from .specialised_multiply import multiply

@@ -218,7 +218,7 @@ def fetch(
                         for first in range(0, listed_keys, ROWS):
                             listed = first + slot
                             rows, exists = tail_rows(
-                                tail + line * tail_width * 2,
+                                tail + line * tail_width,
                                 listed,
                                 listed < listed_keys,
                                 video_h,

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .attend import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
+from .geometry import unpack
 from .rows import block_offset
 from .specialised_common import (
     DIM,
@@ -165,9 +166,8 @@ def multiply(
                     if tail is not None:
                         for first in range(0, listed_keys, ROWS):
                             inside = first + column
-                            shape = gl.load(
-                                tail + line * tail_width * 2 + inside // GROUP * 2 + 1, inside < listed_keys, other=0
-                            )
+                            group = tail + line * tail_width + inside // GROUP
+                            start, shape = unpack(gl.load(group, inside < listed_keys, other=0))
                             bias = gl.where(inside % GROUP < (shape & 255), 0.0, float("-inf"))
                             state = _step(
                                 q_buffer, buffers, bars, at + first // ROWS, state, scale, bias, True, attempt == 0

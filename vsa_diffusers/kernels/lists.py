@@ -1,0 +1,84 @@
+"""How lists of tiles are written: first rows of the full ones, and the partial ones in groups of rows.
+
+A list of full tiles holds int32. A group of a partial tile is one int64. Its low half is the group's first row in the
+tile-ordered copy, or its tile's first token in the order of the sequence. Its high half holds in bits 0 to 7 how many
+rows there are, and in the order of the sequence also the tile's extents along height and width in 8 to 15 and 16 to 23,
+and which group of the tile it is from 24 on. `tail_rows` in `rows.py` reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+
+from ..tiles import TileGrid
+from ..torch_impl import Problem
+from .geometry import pack
+
+GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
+
+
+@triton.jit
+def append_tiles(
+    listed,
+    box,
+    starts,
+    tail,
+    full_before,
+    groups_before,
+    BLOCK: tl.constexpr,
+    TILED: tl.constexpr,
+    TAIL_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Append tiles to lists that begin at `starts` and `tail` `[LISTS]` and have so many full tiles and groups.
+
+    Args:
+        listed: which of the tiles go into which list, `[LISTS, PART]`.
+        box: first rows (or tokens) of the tiles, and their extents, `[PART]` or `[LISTS, PART]` each.
+        starts: nothing is written where it is `None`.
+        tail: `None` where there are no partial tiles.
+
+    Returns: full tiles and groups of every list after that.
+    """
+    first, extent_t, extent_h, extent_w = box
+    size = extent_t * extent_h * extent_w
+    is_full = size == BLOCK[0] * BLOCK[1] * BLOCK[2]
+    full = (listed & is_full).to(tl.int32)
+    groups = tl.where(listed & ~is_full, (size + GROUP - 1) // GROUP, 0)
+    count = full | (groups << 16)  # both run in one number
+    if starts is not None:
+        running = tl.cumsum(count, 1) - count
+        at = full_before[:, None] + (running & 65535)
+        tl.store(starts[:, None] + at, tl.broadcast_to(first, full.shape), full != 0)
+        if tail is not None:
+            at = tail[:, None] + groups_before[:, None] + (running >> 16)
+            for group in tl.static_range(TAIL_GROUPS):
+                slots = tl.minimum(GROUP, size - group * GROUP)
+                if TILED:
+                    pair = pack(first + group * GROUP, slots)
+                else:
+                    pair = pack(first, slots | (extent_h << 8) | (extent_w << 16) | (group << 24))
+                tl.store(at + group, tl.broadcast_to(pair, groups.shape), groups > group)
+    total = tl.sum(count, 1)
+    return full_before + (total & 65535), groups_before + (total >> 16)
+
+
+def tail_groups(grid: TileGrid) -> dict[str, int]:
+    """What the kernels that write lists must know of partial tiles: how many groups the largest makes."""
+    return {"TAIL_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
+
+
+@functools.lru_cache(maxsize=256)
+def tail_width(problem: Problem) -> int:
+    """The most groups that the partial tiles of one list can have; 0 where every tile is full."""
+    grid = problem.grid
+    sizes, full = {1}, 1
+    for extent, block, tiles in zip(grid.video_shape, grid.block_size, grid.tiles_per_axis, strict=True):
+        last = extent - (tiles - 1) * block
+        sizes = {size * choice for size in sizes for choice in ({last} if tiles == 1 else {block, last})}
+        full *= extent // block
+    largest = max((size for size in sizes if size < grid.tile_capacity), default=0)
+    return -(-largest // GROUP) * min(problem.top_k, grid.num_tiles - full)
