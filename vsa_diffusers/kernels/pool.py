@@ -24,7 +24,7 @@ class Pooled(NamedTuple):
     means: torch.Tensor  # fp32 [query and key (and value), B, H, N, D]
     proxies: torch.Tensor | None  # key and value means in the dtype of the inputs, [2, B, H, N, D]
     rows: torch.Tensor | None  # key and value in tile order, [2, B * H, V, D]
-    log_size: torch.Tensor | None  # log2 of the tile sizes, fp32 [N]
+    log_size: torch.Tensor | None  # log2 of the tile sizes, fp32 [N rounded up to 64], undefined beyond the last tile
     longest: torch.Tensor  # norm of the longest row of each tile, fp32 [query and key, B, H, N]
     quarters: torch.Tensor | None  # means of their quarters in the dtype of the inputs, [query and key, B, H, N, 4, D]
     log_counts: torch.Tensor | None  # logarithm of the tokens in each quarter, fp32 [N, 4]
@@ -178,7 +178,7 @@ def pool(
     means = work.empty(query, (3, batch, heads, num_tiles, dim), torch.float32)
     proxies = work.empty(query, (2, batch, heads, num_tiles, dim)) if merge else None
     rows = work.empty(query, (2, batch * heads, grid.num_tokens, dim)) if tiled else None
-    log_size = work.empty(means, (num_tiles,)) if merge else None
+    log_size = work.empty(means, (-(-num_tiles // 64) * 64,)) if merge else None
     longest = work.empty(means, (2, batch, heads, num_tiles))
     quarters = work.empty(query, (2, batch, heads, num_tiles, 4, dim)) if parts else None
     log_counts = work.empty(means, (num_tiles, 4)) if parts else None

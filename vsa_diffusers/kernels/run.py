@@ -124,7 +124,7 @@ def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, he
     indices, lse = work.parts((indices, lse), 1, heads)
     tiled = chosen.attend.layout != "direct"
     pooled = pool(work, query, key, value, problem, tiled=tiled, parts=problem.selection == "quarters")
-    lists = select(work, pooled, indices, problem, tiled=tiled, precision=chosen.precision)
+    lists = select(work, pooled, indices, problem, tiled=tiled, precision=chosen.precision, step=chosen.step)
     left = attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
     work.end_part()
     return left

@@ -58,45 +58,48 @@ def _ordered(scores, valid):
 
 
 @triton.jit
-def _threshold(scores, ordered, valid, is_row, num_tiles, top_k, quantile, spacing):
-    """For each row of `scores` `[ROWS, KEYS]` and of what `_ordered` makes of them, a number that `top_k` values reach,
-    or, where values are alike, the highest that more reach; and how many reach it.
+def _float_of(number):
+    """The float that `_in_order` makes this integer of."""
+    return _in_order(number).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _threshold(scores, ordered, valid, num_tiles, top_k, quantile, spacing):
+    """Of a row of scores and what `_ordered` makes of it: the number that `top_k` values reach, or, where values are
+    alike, the highest that more reach; and how many reach it.
 
     A search between a number that enough values reach and one that too few do. Were the scores of a normal
     distribution, `top_k` would lie above `quantile` standard deviations, and those around it `spacing` deviations
     apart: that is where it begins. It goes on where a line through both ends says, and in the end, for rows that
     defy this, to the middle of the integers every other time.
     """
-    mean = tl.sum(tl.where(valid, scores, 0.0), 1) / num_tiles
-    square = tl.sum(tl.where(valid, scores * scores, 0.0), 1) / num_tiles
+    mean = tl.sum(tl.where(valid, scores, 0.0), 0) / num_tiles
+    square = tl.sum(tl.where(valid, scores * scores, 0.0), 0) / num_tiles
     deviation = tl.sqrt(tl.maximum(square - mean * mean, 0.0))
     guess = mean + quantile * deviation
     stride = spacing * deviation
-    low = tl.zeros_like(mean).to(tl.int32) + LEAST
-    high = tl.zeros_like(mean).to(tl.int32) + MOST
-    low_count = tl.where(is_row, num_tiles, top_k)
-    high_count = tl.zeros_like(low)
+    low = tl.full((), LEAST, tl.int32)
+    high = tl.full((), MOST, tl.int32)
+    low_count = num_tiles
+    high_count = 0
     turn = 0
-    while tl.max(((low_count != top_k) & (low + 1 < high)).to(tl.int32), 0) > 0:
+    while (low_count != top_k) & (low + 1 < high):
         candidate = _in_order(guess.to(tl.int32, bitcast=True))
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         astray = (candidate <= low) | (candidate >= high) | ((turn >= PATIENCE) & (turn % 2 == 0))
         candidate = tl.where(astray, middle, candidate)
-        count = tl.sum((ordered >= candidate[:, None]).to(tl.int32), 1)
-        searching = low_count != top_k
-        enough = searching & (count >= top_k)
-        too_few = searching & (count < top_k)
+        count = tl.sum((ordered >= candidate).to(tl.int32), 0)
+        enough = count >= top_k
         low = tl.where(enough, candidate, low)
         low_count = tl.where(enough, count, low_count)
-        high = tl.where(too_few, candidate, high)
-        high_count = tl.where(too_few, count, high_count)
+        high = tl.where(enough, high, candidate)
+        high_count = tl.where(enough, high_count, count)
         surplus = (count - top_k).to(tl.float32)
-        beyond = _in_order(candidate).to(tl.float32, bitcast=True) + stride * (surplus + tl.where(enough, 1.0, -1.0))
+        beyond = _float_of(candidate) + stride * (surplus + tl.where(enough, 1.0, -1.0))
         stride *= 1.5
-        low_end = _in_order(low).to(tl.float32, bitcast=True)
-        high_end = _in_order(high).to(tl.float32, bitcast=True)
         share = (low_count - top_k).to(tl.float32) / (low_count - high_count).to(tl.float32)
-        guess = tl.where((low == LEAST) | (high == MOST), beyond, low_end + (high_end - low_end) * share)
+        between = _float_of(low) + (_float_of(high) - _float_of(low)) * share
+        guess = tl.where((low == LEAST) | (high == MOST), beyond, between)
         turn += 1
     return low, low_count
 
@@ -179,73 +182,65 @@ def top_k_kernel(
     indices_b,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PART: tl.constexpr,
     LISTED: tl.constexpr,
     TILED: tl.constexpr,
-    PARTIAL: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Program (`ROWS` rows of the workspace). Rows of all heads are counted with each head's last block full."""
+    """Program (row of the workspace). Rows of all heads are counted with each head's last block full."""
     padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
-    first = first_row + tl.program_id(0) * ROWS
-    line = first % padded + tl.arange(0, ROWS)
-    lane = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scores_at = scores + lane[:, None] * workspace_width(num_tiles)
-    if first % padded >= num_tiles:
+    row = first_row + tl.program_id(0)
+    line = row % padded
+    if line >= num_tiles:
         return
-    row_mask = line < num_tiles
-    key = tl.arange(0, KEYS)[None, :]
-    every = tl.broadcast_to(key < num_tiles, (ROWS, KEYS))
-    row = tl.load(scores_at + key, every, other=0.0)
-    ordered_row = _ordered(row, every)
-    threshold, reached = _threshold(row, ordered_row, every, row_mask, num_tiles, top_k, quantile, spacing)
-    crowded = tl.max((reached > top_k).to(tl.int32), 0) > 0
-    missing = tl.zeros((ROWS,), tl.int32)
-    if crowded:
-        missing = top_k - tl.sum((ordered_row > threshold[:, None]).to(tl.int32), 1)
+    scores += tl.program_id(0).to(tl.int64) * workspace_width(num_tiles)
+    key = tl.arange(0, KEYS)
+    whole_row = tl.load(scores + key, key < num_tiles, other=0.0)
+    ordered = _ordered(whole_row, key < num_tiles)
+    threshold, reached = _threshold(whole_row, ordered, key < num_tiles, num_tiles, top_k, quantile, spacing)
+    missing = 0
+    if reached > top_k:
+        missing = top_k - tl.sum((ordered > threshold).to(tl.int32), 0)
 
-    place = (first // padded).to(tl.int64)
+    place = (row // padded).to(tl.int64)
     entry = place * num_tiles + line
-    indices_at = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
-    level_before = tl.zeros((ROWS,), tl.int32)
-    kept_before = tl.zeros((ROWS,), tl.int32)
+    indices += (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
+    level_before = 0
+    kept_before = tl.zeros((1,), tl.int32)
     for begin in range(0, num_tiles, PART):
-        column = begin + tl.arange(0, PART)
-        valid = row_mask[:, None] & (column[None, :] < num_tiles)
-        ordered = _ordered(tl.load(scores_at + column[None, :], valid, other=0.0), valid)
-        kept = valid & (ordered >= threshold[:, None])
-        if crowded:
+        column = (begin + tl.arange(0, PART))[None, :]  # a second axis makes Triton leave neighbours to one thread
+        exists = column < num_tiles
+        values = _ordered(tl.load(scores + column, exists, other=0.0), exists)
+        kept = exists & (values >= threshold)
+        if reached > top_k:
             # Of equal scores, those further left are kept.
-            alike = (valid & (ordered == threshold[:, None])).to(tl.int32)
-            rank = level_before[:, None] + tl.cumsum(alike, 1)
-            kept = kept & ((alike == 0) | (rank <= missing[:, None]))
-            level_before += tl.sum(alike, 1)
+            alike = (exists & (values == threshold)).to(tl.int32)
+            rank = level_before + tl.cumsum(alike, 1)
+            kept = kept & ((alike == 0) | (rank <= missing))
+            level_before += tl.sum(alike)
         if kept_bits is not None:
-            bits = tl.reshape(kept.to(tl.int32), (ROWS, PART // 32, 32)) << tl.arange(0, 32)[None, None, :]
+            bits = tl.reshape(kept.to(tl.int32), (PART // 32, 32)) << tl.arange(0, 32)[None, :]
             word = begin // 32 + tl.arange(0, PART // 32)
-            bits_at = entry[:, None] * (KEYS // 32) + word[None, :]
-            tl.store(kept_bits + bits_at, tl.sum(bits, 2), row_mask[:, None] & (word[None, :] < KEYS // 32))
-
+            tl.store(kept_bits + entry * (KEYS // 32) + word, tl.sum(bits, 1), word < KEYS // 32)
         count = kept.to(tl.int32)
         at = kept_before[:, None] + tl.cumsum(count, 1) - count
-        tl.store(indices_at[:, None] + at, tl.broadcast_to(column[None, :], kept.shape), kept)
+        tl.store(indices + at, column, kept)
         kept_before += tl.sum(count, 1)
     tl.debug_barrier()  # what one thread has stored others load
-    full_before = tl.zeros((ROWS,), tl.int32)
-    groups_before = tl.zeros((ROWS,), tl.int32)
+    list_entry = entry + tl.arange(0, 1)
+    full_before = tl.zeros((1,), tl.int32)
+    groups_before = tl.zeros((1,), tl.int32)
     for begin in range(0, top_k, LISTED):
-        column = begin + tl.arange(0, LISTED)
-        listed = row_mask[:, None] & (column[None, :] < top_k)
-        tile = tl.load(indices_at[:, None] + column[None, :], listed, other=0)
-        box = load_box(boxes + tile, listed)
+        column = begin + tl.arange(0, LISTED)[None, :]
+        listed = column < top_k
+        tile = tl.load(indices + column, listed, other=0)
         full_before, groups_before = append_tiles(
             listed,
-            box,
-            starts + entry * top_k,
-            tail + entry * tail_width if PARTIAL else None,
+            load_box(boxes + tile, listed),
+            starts + list_entry * top_k,
+            tail + list_entry * tail_width if tail is not None else None,
             full_before,
             groups_before,
             BLOCK,
@@ -253,11 +248,11 @@ def top_k_kernel(
             TAIL_GROUPS,
             GROUP,
         )
-    if PARTIAL:
-        tl.store(counts + entry * 2, full_before, row_mask)
-        tl.store(counts + entry * 2 + 1, groups_before, row_mask)
-    tl.store(progress + entry, 0, row_mask)
-    if first % padded == 0:  # whoever has a head's first tile also finds its longest key
+    if counts is not None:
+        tl.store(counts + list_entry * 2, full_before)
+        tl.store(counts + list_entry * 2 + 1, groups_before)
+    tl.store(progress + entry, 0)
+    if line == 0:  # whoever has a head's first tile also finds its longest key
         tile = tl.arange(0, KEYS)
         norm = tl.load(longest + (batch_heads + place) * num_tiles + tile, tile < num_tiles, other=0.0)
         tl.store(reach + place, tl.max(norm, 0))
@@ -283,13 +278,14 @@ def workspace_bytes(elements: int) -> int:
 
 
 def select(
-    work: Work, pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bool, precision: str
+    work: Work, pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bool, precision: str, step: int
 ) -> Lists:
     """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks.
 
     Args:
         tiled: rows of the tile-ordered copy are meant, not tokens of the sequence.
         precision: of the products between tile means.
+        step: key tiles that the scores take at a time.
     """
     means = pooled.means
     _, batch, heads, num_tiles, dim = means.shape
@@ -309,7 +305,6 @@ def select(
         progress=work.empty(indices, per_tile),
     )
     one_warp = keys <= SCORES_OF_A_WARP
-    rows = max(1, 256 // keys)
     all_rows = batch * heads * -(-num_tiles // block_m) * block_m
     row_bytes = 4 * (-(-num_tiles // 32) * 32)
     at_once = workspace_bytes(batch * heads * grid.num_tokens * dim) // (row_bytes * block_m) * block_m
@@ -331,7 +326,7 @@ def select(
                 HEAD_DIM=dim,
                 BLOCK_D=power_of_two(dim),
                 BLOCK_M=block_m,
-                BLOCK_N=32 if dim <= 128 else 16,
+                BLOCK_N=step,
                 PRECISION=precision,
                 num_warps=4,
                 num_stages=2,
@@ -342,7 +337,7 @@ def select(
             quarter_scores(work, pooled, scores, *numbers, block_m=block_m, precision=precision)
         work.launch(
             top_k_kernel,
-            (some_rows // rows,),
+            (some_rows,),
             scores,
             pooled.longest,
             pooled.boxes,
@@ -363,13 +358,11 @@ def select(
             indices.stride(0),
             BLOCK=grid.block_size,
             BLOCK_M=block_m,
-            ROWS=rows,
             KEYS=keys,
-            PART=128 if one_warp else 256,
+            PART=128 if one_warp else 512,
             LISTED=64 if one_warp else 256,
             TILED=tiled,
-            PARTIAL=width > 0,
             **tail_groups(grid),
-            num_warps=1 if one_warp else min(16, keys // 512),
+            num_warps=1 if one_warp else max(4, keys // 1024),
         )
     return lists

@@ -27,7 +27,7 @@ from .lists import GROUP
 from .pool import Pooled
 from .replay import Work
 from .select import Lists
-from .specialised_common import BOX, DIM, ROWS, SHARED, STAGES
+from .specialised_common import BOX, COLUMNS, DIM, ROWS, SHARED, STAGES
 from .specialised_fetch import fetch
 from .specialised_multiply import multiply
 from .tuning import Launch, may_specialise
@@ -42,6 +42,9 @@ def specialised_kernel(
     key_descriptor,
     value_descriptor,
     gate_descriptor,
+    key_groups,
+    value_groups,
+    proxy_descriptor,
     starts,
     tail,
     counts,
@@ -94,11 +97,13 @@ def specialised_kernel(
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
+    BY_ROWS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Programs: as many as run at once; each takes every so-manieth query tile, head by head.
 
     TILED: `key` and `value` are the copy in tile order; the descriptors see its rows, and else boxes of the video.
+    BY_ROWS: some rows must be fetched one by one, for want of a descriptor, which takes more warps.
     """
     dtype: gl.constexpr = query.dtype.element_ty
     q_buffer = gl.allocate_shared_memory(dtype, [ROWS, DIM], SHARED)
@@ -133,12 +138,13 @@ def specialised_kernel(
                     ring,
                     BLOCK,
                     GROUP,
+                    TILED,
                 ),
             ),
             (
                 fetch,
                 (
-                    (key, value, key_descriptor, value_descriptor, proxies),
+                    (key, value, key_descriptor, value_descriptor, (key_groups, value_groups), proxy_descriptor),
                     (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
                     (key_b, key_s, key_h, value_b, value_s, value_h),
@@ -151,10 +157,11 @@ def specialised_kernel(
                     BLOCK,
                     GROUP,
                     TILED,
+                    BY_ROWS,
                 ),
             ),
         ],
-        [4],
+        [4 if BY_ROWS else 1],
         [PRODUCER_REGISTERS],
     )
 
@@ -183,9 +190,9 @@ def _has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
     )
 
 
-def _rows_descriptor(rows: torch.Tensor) -> TensorDescriptor:
-    """Of 64 rows of a tile-ordered copy `[P, V, D]`."""
-    return TensorDescriptor.from_tensor(rows.view(-1, DIM.value), [ROWS.value, DIM.value], SHARED.value)
+def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] = (ROWS.value, DIM.value)) -> TensorDescriptor:
+    """Of a block of rows and columns, 64 whole rows unless told otherwise, of rows that lie one after another."""
+    return TensorDescriptor.from_tensor(rows.view(-1, DIM.value), list(block), SHARED.value)
 
 
 def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor | None:
@@ -226,24 +233,31 @@ def attend(
         query, key, value, gate, output = work.parts((query, key, value, gate, output), 1, problem.video)
         (lse,) = work.parts((lse,), 2, problem.video)
     strides = stride_arguments(query, key, value, gate, output)
+    groups: list[TensorDescriptor | None] = [None, None]
     if pooled.rows is not None:
         key, value = pooled.rows.unbind(0)
         descriptors = [_rows_descriptor(rows) for rows in (key, value)]
+        if lists.tail is not None:
+            groups = [_rows_descriptor(rows, (GROUP, COLUMNS.value)) for rows in (key, value)]
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
     tasks = grid.num_tiles * query.shape[0] * query.shape[2]
     programs = min(tasks, launch.programs)
     turns = -(-tasks // programs)
     redo = work.empty(lists.starts, (tasks + programs,))  # one of each: whether the task, whether any of the program
+    query_box, gate_box = (_box_descriptor(x, grid) for x in (query, gate))
+    boxes_alone = query_box is not None and (gate is None or gate_box is not None)
     work.launch(
         specialised_kernel,
         (programs,),
         query,
         key,
         value,
-        _box_descriptor(query, grid),
+        query_box,
         *descriptors,
-        _box_descriptor(gate, grid),
+        gate_box,
+        *groups,
+        None if pooled.proxies is None else _rows_descriptor(pooled.proxies),
         *list_arguments(pooled, lists),
         lists.reach,
         redo,
@@ -264,6 +278,7 @@ def attend(
         *grid_arguments(grid),
         GROUP=GROUP,
         TILED=pooled.rows is not None,
+        BY_ROWS=not boxes_alone or problem.num_context > 0 or (lists.tail is not None and pooled.rows is None),
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
         maxnreg=128,

@@ -20,6 +20,8 @@ OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
+# Shared memory holds 64 columns of all rows before the other 64, so a group of rows is two pieces of it.
+COLUMNS = gl.constexpr(64)
 
 
 @gluon.jit

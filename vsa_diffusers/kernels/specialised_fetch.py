@@ -11,8 +11,22 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .attend import FARTHEST
+from .geometry import unpack
 from .rows import block_offset, tail_rows
-from .specialised_common import BOX, DIM, LINES, ROWS, STAGES, ahead, lines_at, query_tile, rows_exist, valid_context
+from .specialised_common import (
+    BOX,
+    COLUMNS,
+    DIM,
+    LINES,
+    ROWS,
+    SHARED,
+    STAGES,
+    ahead,
+    lines_at,
+    query_tile,
+    rows_exist,
+    valid_context,
+)
 
 PATIENCE = gl.constexpr(256)  # looks at others' progress, each a way to L2 and back
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
@@ -96,16 +110,47 @@ def _fetch_between(query, gate, next_tile, exists, tile, in_full, grid, buffers,
 
 
 @gluon.jit
-def _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLOCK: gl.constexpr):
-    """Copy a full tile of key and value that begins at `corner`: of the video, or, without `BLOCK`, of the rows in tile
-    order."""
+def _fetch_tile(
+    key_descriptor, value_descriptor, key_corner, value_corner, buffers, bars, at, BLOCK: gl.constexpr = None
+):
+    """Copy 64 rows of key and value that begin at these corners: tiles of the video, or, without `BLOCK`, rows that lie
+    one after another."""
     keys, values = buffers
     key_ready, value_ready, _ = bars
     slot = at % STAGES
     _await_key_room(bars, at)
-    _copy(key_descriptor, corner, keys.index(slot), key_ready.index(slot), BLOCK)
+    _copy(key_descriptor, key_corner, keys.index(slot), key_ready.index(slot), BLOCK)
     _await_value_room(bars, at)
-    _copy(value_descriptor, corner, values.index(slot), value_ready.index(slot), BLOCK)
+    _copy(value_descriptor, value_corner, values.index(slot), value_ready.index(slot), BLOCK)
+
+
+@gluon.jit
+def _copy_groups(descriptor, rows, buffer, ready, GROUP: gl.constexpr):
+    """Let the copy engine fill a buffer with the groups of rows that begin at `rows`."""
+    GROUPS: gl.constexpr = ROWS // GROUP
+    pieces = buffer._reinterpret(buffer.dtype, [GROUPS * (DIM // COLUMNS), GROUP, COLUMNS], SHARED)
+    mbarrier.expect(ready, ROWS * DIM * 2)
+    for piece in gl.static_range(GROUPS * (DIM // COLUMNS)):
+        corner = [rows[piece % GROUPS], piece // GROUPS * COLUMNS]
+        tma.async_copy_global_to_shared(descriptor, corner, ready, pieces.index(piece))
+
+
+@gluon.jit
+def _fetch_groups(groups, entry, left, first_row, buffers, bars, at, GROUP: gl.constexpr):
+    """Copy the next 64 rows of a list of groups, of which so many rows are `left`, from the copy in tile order. Groups
+    beyond the last one, and rows beyond a group's own, bring whatever lies there; they get no weight."""
+    key_groups, value_groups = groups
+    keys, values = buffers
+    key_ready, value_ready, _ = bars
+    slot = at % STAGES
+    rows = ()
+    for group in gl.static_range(ROWS // GROUP):
+        start, shape = unpack(gl.load(entry + group, group * GROUP < left, other=0))
+        rows = rows + (first_row + start,)  # noqa: RUF005 - the compiler knows no stars
+    _await_key_room(bars, at)
+    _copy_groups(key_groups, rows, keys.index(slot), key_ready.index(slot), GROUP)
+    _await_value_room(bars, at)
+    _copy_groups(value_groups, rows, values.index(slot), value_ready.index(slot), GROUP)
 
 
 @gluon.jit
@@ -144,10 +189,11 @@ def fetch(
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
+    BY_ROWS: gl.constexpr,
 ):
     buffers, bars, finished = ring
     progress, parts = pace
-    key, value, key_descriptor, value_descriptor, proxies = sources
+    key, value, key_descriptor, value_descriptor, groups, proxies = sources
     context_key, context_value, context_mask, tokens_before, tokens_after = context
     starts, tail, counts, longest, reach, redo = lists
     key_b, key_s, key_h, value_b, value_s, value_h = strides
@@ -155,8 +201,8 @@ def fetch(
     tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
-    slot = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-    in_full = block_offset(slot, video_h, video_w, BLOCK)
+    slot = gl.arange(0, ROWS, gl.SliceLayout(1, LINES)) if BY_ROWS else None
+    in_full = block_offset(slot, video_h, video_w, BLOCK) if BY_ROWS else None
     at = 0
     patience = gl.to_tensor(PATIENCE)
     repeat = True
@@ -187,13 +233,9 @@ def fetch(
                     item, head = task // num_tiles // heads, task // num_tiles % heads
                     if TILED:
                         first_row = (place * video_tokens).to(gl.int32)
-                        key_base += place * video_tokens * DIM
-                        value_base += place * video_tokens * DIM
-                        key_step, value_step = DIM, DIM
                     else:
                         key_base += item.to(gl.int64) * key_b + head.to(gl.int64) * key_h
                         value_base += item.to(gl.int64) * value_b + head.to(gl.int64) * value_h
-                        key_step, value_step = key_s, value_s
                     part_tiles = gl.cdiv(full_tiles, parts)
                     for part in range(parts):
                         if in_step:
@@ -203,7 +245,7 @@ def fetch(
                             next_start = gl.load(list_at + step + 1, mask=step + 1 < full_tiles, other=0)
                             if TILED:
                                 corner = [first_row + start, 0]
-                                _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, None)
+                                _fetch_tile(key_descriptor, value_descriptor, corner, corner, buffers, bars, at)
                             else:
                                 corner = [
                                     item,
@@ -212,40 +254,29 @@ def fetch(
                                     start % video_w,
                                     head * DIM,
                                 ]
-                                _fetch_tile(key_descriptor, value_descriptor, corner, buffers, bars, at, BLOCK)
+                                _fetch_tile(key_descriptor, value_descriptor, corner, corner, buffers, bars, at, BLOCK)
                             at += 1
                     if tail is not None:
                         for first in range(0, listed_keys, ROWS):
-                            listed = first + slot
-                            rows, exists = tail_rows(
-                                tail + line * tail_width,
-                                listed,
-                                listed < listed_keys,
-                                video_h,
-                                video_w,
-                                TILED,
-                                GROUP,
-                            )
-                            rows = rows.to(gl.int64)
-                            _fetch_rows(
-                                key_base,
-                                value_base,
-                                rows * key_step,
-                                rows * value_step,
-                                exists,
-                                buffers,
-                                bars,
-                                at,
-                            )
+                            entry = tail + line * tail_width
+                            if TILED:
+                                entry += first // GROUP
+                                _fetch_groups(groups, entry, listed_keys - first, first_row, buffers, bars, at, GROUP)
+                            else:
+                                listed = first + slot
+                                rows, exists = tail_rows(
+                                    entry, listed, listed < listed_keys, video_h, video_w, TILED, GROUP
+                                )
+                                rows = rows.to(gl.int64)
+                                _fetch_rows(
+                                    key_base, value_base, rows * key_s, rows * value_s, exists, buffers, bars, at
+                                )
                             at += 1
                     if proxies is not None:
-                        mean_key = proxies + place * num_tiles * DIM
-                        mean_value = mean_key + batch_heads.to(gl.int64) * num_tiles * DIM
                         for first in range(0, num_tiles, ROWS):
-                            offset = (first + slot) * DIM
-                            _fetch_rows(
-                                mean_key, mean_value, offset, offset, first + slot < num_tiles, buffers, bars, at
-                            )
+                            mean_key = (task // num_tiles) * num_tiles + first
+                            mean_value = mean_key + batch_heads * num_tiles
+                            _fetch_tile(proxies, proxies, [mean_key, 0], [mean_value, 0], buffers, bars, at)
                             at += 1
                     if context_key is not None:
                         item_key = context_key + item.to(gl.int64) * key_b + head.to(gl.int64) * key_h

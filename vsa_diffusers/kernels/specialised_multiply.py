@@ -110,6 +110,7 @@ def multiply(
     ring,
     BLOCK: gl.constexpr,
     GROUP: gl.constexpr,
+    TILED: gl.constexpr,
 ):
     buffers, bars, finished = ring
     gate, proxies, coarse, kept, log_size = sources
@@ -165,22 +166,24 @@ def multiply(
                     at += full_tiles  # said after the loop, since a number that only bounds loops is taken for unused
                     if tail is not None:
                         for first in range(0, listed_keys, ROWS):
-                            inside = first + column
-                            group = tail + line * tail_width + inside // GROUP
-                            start, shape = unpack(gl.load(group, inside < listed_keys, other=0))
-                            bias = gl.where(inside % GROUP < (shape & 255), 0.0, float("-inf"))
+                            entry = tail + line * tail_width + first // GROUP
+                            held = gl.zeros_like(column)  # rows of the group that a column belongs to
+                            for group in gl.static_range(ROWS // GROUP):
+                                listed = first + group * GROUP < listed_keys
+                                start, shape = unpack(gl.load(entry + group, listed, other=0))
+                                held = gl.where(column // GROUP == group, shape & 255, held)
+                            bias = gl.where(column % GROUP < held, 0.0, float("-inf"))
                             state = _step(
-                                q_buffer, buffers, bars, at + first // ROWS, state, scale, bias, True, attempt == 0
+                                q_buffer, buffers, bars, at + first // ROWS, state, scale, bias, not TILED, attempt == 0
                             )
                         at += gl.cdiv(listed_keys, ROWS)
                     if proxies is not None:
                         for first in range(0, num_tiles, ROWS):
-                            index = first + column
-                            pooled = index < num_tiles
-                            word = gl.load(kept + line * kept_width + index // 32, pooled, other=-1)
-                            pooled &= ((word >> (index % 32)) & 1) == 0
-                            bias = gl.load(log_size + index, pooled, other=float("-inf"))
-                            state = _step(q_buffer, buffers, bars, at, state, scale, bias, True, attempt == 0)
+                            words = kept + line * kept_width + first // 32
+                            word = gl.where(column < 32, gl.load(words), gl.load(words + 1))
+                            pooled = (first + column < num_tiles) & (((word >> (column % 32)) & 1) == 0)
+                            bias = gl.where(pooled, gl.load(log_size + first + column), float("-inf"))
+                            state = _step(q_buffer, buffers, bars, at, state, scale, bias, False, attempt == 0)
                             at += 1
                     video_total = state[1]
                     if context_key is not None:  # online, since nothing bounds its logits

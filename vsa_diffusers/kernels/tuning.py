@@ -58,6 +58,7 @@ class Plan:
     attend: Launch
     heads: int  # heads that go through all kernels at a time
     precision: str  # of the products between tile means
+    step: int  # tile means that those take at a time
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def plan(
     if device.capability >= (8, 0):
         # 11 bits are more than 16-bit inputs have.
         precision = "tf32" if query.element_size() == 2 else "tf32x3"
-    return Plan(launch, heads, precision)
+    step = 16 if dim > 128 else 64 if device.capability[0] == 9 else 32
+    return Plan(launch, heads, precision, step)
 
 
 def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_stride: int) -> Launch:
