@@ -33,10 +33,11 @@ def chosen(
     return plan(query, problem, device, query.stride(1))
 
 
+@pytest.mark.parametrize(("head_dim", "layout", "programs"), [(128, "descriptor", 264), (64, "tiled", 396)])
 @pytest.mark.parametrize("block_size", [(4, 4, 4), (3, 5, 4)])
-def test_hopper_specialises_two_programs_to_a_multiprocessor(block_size):
-    launch = chosen(HOPPER, (21, 30, 52), 0.2, block_size=block_size).attend
-    assert (launch.layout, launch.programs) == ("descriptor", 264)
+def test_hopper_specialises_as_many_programs_as_fit(block_size, head_dim, layout, programs):
+    launch = chosen(HOPPER, (21, 30, 52), 0.2, block_size=block_size, head_dim=head_dim).attend
+    assert (launch.layout, launch.programs) == (layout, programs)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_hopper_specialises_two_programs_to_a_multiprocessor(block_size):
         (Device(), {}),
         (HOPPER, {"dtype": torch.float16}),
         (HOPPER, {"dtype": torch.float32}),
-        (HOPPER, {"head_dim": 64}),
+        (HOPPER, {"head_dim": 32}),
         (HOPPER, {"head_dim": 96}),
         (HOPPER, {"block_size": (4, 4, 8)}),
         (HOPPER, {"block_size": (2, 4, 4)}),
@@ -64,17 +65,18 @@ def test_context_tokens_are_specialised_where_the_sequence_repays_another_launch
     assert chosen(HOPPER, video_shape, 0.2, after=5).attend.programs == programs
 
 
-@pytest.mark.parametrize(("ratio", "parts"), [(0.2, 1), (0.3, 5), (0.5, 8)])
-def test_programs_keep_in_step_where_lists_are_long(ratio, parts):
-    assert chosen(HOPPER, (21, 30, 52), ratio).attend.parts == parts
+@pytest.mark.parametrize(
+    ("video_shape", "ratio", "parts"),
+    [((21, 30, 52), 0.02, 0), ((21, 30, 52), 0.2, 7), ((21, 30, 52), 0.5, 8), ((16, 16, 24), 0.5, 0)],
+)
+def test_programs_keep_in_step_where_sequences_and_lists_are_long(video_shape, ratio, parts):
+    assert chosen(HOPPER, video_shape, ratio).attend.parts == parts
 
 
-def test_short_sequences_are_copied_where_lists_are_long_enough_to_repay_it():
-    shape = (16, 16, 24)  # 96 tiles
-    few, many = chosen(HOPPER, shape, 0.2, heads=32), chosen(HOPPER, shape, 0.3, heads=32)
-    assert (few.attend.layout, many.attend.layout) == ("direct", "descriptor")
-    assert many.heads == 32  # in one part
-    assert chosen(Device((9, 0), descriptors=True), shape, 0.3, heads=32).attend.layout == "direct"
+@pytest.mark.parametrize(("video_shape", "layout"), [((16, 16, 24), "direct"), ((21, 30, 52), "descriptor")])
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_long_sequences_are_copied(video_shape, layout, ratio):
+    assert chosen(HOPPER, video_shape, ratio, heads=32).attend.layout == layout
 
 
 def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():

@@ -17,7 +17,16 @@ IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3, parts=2)  # the spe
 
 CONTEXT = replace(JOINT, head_dim=64, dtype=torch.bfloat16)
 
-for base in (SMALL, IN_TURNS, replace(IN_TURNS, combine="merge", before=3, after=5), CONTEXT, SHAPE_CASES[5]):
+MERGED = replace(IN_TURNS, combine="merge")
+
+for base in (
+    SMALL,
+    IN_TURNS,
+    replace(MERGED, before=3, after=5),
+    replace(MERGED, head_dim=64),
+    CONTEXT,
+    SHAPE_CASES[5],
+):
     for layout in tuning.LAYOUTS:
         case = replace(base, layout=layout)
         if case.programs and not tuning.device_of(0).processors:

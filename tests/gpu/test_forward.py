@@ -96,18 +96,21 @@ def specialised(monkeypatch):
     ("layout", "block_size"), [("direct", (4, 4, 4)), ("direct", (2, 4, 8)), ("tiled", (4, 4, 4)), ("tiled", (3, 5, 4))]
 )
 @pytest.mark.parametrize("combine", MODES)
-def test_the_specialised_kernel_matches_fp64(combine, layout, block_size, spread, specialised):
-    case = replace(MEDIUM, combine=combine, layout=layout, block_size=block_size, spread=spread, batch=2, programs=7)
-    check(case, "cuda")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_specialised_kernel_matches_fp64(head_dim, combine, layout, block_size, spread, specialised):
+    form = {"layout": layout, "block_size": block_size, "spread": spread, "programs": 7}
+    check(replace(MEDIUM, head_dim=head_dim, combine=combine, batch=2, **form), "cuda")
     assert specialised
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
 @pytest.mark.parametrize(("before", "after", "masked"), [(3, 70, True), (0, 64, False), (200, 0, True)])
-@pytest.mark.parametrize("layout", ["direct", "descriptor"])
+@pytest.mark.parametrize(("layout", "head_dim"), [("direct", 128), ("descriptor", 128), ("descriptor", 64)])
 @pytest.mark.parametrize("combine", MODES)
-def test_the_specialised_kernel_takes_context_tokens(combine, layout, before, after, masked, spread, specialised):
-    form = {"layout": layout, "spread": spread, "programs": 7, "parts": 3}
+def test_the_specialised_kernel_takes_context_tokens(
+    combine, layout, head_dim, before, after, masked, spread, specialised
+):
+    form = {"layout": layout, "head_dim": head_dim, "spread": spread, "programs": 7, "parts": 3}
     check(replace(MEDIUM, combine=combine, batch=2, before=before, after=after, masked=masked, **form), "cuda")
     assert specialised
 
@@ -119,7 +122,7 @@ def test_keeping_in_step_changes_no_bit(programs, spread, specialised):
     query, key, value, gate, _ = case.inputs("cuda")
     alone, *others = (
         forward(query, key, value, gate, None, case.problem, replace(case.launch, layout="descriptor", parts=parts))
-        for parts in (1, 2, 5, 20)
+        for parts in (0, 1, 2, 5, 20)
     )
     assert alone[0].isfinite().all()
     for other in others:

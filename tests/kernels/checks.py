@@ -40,7 +40,7 @@ class Case:
     tolerance: float | None = None
     selection: str = "mean"
     programs: int = 0
-    parts: int = 1
+    parts: int = 0
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case(), k)}

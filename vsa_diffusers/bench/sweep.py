@@ -20,7 +20,7 @@ from .shapes import Shape
 
 def candidates(head_dim: int) -> Iterator[Any]:
     """Launches worth trying for 16-bit inputs and tiles of at most 64 tokens, the likeliest first."""
-    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch, device_of
+    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, PROGRAMS, Launch, device_of
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
     # warps, stages, keys, registers, tail_stages
@@ -35,9 +35,10 @@ def candidates(head_dim: int) -> Iterator[Any]:
         for layout in layouts:
             yield Launch(layout, *form)
     processors = device_of(torch.cuda.current_device()).processors
-    if head_dim == 128 and processors:
+    if head_dim in PROGRAMS and processors:
+        programs = PROGRAMS[head_dim] * processors
         for layout in ("descriptor", "direct"):
-            yield from (Launch(layout, programs=2 * processors, parts=parts) for parts in (1, 4, 8, 16))
+            yield from (Launch(layout, programs=programs, parts=parts) for parts in (0, 1, 4, 8, 16))
 
 
 def sweep(

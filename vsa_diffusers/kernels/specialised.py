@@ -6,7 +6,7 @@ after query tile, so that the last steps of one hide the first loads of the next
 
 Tiles whose logits might not fit the bounded softmax, or turn out not to have, are done again at the end, online.
 
-M = 64 query rows, K_N = 64 keys of one step, D = 128.
+M = 64 query rows, K_N = 64 keys of one step, D = 64 or 128.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .lists import GROUP
 from .pool import Pooled
 from .replay import Work
 from .select import Lists
-from .specialised_common import BOX, COLUMNS, DIM, ROWS, SHARED, STAGES
+from .specialised_common import BOX, COLUMNS, ROWS, SHARED, STAGES
 from .specialised_fetch import fetch
 from .specialised_multiply import multiply
 from .tuning import Launch, may_specialise
@@ -95,6 +95,7 @@ def specialised_kernel(
     tiles_h,
     tiles_w,
     BLOCK: gl.constexpr,
+    DIM: gl.constexpr,
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
     BY_ROWS: gl.constexpr,
@@ -166,7 +167,8 @@ def specialised_kernel(
     )
 
 
-PRODUCER_REGISTERS = 40  # of each thread that fetches; the others get what that leaves of 128
+# Registers of a thread on average, and of one that fetches; the others get what that leaves.
+REGISTERS = {64: (80, 24), 128: (128, 40)}
 
 
 def can_specialise(
@@ -184,15 +186,16 @@ def _has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
     return (
         grid.tile_capacity == ROWS.value
         and all(side & (side - 1) == 0 for side in grid.block_size)
-        and (x.stride(2) == DIM.value or x.shape[2] == 1)
+        and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:2])
         and x.data_ptr() % 16 == 0
     )
 
 
-def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] = (ROWS.value, DIM.value)) -> TensorDescriptor:
+def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] | None = None) -> TensorDescriptor:
     """Of a block of rows and columns, 64 whole rows unless told otherwise, of rows that lie one after another."""
-    return TensorDescriptor.from_tensor(rows.view(-1, DIM.value), list(block), SHARED.value)
+    dim = rows.shape[-1]
+    return TensorDescriptor.from_tensor(rows.view(-1, dim), list(block or (ROWS.value, dim)), SHARED.value)
 
 
 def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor | None:
@@ -241,6 +244,8 @@ def attend(
             groups = [_rows_descriptor(rows, (GROUP, COLUMNS.value)) for rows in (key, value)]
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
+    dim = query.shape[3]
+    registers, producer_registers = REGISTERS[dim]
     tasks = grid.num_tiles * query.shape[0] * query.shape[2]
     programs = min(tasks, launch.programs)
     turns = -(-tasks // programs)
@@ -276,11 +281,12 @@ def attend(
         problem.before,
         problem.after,
         *grid_arguments(grid),
+        DIM=dim,
         GROUP=GROUP,
         TILED=pooled.rows is not None,
         BY_ROWS=not boxes_alone or problem.num_context > 0 or (lists.tail is not None and pooled.rows is None),
-        PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        PRODUCER_REGISTERS=producer_registers,
         num_warps=4,
-        maxnreg=128,
+        maxnreg=registers,
         enable_fp_fusion=False,
     )

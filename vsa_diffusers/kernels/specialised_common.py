@@ -11,17 +11,25 @@ from triton.experimental.gluon import language as gl
 from .geometry import tile_box
 
 ROWS = gl.constexpr(64)
-DIM = gl.constexpr(128)
 STAGES = gl.constexpr(3)
-# How rows lie in registers when they are loaded and stored, and how the products lay out logits and outputs.
-LINES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+# How the products lay out logits.
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
-# Shared memory holds 64 columns of all rows before the other 64, so a group of rows is two pieces of it.
+# Shared memory holds so many columns of all rows before the others, so a group of rows may be two pieces of it.
 COLUMNS = gl.constexpr(64)
+
+
+@gluon.constexpr_function
+def lines_layout(dim):
+    """How rows of so many columns lie in the registers of four warps when they are loaded and stored."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def output_layout(dim):
+    """How the products lay out outputs."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, dim, 16])
 
 
 @gluon.jit
@@ -50,13 +58,13 @@ def rows_exist(tile, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def lines_at(base, tile, strides, in_full, grid):
-    """Where the rows `[64, 128]` of a query tile begin in a tensor `[B, S, H, D]` with these strides, given tokens
+def lines_at(base, tile, strides, in_full, grid, DIM: gl.constexpr):
+    """Where the rows `[64, DIM]` of a query tile begin in a tensor `[B, S, H, D]` with these strides, given tokens
     between the first one and the others."""
     item, head, t, h, w, extent_t, extent_h, extent_w = tile
     stride_b, stride_s, stride_h = strides
     base += item.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + first_token(tile, grid) * stride_s
-    dim = gl.arange(0, DIM, gl.SliceLayout(0, LINES))
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, lines_layout(DIM)))
     return base + (in_full.to(gl.int64) * stride_s)[:, None] + dim[None, :]
 
 

@@ -16,19 +16,19 @@ from .rows import block_offset, tail_rows
 from .specialised_common import (
     BOX,
     COLUMNS,
-    DIM,
-    LINES,
     ROWS,
     SHARED,
     STAGES,
     ahead,
     lines_at,
+    lines_layout,
     query_tile,
     rows_exist,
     valid_context,
 )
 
-PATIENCE = gl.constexpr(256)  # looks at others' progress, each a way to L2 and back
+PATIENCE = gl.constexpr(1024)  # looks at others' progress, each a way to L2 and back
+LEAD = gl.constexpr(1)  # parts by which a program may be ahead of the last one
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -51,7 +51,8 @@ def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, bars, at)
     """Copy 64 rows of key and value, wherever they lie, into the buffers of step `at`, once those are free."""
     keys, values = buffers
     key_ready, value_ready, _ = bars
-    dim = gl.arange(0, DIM, gl.SliceLayout(0, LINES))
+    DIM: gl.constexpr = keys.shape[2]
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, lines_layout(DIM)))
     slot = at % STAGES
     mask = exists[:, None]
     _await_key_room(bars, at)
@@ -69,6 +70,7 @@ def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, bars, at)
 def _copy(descriptor, corner, buffer, ready, BLOCK: gl.constexpr):
     """Let the copy engine fill a buffer with 64 rows from `corner` on: a tile of the video, zeros for what would lie
     beyond it, or, without `BLOCK`, rows in tile order."""
+    DIM: gl.constexpr = buffer.shape[1]
     if BLOCK is not None:
         buffer = buffer._reinterpret(buffer.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
     mbarrier.expect(ready, ROWS * DIM * 2)
@@ -82,10 +84,10 @@ def _fetch_query_tile(source, descriptor, strides, tile, exists, in_full, grid, 
         mbarrier.arrive(ready)
     elif descriptor is not None:
         item, head, t, h, w, extent_t, extent_h, extent_w = tile
-        _copy(descriptor, [item, t, h, w, head * DIM], buffer, ready, BLOCK)
+        _copy(descriptor, [item, t, h, w, head * buffer.shape[1]], buffer, ready, BLOCK)
     else:
-        lines = lines_at(source, tile, strides, in_full, grid)
-        mask = (rows_exist(tile, BLOCK, LINES) & exists)[:, None]
+        lines = lines_at(source, tile, strides, in_full, grid, buffer.shape[1])
+        mask = (rows_exist(tile, BLOCK, lines_layout(buffer.shape[1])) & exists)[:, None]
         async_copy.async_copy_global_to_shared(buffer, lines, mask=mask)
         async_copy.mbarrier_arrive(ready)
         synchronise()
@@ -127,6 +129,7 @@ def _fetch_tile(
 @gluon.jit
 def _copy_groups(descriptor, rows, buffer, ready, GROUP: gl.constexpr):
     """Let the copy engine fill a buffer with the groups of rows that begin at `rows`."""
+    DIM: gl.constexpr = buffer.shape[1]
     GROUPS: gl.constexpr = ROWS // GROUP
     pieces = buffer._reinterpret(buffer.dtype, [GROUPS * (DIM // COLUMNS), GROUP, COLUMNS], SHARED)
     mbarrier.expect(ready, ROWS * DIM * 2)
@@ -161,14 +164,14 @@ def _begin_part(progress, turn, part, parts, tasks, patience):
 
     Who waits in vain, since other work occupies the place of a program, goes on without. Returns the patience left.
     """
-    mine = progress + turn * parts + part
-    gl.atomic_add(mine, 1, sem="relaxed")
-    if turn + part > 0:
-        before = turn - gl.where(part > 0, 0, 1)
-        all_programs = gl.minimum(tasks - before * gl.num_programs(0), gl.num_programs(0))
-        begun = gl.load(mine - 1, volatile=True)
+    at = turn * parts + part
+    gl.atomic_add(progress + at, 1, sem="relaxed")
+    if at >= LEAD:
+        before = progress + at - LEAD
+        all_programs = gl.minimum(tasks - (at - LEAD) // parts * gl.num_programs(0), gl.num_programs(0))
+        begun = gl.load(before, volatile=True)
         while (begun < all_programs) & (patience > 0):
-            begun = gl.load(mine - 1, volatile=True)
+            begun = gl.load(before, volatile=True)
             patience -= 1
         patience = gl.where(begun < all_programs, 0, PATIENCE)
     return patience
@@ -201,7 +204,8 @@ def fetch(
     tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
-    slot = gl.arange(0, ROWS, gl.SliceLayout(1, LINES)) if BY_ROWS else None
+    DIM: gl.constexpr = buffers[0].shape[2]
+    slot = gl.arange(0, ROWS, gl.SliceLayout(1, lines_layout(DIM))) if BY_ROWS else None
     in_full = block_offset(slot, video_h, video_w, BLOCK) if BY_ROWS else None
     at = 0
     patience = gl.to_tensor(PATIENCE)
@@ -210,7 +214,7 @@ def fetch(
         if attempt == 1:
             mbarrier.wait(finished, 0)
             repeat = gl.load(redo + tasks + gl.program_id(0)) > 0
-        in_step = (parts > 1) & (attempt == 0)
+        in_step = (parts > 0) & (attempt == 0)
         if repeat:
             following = ahead(gl.program_id(0), lists, numbers, GROUP)
             tile = query_tile(gl.program_id(0), heads, num_tiles, grid, BLOCK)
@@ -236,8 +240,9 @@ def fetch(
                     else:
                         key_base += item.to(gl.int64) * key_b + head.to(gl.int64) * key_h
                         value_base += item.to(gl.int64) * value_b + head.to(gl.int64) * value_h
-                    part_tiles = gl.cdiv(full_tiles, parts)
-                    for part in range(parts):
+                    walks = gl.maximum(parts, 1)
+                    part_tiles = gl.cdiv(full_tiles, walks)
+                    for part in range(walks):
                         if in_step:
                             patience = _begin_part(progress, turn, part, parts, tasks, patience)
                         for step in range(part * part_tiles, gl.minimum((part + 1) * part_tiles, full_tiles)):

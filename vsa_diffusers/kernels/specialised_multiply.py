@@ -19,16 +19,14 @@ from .attend import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
 from .geometry import unpack
 from .rows import block_offset
 from .specialised_common import (
-    DIM,
-    LINES,
     LOGITS,
-    OUTPUT,
     ROWS,
     STAGES,
-    WEIGHTS,
     ahead,
     first_token,
     lines_at,
+    lines_layout,
+    output_layout,
     query_tile,
     rows_exist,
     valid_context,
@@ -46,6 +44,7 @@ def _step(q, buffers, bars, at, state, scale, bias, FENCE: gl.constexpr, BOUNDED
     keys, values = buffers
     key_ready, value_ready, used = bars
     highest, total, acc, p = state
+    OUTPUT: gl.constexpr = output_layout(values.shape[2])
     slot = at % STAGES
     phase = at // STAGES & 1
     mbarrier.wait(key_ready.index(slot), phase)
@@ -72,7 +71,7 @@ def _step(q, buffers, bars, at, state, scale, bias, FENCE: gl.constexpr, BOUNDED
         total = total * shrink + gl.sum(weights, 1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
         highest = new_highest
-    p = gl.convert_layout(weights.to(values.dtype), WEIGHTS)
+    p = gl.convert_layout(weights.to(values.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
     mbarrier.wait(value_ready.index(slot), phase)
     if FENCE:
         fence_async_shared()
@@ -92,7 +91,7 @@ def _take_query(q, buffers, bars, at):
     phase = at // STAGES & 1
     mbarrier.wait(key_ready.index(slot), phase)
     mbarrier.wait(value_ready.index(slot), phase)
-    q.store(keys.index(slot).load(LINES))
+    q.store(keys.index(slot).load(lines_layout(q.shape[1])))
     fence_async_shared()
     mbarrier.arrive(used.index(slot))
 
@@ -122,6 +121,9 @@ def multiply(
     tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale = numbers
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     TILE: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
+    DIM: gl.constexpr = q_buffer.shape[1]
+    LINES: gl.constexpr = lines_layout(DIM)
+    OUTPUT: gl.constexpr = output_layout(DIM)
     column = gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
     whole = gl.where(column < TILE, 0.0, float("-inf")) if TILE != ROWS else None
     lines_in_full = block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, LINES)), video_h, video_w, BLOCK)
@@ -159,7 +161,7 @@ def multiply(
                         highest = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
                     total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, LOGITS))
                     acc = warpgroup_mma_init(gl.zeros((ROWS, DIM), gl.float32, OUTPUT))
-                    p = gl.zeros((ROWS, ROWS), q_buffer.dtype, WEIGHTS)
+                    p = gl.zeros((ROWS, ROWS), q_buffer.dtype, gl.DotOperandLayout(0, OUTPUT, 2))
                     state = (highest, total, acc, p)
                     for step in range(full_tiles):
                         state = _step(q_buffer, buffers, bars, at + step, state, scale, whole, False, attempt == 0)
@@ -212,7 +214,7 @@ def multiply(
                     tile = query_tile(task, heads, num_tiles, grid, BLOCK)
                     staged.store(out.to(q_buffer.dtype))
                     exists = rows_exist(tile, BLOCK, LINES)[:, None]
-                    at_output = lines_at(output, tile, output_strides, lines_in_full, grid)
+                    at_output = lines_at(output, tile, output_strides, lines_in_full, grid, DIM)
                     gl.store(at_output, staged.load(LINES), exists)
                     real = rows_exist(tile, BLOCK, OUTPUT)
                     lse_at = lse + tile[0].to(gl.int64) * lse_b

@@ -32,7 +32,7 @@ class Launch:
         tail_stages: buffers where it walks partial tiles.
         programs: of the kernel in `specialised.py`, which takes query tiles in turns, where it can run; 0 for the
             ordinary one.
-        parts: of a list, before each of which those programs wait for one another; 1 where they need not.
+        parts: of a list, before each of which those programs wait for one another; 0 where they need not.
     """
 
     layout: str = "direct"
@@ -42,7 +42,7 @@ class Launch:
     registers: int | None = None
     tail_stages: int = 1
     programs: int = 0
-    parts: int = 1
+    parts: int = 0
 
     @property
     def options(self) -> dict[str, int]:
@@ -112,11 +112,13 @@ _TABLE[10] = _TABLE[9]
 _TABLE[12] = _TABLE[8]
 # Shorter sequences do not repay the copy in tile order.
 LONG_SEQUENCE = 8192
-# But where the specialised kernel reads it, lists of so many tiles do.
-LONG_LIST = 24
-# Programs of the specialised kernel that wait for one another read the same keys at about the same time, which L2
-# rewards, as soon as a list has enough parts of enough tiles.
-MOST_PARTS, LEAST_PARTS, PART_TILES = 8, 4, 32
+# On long sequences programs of the specialised kernel wait for one another, before each of at most so many parts of their
+# lists, of at least so many tiles: then they read the same keys at about the same time, and most of those from L2.
+MOST_PARTS, PART_TILES = 8, 16
+
+
+# Programs of the specialised kernel that a multiprocessor has room for, by head_dim.
+PROGRAMS = {64: 3, 128: 2}
 
 
 def plan(
@@ -129,8 +131,7 @@ def plan(
     batch, _, heads, dim = query.shape
     launch = launch or table_launch(query, problem, device, token_stride)
     copy_bytes = 2 * batch * problem.grid.num_tokens * heads * dim * query.element_size()
-    whole = WHOLE_COPY_BYTES if _is_long(problem, token_stride) else 2 * WHOLE_COPY_BYTES
-    if launch.layout != "direct" and copy_bytes > whole and heads > 1:
+    if launch.layout != "direct" and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
         heads = -(-heads // 2)
     precision = "ieee"
     if device.capability >= (8, 0):
@@ -148,25 +149,27 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     is_long = _is_long(problem, token_stride)
     # Context queries would need a launch of their own, which a short sequence does not repay.
     specialised = device.processors > 0 and may_specialise(query, problem) and (is_long or not problem.num_context)
-    launch = long if is_long or (specialised and problem.top_k >= LONG_LIST) else short
+    launch = long if is_long else short
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
     if query.element_size() == 4:
         return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
-    return replace(launch, programs=2 * device.processors, parts=parts_of(problem.top_k)) if specialised else launch
+    if specialised:
+        parts = parts_of(problem.top_k) if is_long else 0
+        launch = replace(launch, programs=PROGRAMS[dim] * device.processors, parts=parts)
+    return launch
 
 
 def parts_of(top_k: int) -> int:
-    """Into how many parts programs that keep in step divide a list of `top_k` tiles."""
-    parts = min(MOST_PARTS, top_k // PART_TILES)
-    return parts if parts >= LEAST_PARTS else 1
+    """Into how many parts programs that keep in step divide a list of `top_k` tiles; 0 where they need not."""
+    return min(MOST_PARTS, top_k // PART_TILES)
 
 
 def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
     """Whether the kernel in `specialised.py` has been written for such a call, wherever key and value lie."""
-    shape_fits = query.shape[-1] == 128 and 32 < problem.grid.tile_capacity <= 64
+    shape_fits = query.shape[-1] in PROGRAMS and 32 < problem.grid.tile_capacity <= 64
     return shape_fits and query.dtype == torch.bfloat16
 
 
