@@ -60,9 +60,12 @@ def test_everything_else_takes_the_ordinary_kernel(device, case):
     assert chosen(device, (21, 30, 52), 0.2, **case).attend.programs == 0
 
 
-@pytest.mark.parametrize(("video_shape", "programs"), [((21, 30, 52), 264), ((16, 16, 24), 0)])
-def test_context_tokens_are_specialised_where_the_sequence_repays_another_launch(video_shape, programs):
-    assert chosen(HOPPER, video_shape, 0.2, after=5).attend.programs == programs
+@pytest.mark.parametrize(
+    ("case", "programs"), [({}, (264, 264)), ({"after": 5}, (264, 0)), ({"head_dim": 64}, (396, 0))], ids=str
+)
+def test_short_sequences_are_specialised_only_where_that_is_faster(case, programs):
+    shapes = (21, 30, 52), (16, 16, 24)
+    assert tuple(chosen(HOPPER, shape, 0.2, **case).attend.programs for shape in shapes) == programs
 
 
 @pytest.mark.parametrize(

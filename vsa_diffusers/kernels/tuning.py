@@ -112,8 +112,8 @@ _TABLE[10] = _TABLE[9]
 _TABLE[12] = _TABLE[8]
 # Shorter sequences do not repay the copy in tile order.
 LONG_SEQUENCE = 8192
-# On long sequences programs of the specialised kernel wait for one another, before each of at most so many parts of their
-# lists, of at least so many tiles: then they read the same keys at about the same time, and most of those from L2.
+# On long sequences programs of the specialised kernel wait for one another, before each of at most so many parts of
+# their lists, of at least so many tiles: then they read the same keys at about the same time, and most from L2.
 MOST_PARTS, PART_TILES = 8, 16
 
 
@@ -147,8 +147,9 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     rows = _TABLE.get(device.capability[0], _TABLE[0])
     long, short = next(launches for most, *launches in rows if dim <= most)
     is_long = _is_long(problem, token_stride)
-    # Context queries would need a launch of their own, which a short sequence does not repay.
-    specialised = device.processors > 0 and may_specialise(query, problem) and (is_long or not problem.num_context)
+    # On short sequences it is no faster at head_dim 64, and context queries would need a launch of their own.
+    pays = is_long or (dim == 128 and not problem.num_context)
+    specialised = device.processors > 0 and may_specialise(query, problem) and pays
     launch = long if is_long else short
     if launch.layout == "descriptor" and not can_describe(query, device):
         launch = replace(launch, layout="tiled")
