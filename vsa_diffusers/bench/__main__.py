@@ -110,6 +110,7 @@ def _row(shape: Shape, what: str, ratio: float | None, result: Measurement, dens
         "backward": backward,
         "tflops": flops / result.ms * 1e-9,
         "speedup": dense_ms / result.ms,
+        "spread": result.spread,
         **vars(result),
     }
 

@@ -9,20 +9,30 @@ from dataclasses import dataclass, field
 
 import torch
 
+LONG_MS = 50.0  # longer calls have one round: they take so long that no moment's clock decides
+
 
 @dataclass
 class Measurement:
     """Medians, and `first_ms`: what the first call took, with whatever had to be compiled or tuned for it.
+
+    `ms` is the median of the `rounds`, which are medians themselves, some time apart: GPUs change their clock.
 
     `launches`, `cpu_us`, `extra_bytes` and `kernels` (microseconds by name) are known on GPUs only.
     """
 
     ms: float
     first_ms: float
+    rounds: list[float] = field(default_factory=list)
     launches: int | None = None
     cpu_us: float | None = None
     extra_bytes: int | None = None
     kernels: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """From the shortest round to the longest, as a share of `ms`."""
+        return (max(self.rounds) - min(self.rounds)) / self.ms if self.rounds else 0.0
 
 
 def measure(call: Callable[[], object], device: str, rep_ms: int = 100) -> Measurement:
@@ -30,13 +40,19 @@ def measure(call: Callable[[], object], device: str, rep_ms: int = 100) -> Measu
     first_ms = _wall_ms(call, device)
     call()
     if device == "cpu":
-        return Measurement(statistics.median(_wall_ms(call, device) for _ in range(3)), first_ms)
-    result = Measurement(time_ms(call, rep_ms), first_ms)
-    result.extra_bytes = _extra_bytes(call)
-    result.cpu_us = _cpu_us(call, max(1, min(10, int(20 / result.ms))))
-    result.kernels = _kernels(call)
-    result.launches = int(result.kernels.pop("launches"))
-    return result
+        rounds = [_wall_ms(call, device) for _ in range(3)]
+        return Measurement(statistics.median(rounds), first_ms, rounds)
+    rounds = [time_ms(call, rep_ms)]
+    again = rounds[0] < LONG_MS
+    extra_bytes = _extra_bytes(call)
+    if again:
+        rounds.append(time_ms(call, rep_ms))
+    cpu_us = _cpu_us(call, max(1, min(10, int(20 / rounds[0]))))
+    kernels = _kernels(call)
+    if again:
+        rounds.append(time_ms(call, rep_ms))
+    launches = int(kernels.pop("launches"))
+    return Measurement(statistics.median(rounds), first_ms, rounds, launches, cpu_us, extra_bytes, kernels)
 
 
 def _wall_ms(call: Callable[[], object], device: str) -> float:
