@@ -24,6 +24,8 @@ from checks import (
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, select, tuning
+from vsa_diffusers.kernels.pool import pool
+from vsa_diffusers.kernels.replay import Work
 from vsa_diffusers.tiles import TileGrid
 from vsa_diffusers.torch_impl import Problem
 
@@ -68,6 +70,43 @@ def test_tiles_that_score_alike_are_kept_from_the_left():
     problem = Problem(TileGrid((5, 6, 7), (2, 3, 2)), 5, "sparse", 1.0)
     _, indices, _ = forward(query, query, value, None, None, problem)
     assert (indices == torch.arange(5)).all()
+
+
+class _GivenScores(Work):
+    """Launches as `Work` does, but puts scores of the test's own into the workspace."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def launch(self, kernel, grid, *arguments, **options):
+        if kernel is select.scores_kernel:
+            workspace = arguments[1]
+            workspace[: len(self.scores), : self.scores.shape[1]] = self.scores
+        else:
+            super().launch(kernel, grid, *arguments, **options)
+
+
+@pytest.mark.parametrize("top_k", [1, 9, 22, 44, 45])
+def test_the_highest_scores_are_kept_however_they_are_distributed(top_k):
+    grid = TileGrid((5, 10, 14), (2, 4, 3))  # 45 tiles
+    normal = torch.randn(45, 45)
+    normal[:5] = normal[:5].exp() ** 8
+    normal[5:10] = -(normal[5:10].exp() ** 8)
+    normal[10:15, ::9] += 1e30
+    normal[15:20] = 1e-40 * normal[15:20]
+    normal[20:25] = normal[20:25].round()  # many alike, zeros of either sign among them
+    normal[25:30, ::2] = float("-inf")
+    normal[30:35, 3] = float("inf")
+    normal[35] = 3.0
+    problem = Problem(grid, top_k, "sparse", 1.0)
+    work = _GivenScores(normal)
+    x = torch.randn(1, grid.num_tokens, 1, 16)
+    indices = torch.full((1, 1, 45, top_k), -1, dtype=torch.int32)
+    pooled = pool(work, x, x, x, problem, tiled=True)
+    select.select(work, pooled, indices, problem, tiled=True, precision="ieee", step=32)
+    in_order = torch.where(torch.signbit(normal) & (normal == 0), -1e-45, normal)  # -0 orders below 0 here
+    right = in_order.sort(descending=True, stable=True).indices[:, :top_k].sort().values
+    assert indices[0, 0].equal(right.int())
 
 
 def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):

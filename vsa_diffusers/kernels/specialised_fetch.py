@@ -149,7 +149,7 @@ def _fetch_groups(groups, entry, left, first_row, buffers, bars, at, GROUP: gl.c
     rows = ()
     for group in gl.static_range(ROWS // GROUP):
         start, shape = unpack(gl.load(entry + group, group * GROUP < left, other=0))
-        rows = rows + (first_row + start,)  # noqa: RUF005 - the compiler knows no stars
+        rows = rows + (first_row + start,)  # type: ignore[assignment]  # noqa: RUF005 - no stars here
     _await_key_room(bars, at)
     _copy_groups(key_groups, rows, keys.index(slot), key_ready.index(slot), GROUP)
     _await_value_room(bars, at)
@@ -205,7 +205,7 @@ def fetch(
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     video_tokens = video_t * video_h * video_w
     DIM: gl.constexpr = buffers[0].shape[2]
-    slot = gl.arange(0, ROWS, gl.SliceLayout(1, lines_layout(DIM))) if BY_ROWS else None
+    slot = gl.arange(0, ROWS, gl.SliceLayout(1, lines_layout(DIM))) if BY_ROWS else 0
     in_full = block_offset(slot, video_h, video_w, BLOCK) if BY_ROWS else None
     at = 0
     patience = gl.to_tensor(PATIENCE)
