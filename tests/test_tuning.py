@@ -82,6 +82,12 @@ def test_long_sequences_are_copied(video_shape, layout, ratio):
     assert chosen(HOPPER, video_shape, ratio, heads=32).attend.layout == layout
 
 
+def test_short_sequences_go_through_in_one_part_and_uncopied_on_any_hopper():
+    for device in (HOPPER, Device((9, 0), descriptors=True)):
+        plan = chosen(device, (16, 16, 24), 0.3, heads=32)
+        assert (plan.heads, plan.attend.layout) == (32, "direct")
+
+
 def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
     assert chosen(HOPPER, (21, 45, 80), 0.2, heads=40).heads == 20
 

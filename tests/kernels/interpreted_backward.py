@@ -22,6 +22,7 @@ from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import key_gradient, tuning
 from vsa_diffusers.kernels.invert import invert, restore
+from vsa_diffusers.kernels.pool import pool
 from vsa_diffusers.kernels.replay import Work
 from vsa_diffusers.tiles import TileGrid
 from vsa_diffusers.torch_impl import Problem
@@ -65,7 +66,9 @@ def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(ti
     scores[..., 7] -= 0.9
     indices = scores.topk(problem.top_k).indices.sort(-1).values.int()
     work = Work()
-    keepers = invert(work, restore(work, indices, problem, tiled=tiled).bits, problem, tiled=tiled)
+    x = torch.zeros(1, grid.num_tokens, 2, 16)
+    boxes = pool(work, x, x, x, problem, tiled=tiled).boxes
+    keepers = invert(work, restore(work, indices, boxes, problem, tiled=tiled).bits, problem, tiled=tiled)
     token_of = grid.token_index()
     sizes = (token_of >= 0).sum(1)
     first = sizes.cumsum(0) - sizes if tiled else token_of[:, 0]

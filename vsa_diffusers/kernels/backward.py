@@ -63,7 +63,7 @@ def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Backward
     if problem.has_coarse:
         coarse, coarse_lse = coarse_attention(work, pooled.means, problem.scale, chosen.precision)
     prepared = prepare(work, query, output, grad_output, gate, coarse, lse, grad_gate, problem, tiled=queries_tiled)
-    kept = restore(work, indices, problem, tiled=keys_tiled)
+    kept = restore(work, indices, pooled.boxes, problem, tiled=keys_tiled)
     query_means = means = None
     if problem.has_coarse:
         query_means, means = coarse_gradients(work, pooled.means, coarse_lse, prepared, problem.scale, chosen.precision)

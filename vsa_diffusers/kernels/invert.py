@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SLICED, grid_arguments, tile_box, tile_row
-from .lists import GROUP, append_tiles, tail_groups, tail_width
+from .lists import GROUP, append_tiles, tail_groups, tail_width, write_lists
 from .replay import Work
 from .rows import BACKWARD_SIZES
 
@@ -43,21 +43,10 @@ class Keepers(NamedTuple):
     order: torch.Tensor  # key tiles, those with the longest lists first: int32 [P, N]
 
 
-@triton.jit
-def _box_of(tile, grid, BLOCK: tl.constexpr, TILED: tl.constexpr):
-    """First rows (or tokens) of tiles, and their extents."""
-    _, video_h, video_w, _, _ = grid
-    t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
-    if TILED:
-        first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
-    else:
-        first = (t * video_h + h) * video_w + w
-    return first, extent_t, extent_h, extent_w
-
-
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
 def restore_kernel(
     indices,
+    boxes,
     starts,
     tail,
     counts,
@@ -67,11 +56,6 @@ def restore_kernel(
     top_k,
     tail_width,
     indices_b,
-    video_t,
-    video_h,
-    video_w,
-    tiles_h,
-    tiles_w,
     BLOCK: tl.constexpr,
     TILED: tl.constexpr,
     TAIL_GROUPS: tl.constexpr,
@@ -79,39 +63,36 @@ def restore_kernel(
     PART: tl.constexpr,
 ):
     """Program (query tile of one head). Its bits are cleared first."""
-    grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     place = (tl.program_id(0) // num_tiles).to(tl.int64)
     line = tl.program_id(0) % num_tiles
-    one = tl.arange(0, 1)
-    entry = place * num_tiles + line + one
+    entry = place * num_tiles + line
     listed = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
     words = bits + place * tl.cdiv(num_tiles, 32) * num_tiles + line
     for begin in range(0, tl.cdiv(num_tiles, 32), PART):
         word = begin + tl.arange(0, PART)
         tl.store(words + word.to(tl.int64) * num_tiles, tl.zeros((PART,), tl.int32), word < tl.cdiv(num_tiles, 32))
     tl.debug_barrier()
-    full_before = tl.zeros((1,), tl.int32)
-    groups_before = tl.zeros((1,), tl.int32)
     for begin in range(0, top_k, PART):
         column = begin + tl.arange(0, PART)
         exists = column < top_k
         tile = tl.load(listed + column, exists, other=0)
         bit = tl.full((PART,), 1, tl.int32) << (tile % 32)
         tl.atomic_or(words + (tile // 32).to(tl.int64) * num_tiles, bit, exists, sem="relaxed")
-        full_before, groups_before = append_tiles(
-            exists[None, :],
-            _box_of(tile[None, :], grid, BLOCK, TILED),
-            starts + entry * top_k,
-            tail + entry * tail_width if tail is not None else None,
-            full_before,
-            groups_before,
-            BLOCK,
-            TILED,
-            TAIL_GROUPS,
-            GROUP,
-        )
-    tl.store(counts + entry * 2, full_before)
-    tl.store(counts + entry * 2 + 1, groups_before)
+    write_lists(
+        listed,
+        boxes,
+        starts,
+        tail,
+        counts,
+        entry,
+        top_k,
+        tail_width,
+        BLOCK,
+        TILED,
+        TAIL_GROUPS,
+        GROUP,
+        PART,
+    )
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -155,9 +136,14 @@ def invert_kernel(
         tile = begin + tl.arange(0, PART)
         column = tl.load(bits + tile, tile < num_tiles, other=0)
         kept = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, PART]
+        t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
+        if TILED:
+            first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
+        else:
+            first = (t * video_h + h) * video_w + w
         full_before, groups_before = append_tiles(
             kept,
-            _box_of(tile[None, :], grid, BLOCK, TILED),
+            (first[None, :], extent_t[None, :], extent_h[None, :], extent_w[None, :]),
             starts,
             tail,
             full_before,
@@ -209,10 +195,10 @@ def order_kernel(
     tl.store(order + place * num_tiles + rank, line, line_mask)
 
 
-def restore(work: Work, indices: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
+def restore(work: Work, indices: torch.Tensor, boxes: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
     """The lists that the forward pass walked, from `indices` int32 `[B, H, N, K]`.
 
-    `tiled` asks for rows of the tile-ordered copy instead of tokens of the sequence.
+    `tiled` says that `boxes`, of the pool pass, hold rows of the tile-ordered copy instead of tokens of the sequence.
     """
     batch, heads, num_tiles, top_k = indices.shape
     grid, width = problem.grid, tail_width(problem)
@@ -227,6 +213,7 @@ def restore(work: Work, indices: torch.Tensor, problem: Problem, *, tiled: bool)
         restore_kernel,
         (places * num_tiles,),
         indices,
+        boxes,
         kept.starts,
         kept.tail,
         kept.counts,
@@ -236,7 +223,7 @@ def restore(work: Work, indices: torch.Tensor, problem: Problem, *, tiled: bool)
         top_k,
         width,
         indices.stride(0),
-        *grid_arguments(grid),
+        BLOCK=grid.block_size,
         TILED=tiled,
         **tail_groups(grid),
         PART=PART,

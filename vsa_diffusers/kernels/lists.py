@@ -15,9 +15,22 @@ import triton.language as tl
 
 from ..tiles import TileGrid
 from ..torch_impl import Problem
-from .geometry import pack
+from .geometry import pack, unpack
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
+
+
+@triton.jit
+def store_box(to, first, extent_t, extent_h, extent_w):
+    """Note where a tile begins, in the low half, and its extents, in eight bits each of the high half."""
+    tl.store(to, pack(first, extent_t | (extent_h << 8) | (extent_w << 16)))
+
+
+@triton.jit
+def load_box(at, exists):
+    """First row (or token) and extents of tiles, 0 where `exists` says that there is none."""
+    first, extents = unpack(tl.load(at, exists, other=0))
+    return first, extents & 255, (extents >> 8) & 255, extents >> 16
 
 
 @triton.jit
@@ -64,6 +77,53 @@ def append_tiles(
                 tl.store(at + group, tl.broadcast_to(pair, groups.shape), groups > group)
     total = tl.sum(count, 1)
     return full_before + (total & 65535), groups_before + (total >> 16)
+
+
+@triton.jit
+def write_lists(
+    indices,
+    boxes,
+    starts,
+    tail,
+    counts,
+    entry,
+    top_k,
+    tail_width,
+    BLOCK: tl.constexpr,
+    TILED: tl.constexpr,
+    TAIL_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Write the lists of one query tile, the `entry`-th of all, from the `top_k` kept tiles at `indices`.
+
+    Args:
+        boxes: what `store_box` noted of every tile, for rows or for tokens as `TILED` says.
+        counts: where to say how many full tiles and groups there are; `None` where nobody asks.
+        PART: tiles that are taken at a time.
+    """
+    entry += tl.arange(0, 1)
+    full_before = tl.zeros((1,), tl.int32)
+    groups_before = tl.zeros((1,), tl.int32)
+    for begin in range(0, top_k, PART):
+        column = begin + tl.arange(0, PART)[None, :]
+        listed = column < top_k
+        tile = tl.load(indices + column, listed, other=0)
+        full_before, groups_before = append_tiles(
+            listed,
+            load_box(boxes + tile, listed),
+            starts + entry * top_k,
+            tail + entry * tail_width if tail is not None else None,
+            full_before,
+            groups_before,
+            BLOCK,
+            TILED,
+            TAIL_GROUPS,
+            GROUP,
+        )
+    if counts is not None:
+        tl.store(counts + entry * 2, full_before)
+        tl.store(counts + entry * 2 + 1, groups_before)
 
 
 def tail_groups(grid: TileGrid) -> dict[str, int]:

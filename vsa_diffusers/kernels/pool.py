@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..torch_impl import Problem
-from .geometry import SIZES, grid_arguments, pack, slot_offset, tile_box, tile_row, unpack
+from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
+from .lists import store_box
 from .quarters import store_quarters
 from .replay import Work
 from .tuning import power_of_two
@@ -62,19 +63,6 @@ def _pool_one(
     if rows is not None:
         tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
     return x
-
-
-@triton.jit
-def store_box(to, first, extent_t, extent_h, extent_w):
-    """Note where a tile begins, in the low half, and its extents, in eight bits each of the high half."""
-    tl.store(to, pack(first, extent_t | (extent_h << 8) | (extent_w << 16)))
-
-
-@triton.jit
-def load_box(at, exists):
-    """First row (or token) and extents of tiles, 0 where `exists` says that there is none."""
-    first, extents = unpack(tl.load(at, exists, other=0))
-    return first, extents & 255, (extents >> 8) & 255, extents >> 16
 
 
 @triton.jit(do_not_specialize=SIZES)

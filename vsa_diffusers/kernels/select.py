@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ..torch_impl import Problem
 from .geometry import SIZES, SLICED, workspace_width
-from .lists import append_tiles, tail_groups, tail_width
-from .pool import Pooled, load_box
+from .lists import tail_groups, tail_width, write_lists
+from .pool import Pooled
 from .quarters import quarter_scores
 from .replay import Work
 from .tuning import power_of_two
@@ -229,28 +229,21 @@ def top_k_kernel(
         tl.store(indices + at, column, kept)
         kept_before += tl.sum(count, 1)
     tl.debug_barrier()  # what one thread has stored others load
-    list_entry = entry + tl.arange(0, 1)
-    full_before = tl.zeros((1,), tl.int32)
-    groups_before = tl.zeros((1,), tl.int32)
-    for begin in range(0, top_k, LISTED):
-        column = begin + tl.arange(0, LISTED)[None, :]
-        listed = column < top_k
-        tile = tl.load(indices + column, listed, other=0)
-        full_before, groups_before = append_tiles(
-            listed,
-            load_box(boxes + tile, listed),
-            starts + list_entry * top_k,
-            tail + list_entry * tail_width if tail is not None else None,
-            full_before,
-            groups_before,
-            BLOCK,
-            TILED,
-            TAIL_GROUPS,
-            GROUP,
-        )
-    if counts is not None:
-        tl.store(counts + list_entry * 2, full_before)
-        tl.store(counts + list_entry * 2 + 1, groups_before)
+    write_lists(
+        indices,
+        boxes,
+        starts,
+        tail,
+        counts,
+        entry,
+        top_k,
+        tail_width,
+        BLOCK,
+        TILED,
+        TAIL_GROUPS,
+        GROUP,
+        LISTED,
+    )
     tl.store(progress + entry, 0)
     if line == 0:  # whoever has a head's first tile also finds its longest key
         tile = tl.arange(0, KEYS)

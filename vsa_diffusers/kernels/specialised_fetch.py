@@ -28,7 +28,6 @@ from .specialised_common import (
 )
 
 PATIENCE = gl.constexpr(1024)  # looks at others' progress, each a way to L2 and back
-LEAD = gl.constexpr(1)  # parts by which a program may be ahead of the last one
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -166,9 +165,9 @@ def _begin_part(progress, turn, part, parts, tasks, patience):
     """
     at = turn * parts + part
     gl.atomic_add(progress + at, 1, sem="relaxed")
-    if at >= LEAD:
-        before = progress + at - LEAD
-        all_programs = gl.minimum(tasks - (at - LEAD) // parts * gl.num_programs(0), gl.num_programs(0))
+    if at > 0:
+        before = progress + at - 1
+        all_programs = gl.minimum(tasks - (at - 1) // parts * gl.num_programs(0), gl.num_programs(0))
         begun = gl.load(before, volatile=True)
         while (begun < all_programs) & (patience > 0):
             begun = gl.load(before, volatile=True)
@@ -196,7 +195,7 @@ def fetch(
 ):
     buffers, bars, finished = ring
     progress, parts = pace
-    key, value, key_descriptor, value_descriptor, groups, proxies = sources
+    key, value, key_descriptor, value_descriptor, groups, proxy_descriptor = sources
     context_key, context_value, context_mask, tokens_before, tokens_after = context
     starts, tail, counts, longest, reach, redo = lists
     key_b, key_s, key_h, value_b, value_s, value_h = strides
@@ -240,9 +239,9 @@ def fetch(
                     else:
                         key_base += item.to(gl.int64) * key_b + head.to(gl.int64) * key_h
                         value_base += item.to(gl.int64) * value_b + head.to(gl.int64) * value_h
-                    walks = gl.maximum(parts, 1)
-                    part_tiles = gl.cdiv(full_tiles, walks)
-                    for part in range(walks):
+                    list_parts = gl.maximum(parts, 1)
+                    part_tiles = gl.cdiv(full_tiles, list_parts)
+                    for part in range(list_parts):
                         if in_step:
                             patience = _begin_part(progress, turn, part, parts, tasks, patience)
                         for step in range(part * part_tiles, gl.minimum((part + 1) * part_tiles, full_tiles)):
@@ -270,18 +269,19 @@ def fetch(
                             else:
                                 listed = first + slot
                                 rows, exists = tail_rows(
-                                    entry, listed, listed < listed_keys, video_h, video_w, TILED, GROUP
+                                    entry, listed, listed < listed_keys, video_h, video_w, False, GROUP
                                 )
                                 rows = rows.to(gl.int64)
                                 _fetch_rows(
                                     key_base, value_base, rows * key_s, rows * value_s, exists, buffers, bars, at
                                 )
                             at += 1
-                    if proxies is not None:
+                    if proxy_descriptor is not None:
                         for first in range(0, num_tiles, ROWS):
                             mean_key = (task // num_tiles) * num_tiles + first
                             mean_value = mean_key + batch_heads * num_tiles
-                            _fetch_tile(proxies, proxies, [mean_key, 0], [mean_value, 0], buffers, bars, at)
+                            corners = [mean_key, 0], [mean_value, 0]
+                            _fetch_tile(proxy_descriptor, proxy_descriptor, corners[0], corners[1], buffers, bars, at)
                             at += 1
                     if context_key is not None:
                         item_key = context_key + item.to(gl.int64) * key_b + head.to(gl.int64) * key_h
