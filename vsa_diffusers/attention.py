@@ -98,7 +98,7 @@ def video_sparse_attention(
         problem = torch_impl.Problem(grid, count, combine, scale, before, after, selection)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             return _Attention.apply(*tensors, problem, implementation)
-        output, *_ = _forward(*tensors, problem, implementation)
+        output, *_ = _forward(*tensors, problem, implementation, output_alone=True)
     return output
 
 
@@ -217,12 +217,14 @@ def _forward_op(query, key, value, gate, context_mask, *numbers):
     return _forward(query, key, value, gate, context_mask, _problem(*numbers), implementation)
 
 
-def _forward(query, key, value, gate, context_mask, problem: torch_impl.Problem, implementation: str):
-    """What the registered operator returns, from the kernels or from PyTorch."""
+def _forward(
+    query, key, value, gate, context_mask, problem: torch_impl.Problem, implementation: str, output_alone: bool = False
+):
+    """What the registered operator returns, from the kernels or from PyTorch, or the `output_alone` and anything."""
     if _runs_triton(implementation, query, problem):
         from . import kernels
 
-        return kernels.forward(query, key, value, gate, context_mask, problem)
+        return kernels.forward(query, key, value, gate, context_mask, problem, output_alone=output_alone)
     return *torch_impl.forward(query, key, value, gate, context_mask, problem), query.new_empty(0, dtype=torch.float32)
 
 

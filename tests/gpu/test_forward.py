@@ -115,6 +115,18 @@ def test_the_specialised_kernel_takes_context_tokens(
     assert specialised
 
 
+@pytest.mark.parametrize("combine", ["gate", "merge"])
+def test_the_output_alone_is_the_same_beside_context_tokens(combine, specialised, monkeypatch):
+    monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time
+    for _ in range(2):
+        case = replace(MEDIUM, combine=combine, batch=2, heads=4, before=3, after=70, masked=True, programs=7)
+        arguments = (*case.inputs("cuda"), case.problem, replace(case.launch, layout="descriptor"))
+        output, *others = forward(*arguments, output_alone=True)
+        assert others == [None, None]
+        assert torch.equal(output, forward(*arguments)[0])
+    assert specialised
+
+
 @pytest.mark.parametrize("spread", [1.0, 2.77])  # at 2.77 some query tiles are left for the end of the kernel
 @pytest.mark.parametrize("programs", [1, 7, 264, 100_000])  # the last are more than fit on the GPU at a time
 def test_keeping_in_step_changes_no_bit(programs, spread, specialised):
@@ -175,6 +187,7 @@ def test_the_table_s_own_launches_match_fp64(case, head_dim):
     assert relative_error(output, expected(query, key, value, gate, mask, indices, case.problem)[0]) < 1e-2
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("video_shape", [(16, 34, 60), (8, 12, 20)])
 @pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
 def test_a_ratio_of_one_errs_no_more_than_dense_bf16_attention(video_shape, spread):

@@ -39,6 +39,18 @@ def test_a_call_that_repeats_the_launches_of_another_matches_fp64(case):
     check_gradients(case)
 
 
+@pytest.mark.parametrize("case", [CASES[0], JOINT], ids=str)
+def test_the_output_alone_is_the_same(case, monkeypatch, replays):
+    monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time, each with indices of their own
+    case = replace(case, video_shape=(4, 5, 6), top_k=2, layout="tiled")
+    for _ in range(2):
+        arguments = (*case.inputs(), case.problem, case.launch)
+        output, indices, lse = forward(*arguments, output_alone=True)
+        assert indices is None and lse is None
+        assert torch.equal(output, forward(*arguments)[0])
+    assert len(replays.known) == 2
+
+
 @pytest.mark.skipif(not tuning.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
 def test_descriptors_are_moved_to_the_new_workspace():
     check(DESCRIPTOR_CASES[1])

@@ -26,7 +26,7 @@ class Work:
         return like.new_empty(shape, dtype=dtype)
 
     def parts(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
-        """Some of the heads or tokens of the call's own tensors, or of parts of those."""
+        """Some of the heads or tokens of the call's own tensors, of memory from `empty`, or of parts of those."""
         return [None if x is None else x[(slice(None),) * axis + (part,)] for x in tensors]
 
     def free(self, *tensors: torch.Tensor | None) -> None:
@@ -74,13 +74,15 @@ class Replay:
             return self._interpret([*tensors, workspace])
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         starts.append(workspace.data_ptr())
+        # Looked up once for all launches; each would look up device and stream anew.
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
         for run, recorded, pointers, descriptors in self.steps:
             arguments = recorded.copy()
             for argument, tensor, offset, _ in pointers:
                 arguments[argument] = starts[tensor] + offset
             for argument, tensor, offset, descriptor in descriptors:
                 arguments[argument] = _moved(descriptor, _Address(starts[tensor] + offset))
-            run(*arguments)
+            run(*arguments, stream=stream)
         return None
 
     def _interpret(self, tensors: Tensors) -> None:
@@ -151,7 +153,7 @@ class Recording(Work):
         parts = super().parts(tensors, axis, part)
         for whole, some in zip(tensors, parts, strict=True):
             if whole is not None and some is not None:
-                index, offset = self.places[id(whole)]
+                index, offset = self._place(whole)
                 self.places[id(some)] = index, offset + some.data_ptr() - whole.data_ptr()
         self.views += parts
         return parts

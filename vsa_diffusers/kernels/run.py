@@ -56,27 +56,30 @@ def forward(
     context_mask: torch.Tensor | None,
     problem: Problem,
     launch: Launch | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *,
+    output_alone: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Output `[B, S, H, D]`, selected tiles `[B, H, N, K]` (int32, ascending), log-sum-exp `[B, H, S]` (fp32).
 
-    `launch` overrides the tuning table for the sparse kernel.
+    `launch` overrides the tuning table for the sparse kernel. With `output_alone` the other two are `None`: they lie in
+    the workspace, which takes the host less time.
     """
     query, key, value = (dense_rows(x) for x in (query, key, value))
     gate = None if gate is None else dense_rows(gate)
     context_mask = None if context_mask is None else words_of(context_mask)
-    batch, sequence, heads, dim = query.shape
-    output = query.new_empty((batch, sequence, heads, dim))
-    indices = query.new_empty((batch, heads, problem.grid.num_tiles, problem.top_k), dtype=torch.int32)
-    lse = query.new_empty((batch, heads, sequence), dtype=torch.float32)
+    output = query.new_empty(query.shape)
+    indices, lse = (None, None) if output_alone else _unasked(Work(), query, problem)
 
     def launch_all(work: Work, tensors: Tensors) -> None:
         query, key, value, *_ = tensors
         chosen = plan(query, problem, this_device(query), max(key.stride(1), value.stride(1)), launch)
         left = False
-        for first in range(0, heads, chosen.heads):
+        for first in range(0, query.shape[2], chosen.heads):
             left |= _some_heads(work, tensors, problem, chosen, slice(first, first + chosen.heads))
         if left:
             query, key, value, _, output, indices, lse, context_mask = tensors
+            if lse is None:
+                indices, lse = _unasked(work, query, problem)
             attend_from_context(work, query, key, value, context_mask, indices, output, lse, problem, chosen.attend)
 
     tensors = (query, key, value, gate, output, indices, lse, context_mask)
@@ -121,13 +124,23 @@ def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, he
     """
     *sequences, indices, lse, context_mask = tensors
     query, key, value, gate, output = work.parts(sequences, 2, heads)
-    indices, lse = work.parts((indices, lse), 1, heads)
+    if lse is None:
+        indices, lse = _unasked(work, query, problem)
+    else:
+        indices, lse = work.parts((indices, lse), 1, heads)
     tiled = chosen.attend.layout != "direct"
     pooled = pool(work, query, key, value, problem, tiled=tiled, parts=problem.selection == "quarters")
     lists = select(work, pooled, indices, problem, tiled=tiled, precision=chosen.precision, step=chosen.step)
     left = attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.attend)
     work.end_part()
     return left
+
+
+def _unasked(work: Work, query: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the indices and the log-sum-exp of the heads of `query`, where the caller wants neither."""
+    batch, sequence, heads, _ = query.shape
+    indices = work.empty(query, (batch, heads, problem.grid.num_tiles, problem.top_k), torch.int32)
+    return indices, work.empty(query, (batch, heads, sequence), torch.float32)
 
 
 def this_device(x: torch.Tensor) -> Device:
