@@ -201,7 +201,7 @@ def multiply(
                         spread = gl.load(coarse + line * DIM + dim)[None, :]
                     highest, total, acc, p = state
                     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-
+                    _take_query(q_buffer, buffers, bars, at)  # so that the next tile's keys can come during what follows
                     total = gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))
                     highest = gl.convert_layout(highest, gl.SliceLayout(1, OUTPUT))
                     out = acc * (1.0 / total)[:, None]
@@ -226,5 +226,6 @@ def multiply(
                         lost = real & (gl.convert_layout(video_total, gl.SliceLayout(1, OUTPUT)) <= LEAST_TOTAL)
                         vanished |= lost.to(gl.int32)
                         gl.store(redo + task + gl.zeros_like(vanished), 1, lost)
-                _take_query(q_buffer, buffers, bars, at)
+                else:
+                    _take_query(q_buffer, buffers, bars, at)
                 at += 1
