@@ -201,7 +201,7 @@ def multiply(
                         spread = gl.load(coarse + line * DIM + dim)[None, :]
                     highest, total, acc, p = state
                     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-                    _take_query(q_buffer, buffers, bars, at)  # so that the next tile's keys can come during what follows
+                    _take_query(q_buffer, buffers, bars, at)  # so that the next tile's keys come meanwhile
                     total = gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))
                     highest = gl.convert_layout(highest, gl.SliceLayout(1, OUTPUT))
                     out = acc * (1.0 / total)[:, None]

@@ -112,9 +112,10 @@ _TABLE[10] = _TABLE[9]
 _TABLE[12] = _TABLE[8]
 # Shorter sequences do not repay the copy in tile order.
 LONG_SEQUENCE = 8192
-# On long sequences programs of the specialised kernel wait for one another, before each of at most so many parts of
-# their lists, of at least so many tiles: then they read the same keys at about the same time, and most from L2.
-MOST_PARTS, PART_TILES = 8, 16
+# Programs of the specialised kernel wait for one another before each of at most so many parts of their lists, of at
+# least so many tiles on long sequences and on short ones: then they read the same keys at about the same time.
+MOST_PARTS = 8
+LONG_PART, SHORT_PART = 16, 9
 
 
 # Programs of the specialised kernel that a multiprocessor has room for, by head_dim.
@@ -158,14 +159,17 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
     if specialised:
-        parts = parts_of(problem.top_k) if is_long else 0
+        parts = parts_of(problem.top_k, is_long)
         launch = replace(launch, programs=PROGRAMS[dim] * device.processors, parts=parts)
     return launch
 
 
-def parts_of(top_k: int) -> int:
+def parts_of(top_k: int, is_long: bool) -> int:
     """Into how many parts programs that keep in step divide a list of `top_k` tiles; 0 where they need not."""
-    return min(MOST_PARTS, top_k // PART_TILES)
+    if is_long:
+        return min(MOST_PARTS, top_k // LONG_PART)
+    parts = min(MOST_PARTS, top_k // SHORT_PART)
+    return parts if parts > 1 else 0  # to begin together is not worth a wait here
 
 
 def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
