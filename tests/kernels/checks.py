@@ -144,6 +144,7 @@ QUARTER_CASES += [
     Case(selection="quarters", video_shape=(2, 9, 21), block_size=(2, 1, 10), top_k=7, combine="merge", after=3),
     Case(selection="quarters", video_shape=(2, 9, 12), block_size=(2, 4, 1), top_k=9, before=2),
     Case(selection="quarters", spread=4.0, dtype=torch.bfloat16, combine="merge", layout="tiled"),
+    Case(selection="quarters", video_shape=(4, 8, 9), head_dim=128, dtype=torch.bfloat16, combine="merge", heads=2),
     Case(selection="quarters", spread=16.0, tolerance=1e-3, transposed=True, heads=2),
 ]
 

@@ -76,9 +76,10 @@ def store_quarters(
     """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     EVEN: tl.constexpr = (x.shape[0] == TILE) & (BLOCK_D == HEAD_DIM) & (BLOCK[1] % 2 == 0) & (BLOCK[2] % 2 == 0)
-    SMALL: tl.constexpr = (TILE <= 64) & (BLOCK_D <= 128) & (x.dtype.primitive_bitwidth == 16)  # in shared memory, too
+    # Rows of 256 bytes lie so that sums stay within a warp; those of other lengths would go through shared memory.
+    APART: tl.constexpr = (TILE <= 64) & (BLOCK_D == 128) & (x.dtype.primitive_bitwidth == 16)
     to_do = True
-    if EVEN and SMALL:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
+    if EVEN and APART:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
         if size == TILE:
             _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
             to_do = False

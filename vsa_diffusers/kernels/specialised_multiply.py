@@ -216,6 +216,7 @@ def multiply(
                     exists = rows_exist(tile, BLOCK, LINES)[:, None]
                     at_output = lines_at(output, tile, output_strides, lines_in_full, grid, DIM)
                     gl.store(at_output, staged.load(LINES), exists)
+                    fence_async_shared()  # the copy engine fills this place next
                     real = rows_exist(tile, BLOCK, OUTPUT)
                     lse_at = lse + tile[0].to(gl.int64) * lse_b
                     lse_at += tile[1].to(gl.int64) * (video_t * video_h * video_w + context_tokens) + first_token(
