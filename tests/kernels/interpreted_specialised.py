@@ -1,0 +1,69 @@
+"""Run by `tests/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: the kernel in Gluon, on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checks import Case, check, check_rows_far_below_their_bound
+from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
+from vsa_diffusers.kernels import forward
+from vsa_diffusers.kernels.replay import Work
+
+gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with a Triton that has Gluon")
+from vsa_diffusers.kernels.specialised import specialised_kernel  # noqa: E402 - needs Gluon, too
+
+# Of 2 x 3 x 3 tiles most are partial, down to two tokens.
+BASE = Case((5, 9, 10), top_k=7, combine="gate", head_dim=128, dtype=torch.bfloat16, programs=3, layout="tiled")
+WHOLE = replace(BASE, video_shape=(8, 8, 12), layout="direct")
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch):
+    """Launches of the specialised kernel go to `gluon_on_cpu`; there must have been some."""
+    launches = []
+
+    def launch(self, kernel, grid, *arguments, **options):
+        if kernel is specialised_kernel:
+            launches.append(grid)
+            gluon_on_cpu.run(kernel, grid[0], arguments, options)
+        else:
+            kernel[grid](*arguments, **options)
+
+    monkeypatch.setattr(Work, "launch", launch)
+    yield
+    assert launches
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BASE,
+        replace(BASE, combine="merge", batch=2, parts=2),
+        replace(BASE, combine="sum", head_dim=64, programs=5, parts=3),
+        replace(BASE, combine="merge", head_dim=64, block_size=(3, 5, 4)),
+        replace(BASE, combine="merge", layout="direct", spread=16.0),
+        replace(BASE, combine="sparse", before=3, after=70, masked=True),
+        replace(BASE, combine="gate", before=65, transposed=True, heads=2, spread=4.0),
+        replace(WHOLE, heads=2, parts=2),
+        replace(WHOLE, combine="merge", batch=2, spread=4.0, programs=100),
+    ],
+    ids=str,
+)
+def test_the_specialised_kernel_matches_fp64(case):
+    check(case)
+
+
+@pytest.mark.parametrize("combine", ["gate", "sparse"])
+def test_it_finds_rows_far_below_their_bound(combine):
+    check_rows_far_below_their_bound(combine, head_dim=128, programs=2, layout="tiled")
+
+
+def test_keeping_in_step_changes_no_bit():
+    case = replace(BASE, head_dim=64, programs=4)
+    query, key, value, gate, _ = case.inputs()
+    outputs = [
+        forward(query, key, value, gate, None, case.problem, replace(case.launch, parts=parts)) for parts in (0, 3, 7)
+    ]
+    for other in outputs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outputs[0], other, strict=True))
