@@ -220,7 +220,10 @@ def _forward_op(query, key, value, gate, context_mask, *numbers):
 def _forward(
     query, key, value, gate, context_mask, problem: torch_impl.Problem, implementation: str, output_alone: bool = False
 ):
-    """What the registered operator returns, from the kernels or from PyTorch, or the `output_alone` and anything."""
+    """What the registered operator returns, from the kernels or from PyTorch.
+
+    With `output_alone` the caller wants nothing but the output, and the kernels return nothing else.
+    """
     if _runs_triton(implementation, query, problem):
         from . import kernels
 

@@ -76,7 +76,7 @@ def store_quarters(
     """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     EVEN: tl.constexpr = (x.shape[0] == TILE) & (BLOCK_D == HEAD_DIM) & (BLOCK[1] % 2 == 0) & (BLOCK[2] % 2 == 0)
-    # Rows of 256 bytes lie so that sums stay within a warp; those of other lengths would go through shared memory.
+    # Rows of 256 bytes are loaded so that sums stay within warps; with others they would cross them.
     APART: tl.constexpr = (TILE <= 64) & (BLOCK_D == 128) & (x.dtype.primitive_bitwidth == 16)
     to_do = True
     if EVEN and APART:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
