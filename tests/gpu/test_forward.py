@@ -19,6 +19,8 @@ from checks import (
     STRIDE_CASES,
     Case,
     check,
+    check_keeping_in_step,
+    check_output_alone,
     check_rows_far_below_their_bound,
     expected,
 )
@@ -118,27 +120,19 @@ def test_the_specialised_kernel_takes_context_tokens(
 @pytest.mark.parametrize("combine", ["gate", "merge"])
 def test_the_output_alone_is_the_same_beside_context_tokens(combine, specialised, monkeypatch):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time
-    for _ in range(2):
-        case = replace(MEDIUM, combine=combine, batch=2, heads=4, before=3, after=70, masked=True, programs=7)
-        arguments = (*case.inputs("cuda"), case.problem, replace(case.launch, layout="descriptor"))
-        output, *others = forward(*arguments, output_alone=True)
-        assert others == [None, None]
-        assert torch.equal(output, forward(*arguments)[0])
+    form = {"layout": "descriptor", "programs": 7}
+    check_output_alone(
+        replace(MEDIUM, combine=combine, batch=2, heads=4, before=3, after=70, masked=True, **form), "cuda"
+    )
     assert specialised
 
 
 @pytest.mark.parametrize("spread", [1.0, 2.77])  # at 2.77 some query tiles are left for the end of the kernel
 @pytest.mark.parametrize("programs", [1, 7, 264, 100_000])  # the last are more than fit on the GPU at a time
-def test_keeping_in_step_changes_no_bit(programs, spread, specialised):
-    case = replace(MEDIUM, video_shape=(18, 34, 42), heads=6, combine="gate", spread=spread, programs=programs)
-    query, key, value, gate, _ = case.inputs("cuda")
-    alone, *others = (
-        forward(query, key, value, gate, None, case.problem, replace(case.launch, layout="descriptor", parts=parts))
-        for parts in (0, 1, 2, 5, 20)
-    )
-    assert alone[0].isfinite().all()
-    for other in others:
-        assert all(torch.equal(x, y) for x, y in zip(alone, other, strict=True))
+@pytest.mark.parametrize(("layout", "video_shape"), [("descriptor", (18, 34, 42)), ("direct", (16, 32, 40))])
+def test_keeping_in_step_changes_no_bit(layout, video_shape, programs, spread, specialised):
+    form = {"layout": layout, "video_shape": video_shape, "programs": programs}
+    check_keeping_in_step(replace(MEDIUM, heads=6, combine="gate", spread=spread, **form), (1, 2, 5, 20), "cuda")
 
 
 @pytest.mark.parametrize("combine", ["gate", "sparse"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -263,6 +264,24 @@ def check_gradients(case: Case, device: str = "cpu", launch: BackwardLaunch | No
         assert ours.shape == query.shape
         error = relative_error(ours, exact)
         assert error < tolerance, f"gradient of {name}: {error}"
+
+
+def check_output_alone(case: Case, device: str = "cpu") -> None:
+    """A caller that wants nothing but the output gets the same, the second time, too."""
+    for _ in range(2):
+        arguments = (*case.inputs(device), case.problem, case.launch)
+        output, *others = forward(*arguments, output_alone=True)
+        assert others == [None, None]
+        assert torch.equal(output, forward(*arguments)[0])
+
+
+def check_keeping_in_step(case: Case, parts: Sequence[int], device: str = "cpu") -> None:
+    """Programs that wait for one another before each of so many parts of their lists compute the same bits."""
+    arguments = (*case.inputs(device), case.problem)
+    alone, *others = (forward(*arguments, replace(case.launch, parts=count)) for count in (0, *parts))
+    assert alone[0].isfinite().all()
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(alone, other, strict=True))
 
 
 def check_rows_far_below_their_bound(combine: str, device: str = "cpu", **changed) -> None:

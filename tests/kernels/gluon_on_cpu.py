@@ -170,22 +170,28 @@ def _tensor(x: Any) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.int32 if isinstance(x, int) else None)
 
 
+def _within(at: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which elements are meant, and their offsets, 0 for the others; none may lie outside the memory."""
+    mask, offset = torch.broadcast_tensors(_tensor(True if mask is None else mask).bool(), _tensor(at.offset).long())
+    offset = torch.where(mask, offset, 0)
+    assert 0 <= offset.min() <= offset.max() < at.memory.numel(), "an address outside the tensor's memory"
+    return mask, offset
+
+
 def _load(at: Pointer, mask: Any = None, other: Any = None, volatile: bool = False) -> torch.Tensor:
     if volatile:
         assert not here.program.errors, "another thread has failed"
         time.sleep(1e-4)
+    exists, offset = _within(at, mask)
+    values = at.memory.take(offset)
     if mask is None:
-        return at.memory.take(_tensor(at.offset).long())
-    mask, offset = torch.broadcast_tensors(_tensor(mask), _tensor(at.offset))
-    values = at.memory.take(torch.where(mask, offset.long(), 0))
-    return torch.where(mask, values, torch.full_like(values, float("nan") if other is None else other))
+        return values
+    return torch.where(exists, values, torch.full_like(values, float("nan") if other is None else other))
 
 
 def _store(at: Pointer, value: Any, mask: Any = None) -> None:
-    parts = _tensor(at.offset), _tensor(value).to(at.memory.dtype), _tensor(True if mask is None else mask).bool()
-    offset, values, mask = torch.broadcast_tensors(*parts)
-    assert not mask.any() or offset[mask].min() >= 0
-    at.memory[offset[mask].long()] = values[mask]
+    mask, offset, values = torch.broadcast_tensors(*_within(at, mask), _tensor(value).to(at.memory.dtype))
+    at.memory[offset[mask]] = values[mask]
 
 
 def _atomic_add(at: Pointer, value: int, sem: str) -> None:
@@ -213,13 +219,13 @@ def _later(target: Shared, values: Callable[[], torch.Tensor], done: Callable[[]
 def _copy_box(descriptor: Any, corner: Sequence[Any], barrier: Barrier, target: Shared) -> None:
     base, corner = Pointer.to(descriptor.base), [int(x) for x in corner]
     assert list(target.shape) == list(descriptor.block_shape)
-    exists, offset = torch.tensor(True), base.offset
+    exists, offset = torch.tensor(True), torch.tensor(0)
     for axis, (first, side) in enumerate(zip(corner, descriptor.block_shape, strict=True)):
         place = (first + torch.arange(side)).view(-1, *[1] * (len(corner) - axis - 1))
         exists = exists & (place >= 0) & (place < descriptor.shape[axis])
         offset = offset + place * descriptor.strides[axis]
     size = target.memory.nbytes
-    _later(target, lambda: _load(base + (offset - base.offset), exists, 0.0), lambda: barrier.change(0, -size))
+    _later(target, lambda: _load(base + offset, exists, 0.0), lambda: barrier.change(0, -size))
 
 
 def _copy_rows(target: Shared, at: Pointer, mask: torch.Tensor) -> None:
@@ -259,10 +265,6 @@ def _nothing(*_: object, **__: object) -> None:
     pass
 
 
-def _number(x: Any, dtype: torch.dtype) -> torch.Tensor:
-    return _tensor(x).to(dtype)
-
-
 LANGUAGE = SimpleNamespace(
     int32=torch.int32,
     int64=torch.int64,
@@ -275,7 +277,7 @@ LANGUAGE = SimpleNamespace(
     load=_load,
     store=_store,
     atomic_add=_atomic_add,
-    cast=_number,
+    cast=lambda x, dtype: _tensor(x).to(dtype),
     to_tensor=_tensor,
     convert_layout=lambda x, layout: x,
     arange=lambda first, last, layout=None: torch.arange(first, last, dtype=torch.int32),
@@ -337,7 +339,7 @@ def _stand_in(value: Any) -> Any:
         return STANDING_IN[id(value)]
     if isinstance(value, triton.language.constexpr):
         return value.value
-    if "Constexpr" in type(value).__name__:  # functions that choose layouts
+    if isinstance(value, triton.runtime.jit.ConstexprFunction):  # they choose layouts
         return _nothing
     if callable(getattr(value, "fn", None)):
         return _translated(value.fn)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checks import DESCRIPTOR_CASES, JOINT, STRIDE_CASES, Case, check, check_gradients, expected
+from checks import DESCRIPTOR_CASES, JOINT, STRIDE_CASES, Case, check, check_gradients, check_output_alone, expected
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers.kernels import forward, run, tuning
@@ -42,13 +42,7 @@ def test_a_call_that_repeats_the_launches_of_another_matches_fp64(case):
 @pytest.mark.parametrize("case", [CASES[0], JOINT], ids=str)
 def test_the_output_alone_is_the_same(case, monkeypatch, replays):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time, each with indices of their own
-    case = replace(case, video_shape=(4, 5, 6), top_k=2, layout="tiled")
-    for _ in range(2):
-        arguments = (*case.inputs(), case.problem, case.launch)
-        output, indices, lse = forward(*arguments, output_alone=True)
-        assert indices is None
-        assert lse is None
-        assert torch.equal(output, forward(*arguments)[0])
+    check_output_alone(replace(case, video_shape=(4, 5, 6), top_k=2, layout="tiled"))
     assert len(replays.known) == 2
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checks import Case, check, check_rows_far_below_their_bound
+from checks import Case, check, check_keeping_in_step, check_rows_far_below_their_bound
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
-from vsa_diffusers.kernels import forward
 from vsa_diffusers.kernels.replay import Work
 
 gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with a Triton that has Gluon")
@@ -60,10 +59,21 @@ def test_it_finds_rows_far_below_their_bound(combine):
 
 
 def test_keeping_in_step_changes_no_bit():
-    case = replace(BASE, head_dim=64, programs=4)
-    query, key, value, gate, _ = case.inputs()
-    outputs = [
-        forward(query, key, value, gate, None, case.problem, replace(case.launch, parts=parts)) for parts in (0, 3, 7)
-    ]
-    for other in outputs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(outputs[0], other, strict=True))
+    check_keeping_in_step(replace(BASE, head_dim=64, programs=4), (3, 7))
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("wait", lambda barrier, phase: None),
+        ("arrive", lambda barrier: None),
+        ("expect", lambda barrier, size: barrier.change(1)),
+        ("expect", lambda barrier, size: barrier.change(1, 2 * size)),
+    ],
+    ids=["no waits", "no arrivals", "no bytes expected", "too many bytes expected"],
+)
+def test_a_kernel_that_waits_wrongly_is_found_out(mistake, monkeypatch):
+    monkeypatch.setattr(gluon_on_cpu, "DEADLOCK_SECONDS", 2.0)
+    monkeypatch.setattr(gluon_on_cpu.MBARRIER, *mistake)
+    with pytest.raises(AssertionError):
+        check(WHOLE)

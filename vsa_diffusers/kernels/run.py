@@ -68,7 +68,7 @@ def forward(
     gate = None if gate is None else dense_rows(gate)
     context_mask = None if context_mask is None else words_of(context_mask)
     output = query.new_empty(query.shape)
-    indices, lse = (None, None) if output_alone else _unasked(Work(), query, problem)
+    indices, lse = (None, None) if output_alone else _indices_and_lse(Work(), query, problem)
 
     def launch_all(work: Work, tensors: Tensors) -> None:
         query, key, value, *_ = tensors
@@ -79,7 +79,7 @@ def forward(
         if left:
             query, key, value, _, output, indices, lse, context_mask = tensors
             if lse is None:
-                indices, lse = _unasked(work, query, problem)
+                indices, lse = _indices_and_lse(work, query, problem)
             attend_from_context(work, query, key, value, context_mask, indices, output, lse, problem, chosen.attend)
 
     tensors = (query, key, value, gate, output, indices, lse, context_mask)
@@ -125,7 +125,7 @@ def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, he
     *sequences, indices, lse, context_mask = tensors
     query, key, value, gate, output = work.parts(sequences, 2, heads)
     if lse is None:
-        indices, lse = _unasked(work, query, problem)
+        indices, lse = _indices_and_lse(work, query, problem)
     else:
         indices, lse = work.parts((indices, lse), 1, heads)
     tiled = chosen.attend.layout != "direct"
@@ -136,8 +136,8 @@ def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: Plan, he
     return left
 
 
-def _unasked(work: Work, query: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the indices and the log-sum-exp of the heads of `query`, where the caller wants neither."""
+def _indices_and_lse(work: Work, query: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the indices and the log-sum-exp of the heads of `query`."""
     batch, sequence, heads, _ = query.shape
     indices = work.empty(query, (batch, heads, problem.grid.num_tiles, problem.top_k), torch.int32)
     return indices, work.empty(query, (batch, heads, sequence), torch.float32)

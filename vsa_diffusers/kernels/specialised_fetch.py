@@ -29,7 +29,7 @@ from .specialised_common import (
 
 # Looks at others' progress, each a way to L2 and back, on long sequences and on short ones, where parts take so little
 # time that a long wait in vain would cost more than all of them.
-LONG_PATIENCE, SHORT_PATIENCE = gl.constexpr(1024), gl.constexpr(64)
+LONG_LOOKS, SHORT_LOOKS = gl.constexpr(1024), gl.constexpr(64)
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -158,7 +158,7 @@ def _fetch_groups(groups, entry, left, first_row, buffers, bars, at, GROUP: gl.c
 
 
 @gluon.jit
-def _begin_part(progress, turn, part, parts, tasks, patience, PATIENCE: gl.constexpr):
+def _begin_part(progress, turn, part, parts, tasks, patience, LOOKS: gl.constexpr):
     """Count this program among those that have begun a part of the list of their so-manieth query tile, and wait until
     every program has begun the part before; so they read the same keys at about the same time, and most of those
     from L2.
@@ -174,7 +174,7 @@ def _begin_part(progress, turn, part, parts, tasks, patience, PATIENCE: gl.const
         while (begun < all_programs) & (patience > 0):
             begun = gl.load(before, volatile=True)
             patience -= 1
-        patience = gl.where(begun < all_programs, 0, PATIENCE)
+        patience = gl.where(begun < all_programs, 0, LOOKS)
     return patience
 
 
@@ -209,8 +209,8 @@ def fetch(
     slot = gl.arange(0, ROWS, gl.SliceLayout(1, lines_layout(DIM))) if BY_ROWS else 0
     in_full = block_offset(slot, video_h, video_w, BLOCK) if BY_ROWS else None
     at = 0
-    PATIENCE: gl.constexpr = LONG_PATIENCE if TILED else SHORT_PATIENCE
-    patience = gl.to_tensor(PATIENCE)
+    LOOKS: gl.constexpr = LONG_LOOKS if TILED else SHORT_LOOKS  # only long sequences are copied
+    patience = gl.to_tensor(LOOKS)
     repeat = True
     for attempt in gl.static_range(2):
         if attempt == 1:
@@ -246,7 +246,7 @@ def fetch(
                     part_tiles = gl.cdiv(full_tiles, list_parts)
                     for part in range(list_parts):
                         if in_step:
-                            patience = _begin_part(progress, turn, part, parts, tasks, patience, PATIENCE)
+                            patience = _begin_part(progress, turn, part, parts, tasks, patience, LOOKS)
                         for step in range(part * part_tiles, gl.minimum((part + 1) * part_tiles, full_tiles)):
                             start = next_start
                             next_start = gl.load(list_at + step + 1, mask=step + 1 < full_tiles, other=0)

@@ -205,9 +205,10 @@ def multiply(
                     total = gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))
                     highest = gl.convert_layout(highest, gl.SliceLayout(1, OUTPUT))
                     out = acc * (1.0 / total)[:, None]
-                    staged = buffers[1].index(at % STAGES)  # where the gate arrives; nobody else wants it now
+                    staged = buffers[1].index(at % STAGES)  # where the gate has arrived; nobody else wants it now
                     if coarse is not None:
                         if gate is not None:
+                            # It has arrived with the query; but unless it is waited for here, registers are spilled.
                             mbarrier.wait(bars[1].index(at % STAGES), at // STAGES & 1)
                             spread = spread * staged.load(OUTPUT).to(gl.float32)
                         out += spread

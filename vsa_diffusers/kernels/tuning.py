@@ -166,10 +166,8 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
 
 def parts_of(top_k: int, is_long: bool) -> int:
     """Into how many parts programs that keep in step divide a list of `top_k` tiles; 0 where they need not."""
-    if is_long:
-        return min(MOST_PARTS, top_k // LONG_PART)
-    parts = min(MOST_PARTS, top_k // SHORT_PART)
-    return parts if parts > 1 else 0  # to begin together is not worth a wait here
+    parts = min(MOST_PARTS, top_k // (LONG_PART if is_long else SHORT_PART))
+    return parts if is_long or parts > 1 else 0  # on short sequences to begin together is not worth a wait
 
 
 def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
