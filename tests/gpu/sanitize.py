@@ -1,11 +1,13 @@
-"""Small calls of every kind, for compute-sanitizer.
+"""Small calls of every kind, for compute-sanitizer; with a number, from that one on, since racecheck takes minutes.
 
 export PYTHONPATH=.:tests:tests/kernels
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
-compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck --kernel-name-exclude kns=specialised_kernel python tests/gpu/sanitize.py
 """
 
+import sys
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -19,24 +21,25 @@ CONTEXT = replace(JOINT, head_dim=64, dtype=torch.bfloat16)
 
 MERGED = replace(IN_TURNS, combine="merge")
 
-for base in (
+BASES = (
     SMALL,
     IN_TURNS,
     replace(MERGED, before=3, after=5),
     replace(MERGED, head_dim=64),
     CONTEXT,
     SHAPE_CASES[5],
-):
-    for layout in tuning.LAYOUTS:
-        case = replace(base, layout=layout)
-        if case.programs and not tuning.device_of(0).processors:
-            continue
-        query, key, value, gate, mask = case.inputs("cuda")
-        if layout != "descriptor" or tuning.can_describe(query, tuning.device_of(0)):
-            output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
-            torch.cuda.synchronize()
-            given = (torch.randn_like(output), query, key, value, gate, mask, indices, lse, output, case.problem)
-            grads = backward(*given, case.backward_launch)
-            torch.cuda.synchronize()
-            norms = [float(x.float().norm()) for x in (output, *grads) if x is not None]
-            print(case, norms, flush=True)
+)
+CASES = [replace(base, layout=layout) for base, layout in product(BASES, tuning.LAYOUTS)]
+
+for case in CASES[int(sys.argv[1]) if len(sys.argv) > 1 else 0 :]:
+    if case.programs and not tuning.device_of(0).processors:
+        continue
+    query, key, value, gate, mask = case.inputs("cuda")
+    if case.layout != "descriptor" or tuning.can_describe(query, tuning.device_of(0)):
+        output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
+        torch.cuda.synchronize()
+        given = (torch.randn_like(output), query, key, value, gate, mask, indices, lse, output, case.problem)
+        grads = backward(*given, case.backward_launch)
+        torch.cuda.synchronize()
+        norms = [float(x.float().norm()) for x in (output, *grads) if x is not None]
+        print(case, norms, flush=True)
