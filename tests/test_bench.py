@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from vsa_diffusers.bench import report
 from vsa_diffusers.bench.__main__ import main
 from vsa_diffusers.bench.shapes import SHAPES, parse
 
@@ -21,6 +22,14 @@ def test_it_measures_dense_and_every_mode_and_writes_json(backward, tmp_path, ca
     assert all(row["ms"] > 0 for row in rows)
     assert json.loads(path.read_text())["rows"] == rows
     assert "torch merge" in capsys.readouterr().out
+
+
+def test_memory_is_in_millions_of_bytes_as_the_heading_says():
+    names = ["shape", "what", "ratio", "ms", "spread", "tflops", "speedup", "extra_bytes", "launches", "cpu_us"]
+    nothing = dict.fromkeys([*names, "first_ms"])
+    cells = report.cells(nothing | {"extra_bytes": 130_008_064})
+    assert dict(zip(report.COLUMNS, cells, strict=True))["extra MB"] == "130"
+    assert report.cells(nothing) == [""] * len(report.COLUMNS)
 
 
 def test_it_draws_the_speed_ups(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vsa_diffusers.bench.full_size import FULL_SIZES
-from vsa_diffusers.bench.transformers import main, shallow
+from vsa_diffusers.bench.transformers import cells, main, shallow
 from vsa_diffusers.models import find_family
 
 
@@ -23,6 +23,12 @@ def test_it_measures_every_transformer_and_writes_json(tmp_path, capsys, caplog)
     printed = capsys.readouterr().out
     assert "cannot run" not in printed
     assert all(name in printed for name in FULL_SIZES)
+
+
+def test_memory_is_in_billions_of_bytes_as_the_headings_say():
+    row = {"model": "", "what": "", "runs": 1, "seconds": 1.0, "speedup": None}
+    assert cells(row | {"peak_bytes": 4_502_632_960, "weights_bytes": 2_890_126_848})[-3:] == ["4.5", "1.6", "2.9"]
+    assert cells(row | {"peak_bytes": None, "weights_bytes": 1})[-3:] == ["", "", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")

@@ -13,7 +13,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One result as the table shows it; what was not measured stays empty."""
     formats = {"ratio": "{:g}", "ms": "{:.3f}", "spread": "{:.0%}", "tflops": "{:.3g}", "speedup": "{:.2f}"}
     formats |= dict.fromkeys(("extra_bytes", "cpu_us", "first_ms"), "{:.0f}")
-    values = {**row, "extra_bytes": None if row["extra_bytes"] is None else row["extra_bytes"] / 2**20}
+    values = {**row, "extra_bytes": None if row["extra_bytes"] is None else row["extra_bytes"] / 1e6}
     names = ["shape", "what", "ratio", "ms", "spread", "tflops", "speedup"]
     names += ["extra_bytes", "launches", "cpu_us", "first_ms"]
     return ["" if values[name] is None else formats.get(name, "{}").format(values[name]) for name in names]

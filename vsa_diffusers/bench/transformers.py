@@ -182,7 +182,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     memory = ["", "", ""]
     if row["peak_bytes"] is not None:
         peak, weights = row["peak_bytes"], row["weights_bytes"]
-        memory = [f"{number / 2**30:.1f}" for number in (peak, peak - weights, weights)]
+        memory = [f"{number / 1e9:.1f}" for number in (peak, peak - weights, weights)]
     return [row["model"], row["what"], str(row["runs"]), f"{row['seconds']:.3f}", speedup, *memory]
 
 
