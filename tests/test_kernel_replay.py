@@ -1,10 +1,15 @@
 """Seen by a stub driver: a second call hands the compiled kernels what launching them anew would have handed them."""
 
+import contextlib
 import importlib.util
 import os
+import warnings
+import weakref
+from decimal import Decimal
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
@@ -14,6 +19,7 @@ from vsa_diffusers.kernels.run import is_recent_triton
 if not is_recent_triton():
     pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
 
+from vsa_diffusers import attention, video_sparse_attention
 from vsa_diffusers.kernels import backward, forward, run, tuning
 from vsa_diffusers.kernels.replay import Replays
 from vsa_diffusers.tiles import TileGrid
@@ -139,3 +145,301 @@ def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
     assert variants() == before == [1, 1]
     assert len(run.replays.known) == 3
     assert len(driver.launches) == 12
+
+
+SHAPE = (8, 8, 16)  # 16 tiles, no warning
+CALL = dict(video_shape=SHAPE, top_k_ratio=0.2)
+IN_CONTEXT = dict(video_shape=(8, 8, 15), context_tokens=(4, 60))
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Grows with every call of the operator that looks at its arguments."""
+    calls, check = [], attention.check_video_shape
+    monkeypatch.setattr(attention, "check_video_shape", lambda shape: calls.append(shape) or check(shape))
+    return calls
+
+
+def make_tensors(names="qkv", tokens=1024, **options):
+    return {name: torch.empty(1, tokens, 2, 64, **dict(dtype=torch.bfloat16) | options) for name in names}
+
+
+def call_op(q, k, v, g=None, **arguments):
+    return video_sparse_attention(q, k, v, gate=g, **CALL | arguments)
+
+
+def launched(driver, tensors, **arguments):
+    """What a call launches, with its pointers named."""
+    driver.launches.clear()
+    output = call_op(*tensors.values(), **arguments)
+    return comparable(driver.launches, tensors | {"output": output})
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        ("qkvg", {}),
+        ("qkv", dict(combine="merge", top_k=3, scale=0.3, selection="quarters")),
+        ("qkv", IN_CONTEXT | dict(block_size="auto", implementation="triton")),
+    ],
+)
+@pytest.mark.usefixtures("workspaces")
+def test_arguments_are_looked_at_once(driver, checked, names, arguments):
+    first, second, third = (launched(driver, make_tensors(names), **arguments) for _ in range(3))
+    assert len(checked) == 1
+    assert len(first) >= 4
+    assert first == second == third
+    own = {x[0] for _, _, values in third for x in values.values() if isinstance(x, tuple)}
+    assert own >= {*names, "output"}
+
+
+def shifted(x):
+    """The same, from an address that is no multiple of 16."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def heads_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def spread(x):
+    """The same, with gaps between the elements of a head."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+OTHER_ARGUMENTS = {
+    "video_shape": dict(video_shape=(8, 15, 8)),
+    "top_k_ratio": dict(top_k_ratio=0.4),
+    "top_k": dict(top_k=5),
+    "block_size": dict(block_size=(4, 4, 2)),
+    "combine": dict(combine="sparse"),
+    "scale": dict(scale=0.5),
+    "context_tokens": dict(context_tokens=(60, 4)),
+    "selection": dict(selection="quarters"),
+    "implementation": dict(implementation="triton"),
+}
+OTHER_TENSORS = {
+    "batch": lambda x: torch.cat([x, x]),
+    "heads": lambda x: x[:, :, :1],
+    "head_dim": lambda x: x[..., :32],
+    "dtype": torch.Tensor.half,
+}
+
+
+@pytest.mark.parametrize("change", [*OTHER_ARGUMENTS, *OTHER_TENSORS, "gate"])
+@pytest.mark.usefixtures("workspaces")
+def test_other_arguments_and_tensors_are_looked_at_and_launched_as_the_first_call_would(driver, checked, change):
+    tensors, arguments = make_tensors(), IN_CONTEXT | OTHER_ARGUMENTS.get(change, {})
+    first = [launched(driver, tensors, **IN_CONTEXT) for _ in range(2)][1]
+    other = {name: OTHER_TENSORS[change](x) for name, x in tensors.items()} if change in OTHER_TENSORS else tensors
+    other = other | make_tensors("g") if change == "gate" else other
+    after = launched(driver, other, **arguments)
+    assert len(checked) == 2
+    assert (after == first) == (change == "implementation")
+    run.replays.clear()
+    assert launched(driver, other, **arguments) == after
+    assert launched(driver, tensors, **IN_CONTEXT) == first
+
+
+@pytest.mark.parametrize("name", "qkvg")
+@pytest.mark.parametrize("change", [shifted, heads_first, spread])
+@pytest.mark.usefixtures("workspaces")
+def test_one_tensor_of_another_form_is_looked_at(driver, checked, change, name):
+    tensors = make_tensors("qkvg")
+    first = [launched(driver, tensors) for _ in range(2)][1]
+    assert len(checked) == 1
+    other = tensors | {name: change(tensors[name])}
+    after = launched(driver, other)
+    assert len(checked) == 2
+    # Where Triton compiles other code, or is given a copy, the stub driver does not tell.
+    assert (after == first) == (change is shifted)
+    assert launched(driver, other) == after
+    assert len(checked) == (3 if change is spread else 2)  # what must be copied first is not found
+
+
+def test_a_gate_that_must_be_cast_is_cast(driver, checked):
+    tensors = make_tensors("qkv") | make_tensors("g", dtype=torch.float32)
+    for _ in range(2):
+        call_op(**tensors)
+    assert len(checked) == 2
+    call_op(**make_tensors("qkvg"))  # is launched as the cast one was
+    assert len(checked) == 2
+
+
+def test_context_masks_are_looked_at(driver, checked):
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    for _ in range(2):
+        call_op(**make_tensors(), **IN_CONTEXT, context_mask=mask)
+        call_op(**make_tensors(), **IN_CONTEXT)
+    assert len(checked) == 3
+    with pytest.raises(ValueError, match="context_mask of shape"):
+        call_op(**make_tensors(), **IN_CONTEXT, context_mask=mask.int())
+
+
+EQUAL_BUT_INVALID = {
+    "complex extent": (dict(video_shape=SHAPE), dict(video_shape=(8 + 0j, 8, 16)), ValueError, "video_shape="),
+    "complex block": (dict(block_size=(4, 4, 4)), dict(block_size=(4, 4 + 0j, 4)), ValueError, "block_size="),
+    "decimal ratio": (dict(top_k_ratio=0.5), dict(top_k_ratio=Decimal("0.5")), ValueError, "must be in"),
+    "complex ratio": (dict(top_k_ratio=0.5), dict(top_k_ratio=0.5 + 0j), ValueError, "must be in"),
+    "complex top_k": (dict(top_k=2), dict(top_k=2 + 0j), TypeError, "complex"),
+    "complex scale": (dict(scale=0.5), dict(scale=0.5 + 0j), TypeError, "complex"),
+    "complex context": (dict(context_tokens=(0, 0)), dict(context_tokens=(0j, 0)), ValueError, "context_tokens="),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_BUT_INVALID)
+def test_invalid_arguments_that_equal_those_of_an_earlier_call_are_refused(driver, checked, name):
+    valid, invalid, error, message = EQUAL_BUT_INVALID[name]
+    assert valid == invalid
+    for _ in range(2):
+        call_op(**make_tensors(), **valid)
+    assert len(checked) == 1
+    with pytest.raises(error, match=message):
+        call_op(**make_tensors(), **invalid)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=torch.empty(2, 1024, 2, 64, dtype=torch.bfloat16)), r"key.shape=\(2, 1024, 2, 64\) does not match"),
+        (dict(v=torch.empty(1, 1024, 2, 64, dtype=torch.float16)), "value.dtype=torch.float16 does not match"),
+        (dict(k=torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16, device="meta")), "key.device=meta does not match"),
+        (dict(g=torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16)), "combine='merge' does not use it"),
+        (dict(q=torch.empty(1, 1024, 2, 64).to_sparse()), "query.dtype|key.dtype"),
+    ],
+    ids=["batch", "dtype", "device", "gate", "sparse"],
+)
+def test_tensors_that_do_not_fit_those_of_an_earlier_call_are_refused(driver, changes, message):
+    for _ in range(2):
+        call_op(**make_tensors(), combine="merge", block_size="auto")
+        call_op(**make_tensors(), combine="merge")
+    with pytest.raises(ValueError, match=message):
+        call_op(**make_tensors() | changes, combine="merge")
+    if "g" in changes:
+        with pytest.raises(ValueError, match='block_size="auto" does not go with'):
+            call_op(**make_tensors() | changes, block_size="auto")
+
+
+def test_arguments_that_are_no_keys_are_looked_at_each_time(driver, checked):
+    shape, tensors = list(SHAPE), make_tensors()
+    for given in (SHAPE, SHAPE, shape, shape, iter(SHAPE), iter(SHAPE), torch.Size(SHAPE), (True, 64, 16)):
+        call_op(**tensors, video_shape=given, block_size=(1, 4, 4))
+    assert len(checked) == 7
+    shape[0] = 9
+    with pytest.raises(ValueError, match=r"video_shape=\(9, 8, 16\) has 9 \* 8 \* 16"):
+        call_op(**tensors, video_shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [
+        (dict(video_shape=SHAPE), dict(video_shape=(8.0, 8, 16))),
+        (dict(block_size=(4, 4, 4)), dict(block_size=(4, 4, 4.0))),
+        (dict(block_size=(1, 4, 4)), dict(block_size=(True, 4, 4))),
+        (dict(top_k=2), dict(top_k=2.0)),
+        (dict(top_k=1), dict(top_k=True)),
+        (dict(context_tokens=(0, 0)), dict(context_tokens=(0.0, False))),
+    ],
+    ids=str,
+)
+def test_numbers_of_another_type_are_looked_at(driver, checked, usual, other):
+    assert usual == other
+    for arguments in (usual, usual, other):
+        call_op(**make_tensors(), **arguments)
+    assert len(checked) == 2
+
+
+def test_a_scale_that_changes_is_looked_at(driver):
+    scale = torch.tensor(0.5)
+    first = launched(driver, make_tensors(), scale=scale)
+    scale.fill_(0.25)
+    second = launched(driver, make_tensors(), scale=scale)
+    assert second[-1][2]["scale"] == first[-1][2]["scale"] / 2
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_calls_that_the_dispatcher_or_autograd_must_see_are_looked_at(driver, checked):
+    tensors = make_tensors()
+    for _ in range(2):
+        call_op(**tensors)
+    assert len(checked) == 1
+    with FakeTensorMode():
+        assert isinstance(call_op(**make_tensors()), FakeTensor)
+    assert len(checked) == 2
+    call_op(**tensors | {"v": tensors["v"].as_subclass(Subclass)})
+    assert len(checked) == 3
+    tensors["k"].requires_grad_()
+    assert call_op(**tensors).requires_grad
+    assert len(checked) == 4
+    with torch.no_grad():
+        assert not call_op(**tensors).requires_grad
+    assert len(checked) == 4
+    compiled = torch.compile(call_op, backend="eager", fullgraph=True)
+    driver.launches.clear()
+    assert compiled(**make_tensors()).shape == tensors["q"].shape
+    assert len(driver.launches) == 4
+    driver.launches.clear()
+    queries = torch.stack([tensors["q"], tensors["q"]])
+    assert torch.func.vmap(lambda q: call_op(q, q, q))(queries).shape == queries.shape
+    assert len(driver.launches) == 8
+
+
+def test_without_replays_and_once_they_are_forgotten_arguments_are_looked_at(driver, checked, monkeypatch):
+    for _ in range(2):
+        call_op(**make_tensors())
+    assert len(checked) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "may_replay", lambda query: False)
+        call_op(**make_tensors())
+    assert len(checked) == 2
+    run.replays.clear()
+    assert not run.replays.known
+    for _ in range(2):
+        call_op(**make_tensors())
+    assert len(checked) == 3
+
+
+def test_a_call_that_is_found_launches_on_the_device_of_its_tensors(driver, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def on_device(device):
+        driver.launches.clear()
+        yield
+        entered.append((device, len(driver.launches)))
+
+    call_op(**make_tensors())
+    monkeypatch.setattr(run, "on_device", on_device)
+    call_op(**make_tensors())
+    assert entered == [(torch.device("cpu"), 4)]
+    assert len(driver.launches) == 4
+
+
+def test_records_are_bounded_and_keep_no_tensors(driver, checked):
+    run.replays.most = 3
+    tensors = make_tensors()
+    alive = [weakref.ref(x) for x in tensors.values()]
+    for top_k in (1, 2, 3):
+        call_op(**tensors, top_k=top_k)
+    known = list(run.replays.known)
+    assert len(known) == 3
+    tensors["q"] = spread(tensors["q"])  # recorded already, but not found
+    for _ in range(3):
+        call_op(**tensors, top_k=3)
+    assert list(run.replays.known) == known
+    driver.launches.clear()
+    del tensors
+    assert [ref() for ref in alive] == [None] * 3
+
+
+def test_few_tiles_warn_once_though_the_call_is_found(driver, checked):
+    attention._warn_few_tiles.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            call_op(**make_tensors(tokens=512), video_shape=(8, 8, 8))
+    assert len(checked) == 1
+    assert len([each for each in caught if "makes 8 tiles" in str(each.message)]) == 1

@@ -1,6 +1,6 @@
 """The Triton implementation. Forward: pool, select, attend. Backward: the same lists, and their inversion."""
 
 from .backward import backward
-from .run import forward, why_not
+from .run import forward, forward_again, why_not
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["backward", "forward", "forward_again", "why_not"]

@@ -214,33 +214,48 @@ def _form(x: torch.Tensor) -> torch.Tensor:
 
 
 class Replays:
-    """Replays of the latest kinds of calls, at most `most` of them."""
+    """Replays of the latest kinds of calls, under at most `most` keys."""
 
     def __init__(self, most: int = 256):
         self.most = most
         self.known: dict[Hashable, Replay] = {}
         self.lock = threading.Lock()
 
-    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Work, Tensors], None]) -> None:
+    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Work, Tensors], None]) -> Replay:
         """`launch_all` the first time that `key` is seen; from then on what it did, again for these tensors.
 
         Args:
-            key: everything that decides which kernels are launched, and with which numbers.
+            key: everything but the form of `tensors` that decides which kernels are launched, and with which numbers.
             tensors: those that the launches read and write.
             launch_all: takes where to launch, and `tensors`.
         """
-        key = (key, *[x if x is None else (x.dtype, x.stride(), x.data_ptr() % 16) for x in tensors])
-        replay = self.known.get(key)
+        replay = self.find(key, tensors)
         if replay is not None:
             replay.run(tensors)
-            return
+            return replay
         recording = Recording(tensors)
         launch_all(recording, recording.tensors)
+        replay = recording.replay()
+        self.remember(key, tensors, replay)
+        return replay
+
+    def find(self, key: Hashable, tensors: Tensors) -> Replay | None:
+        """What is remembered under `key` for tensors of this form, if anything is."""
+        return self.known.get((key, *_forms(tensors)))
+
+    def remember(self, key: Hashable, tensors: Tensors, replay: Replay) -> None:
+        """Let `find` return `replay` for `key` and all tensors of the form of these, which it does not keep."""
+        key = (key, *_forms(tensors))
         with self.lock:
-            while len(self.known) >= self.most:
+            while len(self.known) >= self.most and key not in self.known:
                 del self.known[next(iter(self.known))]
-            self.known[key] = recording.replay()
+            self.known[key] = replay
 
     def clear(self) -> None:
         """Forget everything."""
         self.known.clear()
+
+
+def _forms(tensors: Tensors) -> list[Hashable]:
+    """All that launches depend on but the address: Triton compiles other code where it is no multiple of 16."""
+    return [None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16) for x in tensors]
