@@ -2,9 +2,9 @@
 
 Every group of warps of every program is a thread, tensors are PyTorch's, shared memory is laid out as on Hopper. What
 the GPU does at a time of its own choosing happens here at the worst one: a copy spoils its target when it is asked for
-and fills it some time later, and a product reads its operands when it is waited for, not before. So a kernel that does
-not wait where it should, or gives a buffer away too early, finds NaN; one that waits for what never comes is told so,
-and so is one that loads or stores outside the memory of its tensor.
+and fills it some time later, and products and copies to global memory read when they are waited for, not before. So a
+kernel that does not wait where it should, or gives a buffer away too early, finds NaN; one that waits for what never
+comes is told so, and so is one that loads or stores outside the memory of its tensor.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Program:
 
         def run() -> None:
             here.program = self
+            here.writes = []
             try:
                 call()
+                assert not here.writes, "nobody waits until shared memory has been read"
             except BaseException as error:
                 self.errors.append(error)
 
@@ -216,16 +218,34 @@ def _later(target: Shared, values: Callable[[], torch.Tensor], done: Callable[[]
     program.copies.submit(copy)
 
 
-def _copy_box(descriptor: Any, corner: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+def _box(descriptor: Any, corner: Sequence[Any], shared: Shared) -> tuple[Pointer, torch.Tensor]:
+    """Where the elements of a box lie, and which of them exist."""
     base, corner = Pointer.to(descriptor.base), [int(x) for x in corner]
-    assert list(target.shape) == list(descriptor.block_shape)
+    assert list(shared.shape) == list(descriptor.block_shape)
     exists, offset = torch.tensor(True), torch.tensor(0)
     for axis, (first, side) in enumerate(zip(corner, descriptor.block_shape, strict=True)):
         place = (first + torch.arange(side)).view(-1, *[1] * (len(corner) - axis - 1))
         exists = exists & (place >= 0) & (place < descriptor.shape[axis])
         offset = offset + place * descriptor.strides[axis]
+    return base + offset, exists
+
+
+def _copy_box(descriptor: Any, corner: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+    at, exists = _box(descriptor, corner, target)
     size = target.memory.nbytes
-    _later(target, lambda: _load(base + offset, exists, 0.0), lambda: barrier.change(0, -size))
+    _later(target, lambda: _load(at, exists, 0.0), lambda: barrier.change(0, -size))
+
+
+def _write_box(descriptor: Any, corner: Sequence[Any], source: Shared) -> None:
+    """The other way; the source is read as late as can be, when somebody waits for it."""
+    at, exists = _box(descriptor, corner, source)
+    here.writes.append(lambda: _store(at, source.load(), exists))
+
+
+def _await_writes(*_: object, **__: object) -> None:
+    for write in here.writes:
+        write()
+    here.writes.clear()
 
 
 def _copy_rows(target: Shared, at: Pointer, mask: torch.Tensor) -> None:
@@ -284,6 +304,7 @@ LANGUAGE = SimpleNamespace(
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     zeros_like=torch.zeros_like,
+    inline_asm_elementwise=_await_writes,  # there is but one instruction
     where=lambda mask, x, y: torch.where(_tensor(mask), _tensor(x), _tensor(y)),
     minimum=lambda x, y: torch.minimum(_tensor(x), _tensor(y)),
     maximum=lambda x, y: torch.maximum(_tensor(x), _tensor(y)),
@@ -305,11 +326,16 @@ MBARRIER = SimpleNamespace(
     arrive=lambda barrier: barrier.change(1),
     expect=lambda barrier, size: barrier.change(1, size),
 )
+TMA = SimpleNamespace(
+    async_copy_global_to_shared=_copy_box,
+    async_copy_shared_to_global=_write_box,
+    store_wait=_await_writes,
+)
 STANDING_IN: dict[int, Any] = {
     id(gluon_language): LANGUAGE,
     id(triton.language): LANGUAGE,
     id(hopper.mbarrier): MBARRIER,
-    id(hopper.tma): SimpleNamespace(async_copy_global_to_shared=_copy_box),
+    id(hopper.tma): TMA,
     id(ampere.async_copy): SimpleNamespace(
         async_copy_global_to_shared=_copy_rows,
         mbarrier_arrive=_arrive_with_rows,

@@ -63,17 +63,18 @@ def test_keeping_in_step_changes_no_bit():
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    ("where", "what", "mistake"),
     [
-        ("wait", lambda barrier, phase: None),
-        ("arrive", lambda barrier: None),
-        ("expect", lambda barrier, size: barrier.change(1)),
-        ("expect", lambda barrier, size: barrier.change(1, 2 * size)),
+        (gluon_on_cpu.MBARRIER, "wait", lambda barrier, phase: None),
+        (gluon_on_cpu.MBARRIER, "arrive", lambda barrier: None),
+        (gluon_on_cpu.MBARRIER, "expect", lambda barrier, size: barrier.change(1)),
+        (gluon_on_cpu.MBARRIER, "expect", lambda barrier, size: barrier.change(1, 2 * size)),
+        (gluon_on_cpu.TMA, "store_wait", lambda pending: None),
     ],
-    ids=["no waits", "no arrivals", "no bytes expected", "too many bytes expected"],
+    ids=["no waits", "no arrivals", "no bytes expected", "too many bytes expected", "output read too late"],
 )
-def test_a_kernel_that_waits_wrongly_is_found_out(mistake, monkeypatch):
+def test_a_kernel_that_waits_wrongly_is_found_out(where, what, mistake, monkeypatch):
     monkeypatch.setattr(gluon_on_cpu, "DEADLOCK_SECONDS", 2.0)
-    monkeypatch.setattr(gluon_on_cpu.MBARRIER, *mistake)
+    monkeypatch.setattr(where, what, mistake)
     with pytest.raises(AssertionError):
         check(WHOLE)

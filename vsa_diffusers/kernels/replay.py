@@ -216,7 +216,7 @@ def _form(x: torch.Tensor) -> torch.Tensor:
 class Replays:
     """Replays of the latest kinds of calls, under at most `most` keys."""
 
-    def __init__(self, most: int = 256):
+    def __init__(self, most: int = 512):
         self.most = most
         self.known: dict[Hashable, Replay] = {}
         self.lock = threading.Lock()

@@ -42,6 +42,7 @@ def specialised_kernel(
     key_descriptor,
     value_descriptor,
     gate_descriptor,
+    output_descriptor,
     key_groups,
     value_groups,
     proxy_descriptor,
@@ -129,7 +130,7 @@ def specialised_kernel(
                 multiply,
                 (
                     (gate, proxies, coarse, kept, log_size),
-                    (output, lse),
+                    (output, output_descriptor, lse),
                     (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
                     ((output_b, output_s, output_h), lse_b),
@@ -250,7 +251,7 @@ def attend(
     programs = min(tasks, launch.programs)
     turns = -(-tasks // programs)
     redo = work.empty(lists.starts, (tasks + programs,))  # one of each: whether the task, whether any of the program
-    query_box, gate_box = (_box_descriptor(x, grid) for x in (query, gate))
+    query_box, gate_box, output_box = (_box_descriptor(x, grid) for x in (query, gate, output))
     boxes_alone = query_box is not None and (gate is None or gate_box is not None)
     work.launch(
         specialised_kernel,
@@ -261,6 +262,7 @@ def attend(
         query_box,
         *descriptors,
         gate_box,
+        output_box,
         *groups,
         None if pooled.proxies is None else _rows_descriptor(pooled.proxies),
         *list_arguments(pooled, lists),

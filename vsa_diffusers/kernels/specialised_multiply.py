@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -19,6 +20,7 @@ from .attend import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
 from .geometry import unpack
 from .rows import block_offset
 from .specialised_common import (
+    BOX,
     LOGITS,
     ROWS,
     STAGES,
@@ -97,6 +99,12 @@ def _take_query(q, buffers, bars, at):
 
 
 @gluon.jit
+def _await_writes():
+    """Wait until what the copy engine was told to write is written; `tma.store_wait` only waits until it is read."""
+    gl.inline_asm_elementwise("cp.async.bulk.wait_group 0; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def multiply(
     sources,
     targets,
@@ -113,7 +121,7 @@ def multiply(
 ):
     buffers, bars, finished = ring
     gate, proxies, coarse, kept, log_size = sources
-    output, lse = targets
+    output, output_descriptor, lse = targets
     context_key, context_value, context_mask, tokens_before, tokens_after = context
     context_tokens = tokens_before + tokens_after
     starts, tail, counts, longest, reach, redo = lists
@@ -122,6 +130,7 @@ def multiply(
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     TILE: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     DIM: gl.constexpr = q_buffer.shape[1]
+    dtype: gl.constexpr = q_buffer.dtype
     LINES: gl.constexpr = lines_layout(DIM)
     OUTPUT: gl.constexpr = output_layout(DIM)
     column = gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
@@ -136,6 +145,8 @@ def multiply(
         if attempt == 1:
             again += gl.max(vanished, 0)
             gl.store(redo + tasks + gl.program_id(0), again)
+            if output_descriptor is not None:
+                _await_writes()  # of tiles that are about to be written again
             mbarrier.arrive(finished)
             repeat = again > 0
         if repeat:
@@ -161,7 +172,7 @@ def multiply(
                         highest = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
                     total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, LOGITS))
                     acc = warpgroup_mma_init(gl.zeros((ROWS, DIM), gl.float32, OUTPUT))
-                    p = gl.zeros((ROWS, ROWS), q_buffer.dtype, gl.DotOperandLayout(0, OUTPUT, 2))
+                    p = gl.zeros((ROWS, ROWS), dtype, gl.DotOperandLayout(0, OUTPUT, 2))
                     state = (highest, total, acc, p)
                     for step in range(full_tiles):
                         state = _step(q_buffer, buffers, bars, at + step, state, scale, whole, False, attempt == 0)
@@ -213,11 +224,17 @@ def multiply(
                             spread = spread * staged.load(OUTPUT).to(gl.float32)
                         out += spread
                     tile = query_tile(task, heads, num_tiles, grid, BLOCK)
-                    staged.store(out.to(q_buffer.dtype))
-                    exists = rows_exist(tile, BLOCK, LINES)[:, None]
-                    at_output = lines_at(output, tile, output_strides, lines_in_full, grid, DIM)
-                    gl.store(at_output, staged.load(LINES), exists)
-                    fence_async_shared()  # the copy engine fills this place next
+                    staged.store(out.to(dtype))
+                    if output_descriptor is not None:
+                        fence_async_shared()
+                        item, head, t, h, w, _, _, _ = tile
+                        box = staged._reinterpret(dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
+                        tma.async_copy_shared_to_global(output_descriptor, [item, t, h, w, head * DIM], box)
+                    else:
+                        exists = rows_exist(tile, BLOCK, LINES)[:, None]
+                        at_output = lines_at(output, tile, output_strides, lines_in_full, grid, DIM)
+                        gl.store(at_output, staged.load(LINES), exists)
+                        fence_async_shared()  # the copy engine fills this place next
                     real = rows_exist(tile, BLOCK, OUTPUT)
                     lse_at = lse + tile[0].to(gl.int64) * lse_b
                     lse_at += tile[1].to(gl.int64) * (video_t * video_h * video_w + context_tokens) + first_token(
@@ -228,6 +245,8 @@ def multiply(
                         lost = real & (gl.convert_layout(video_total, gl.SliceLayout(1, OUTPUT)) <= LEAST_TOTAL)
                         vanished |= lost.to(gl.int32)
                         gl.store(redo + task + gl.zeros_like(vanished), 1, lost)
+                    if output_descriptor is not None:
+                        tma.store_wait(0)  # before the next tile gives this place away
                 else:
                     _take_query(q_buffer, buffers, bars, at)
                 at += 1
