@@ -235,6 +235,9 @@ BAD_CALLS = {
     "ratio above one": (dict(top_k_ratio=1.5), "top_k_ratio=1.5"),
     "ratio NaN": (dict(top_k_ratio=float("nan")), "top_k_ratio=nan"),
     "top_k below one": (dict(top_k=0), "top_k=0 must be"),
+    "top_k no whole number": (dict(top_k=1.5), "top_k=1.5 must be a whole number"),
+    "top_k endless": (dict(top_k=float("inf")), "top_k=inf must be a whole number"),
+    "top_k as text": (dict(top_k="3"), "top_k='3' must be a whole number"),
     "block too large": (dict(block_size=(8, 8, 8)), "512 tokens; at most 128"),
     "block not three": (dict(block_size=(4, 4)), "block_size="),
     "unknown combine": (dict(combine="mix"), "combine='mix' is unknown; choose one of 'gate'"),
@@ -265,6 +268,12 @@ def test_bad_input_names_argument_value_and_mend(name):
     arguments = dict(query=query, key=key, value=value, video_shape=(4, 4, 6)) | changes
     with pytest.raises(ValueError, match=message):
         video_sparse_attention(**arguments)
+
+
+def test_whole_numbers_may_come_as_floats():
+    query, key, value, _ = make_inputs((4, 8, 8))
+    expected = video_sparse_attention(query, key, value, (4, 8, 8), top_k=2)
+    assert video_sparse_attention(query, key, value, (4.0, 8, 8), top_k=2.0, block_size=(4, 4.0, 4)).equal(expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runs on Linux, whose /proc/self/status has the peak")

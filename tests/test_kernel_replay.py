@@ -281,7 +281,7 @@ EQUAL_BUT_INVALID = {
     "complex block": (dict(block_size=(4, 4, 4)), dict(block_size=(4, 4 + 0j, 4)), ValueError, "block_size="),
     "decimal ratio": (dict(top_k_ratio=0.5), dict(top_k_ratio=Decimal("0.5")), ValueError, "must be in"),
     "complex ratio": (dict(top_k_ratio=0.5), dict(top_k_ratio=0.5 + 0j), ValueError, "must be in"),
-    "complex top_k": (dict(top_k=2), dict(top_k=2 + 0j), TypeError, "complex"),
+    "complex top_k": (dict(top_k=2), dict(top_k=2 + 0j), ValueError, "top_k="),
     "complex scale": (dict(scale=0.5), dict(scale=0.5 + 0j), TypeError, "complex"),
     "complex context": (dict(context_tokens=(0, 0)), dict(context_tokens=(0j, 0)), ValueError, "context_tokens="),
 }

@@ -54,8 +54,15 @@ def test_a_wrong_block_size_is_named_with_its_value(block_size):
 def test_a_missing_video_shape_says_what_to_do():
     with pytest.raises(ValueError, match=r"^video_shape must be set: pass the \(T, H, W\) grid"):
         check_video_shape(None)
-    with pytest.raises(ValueError, match="video_shape="):
-        check_video_shape((0, 3, 3))
+    for wrong in ((0, 3, 3), (4, 4, float("inf")), (4, 4.5, 4), (4, "4", 4)):
+        with pytest.raises(ValueError, match="video_shape="):
+            check_video_shape(wrong)
+
+
+def test_whole_numbers_of_any_kind_become_ints():
+    shape = check_video_shape(iter([torch.tensor(5), 6.0, 7]))
+    assert shape == (5, 6, 7)
+    assert {type(size) for size in shape} == {int}
 
 
 @pytest.mark.parametrize(

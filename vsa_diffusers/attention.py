@@ -12,7 +12,15 @@ import torch
 
 from . import torch_backward, torch_impl
 from .selection import SELECTIONS
-from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, fitting_block_size, num_selected_tiles
+from .tiles import (
+    TileGrid,
+    check_block_size,
+    check_top_k,
+    check_video_shape,
+    fitting_block_size,
+    num_selected_tiles,
+    whole,
+)
 
 COMBINES = ("gate", "sum", "sparse", "merge")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -96,7 +104,7 @@ def video_sparse_attention(
     check_choice("selection", selection, SELECTIONS)
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     check_top_k(top_k, top_k_ratio)
-    count = num_selected_tiles(grid.num_tiles, top_k_ratio) if top_k is None else min(top_k, grid.num_tiles)
+    count = num_selected_tiles(grid.num_tiles, top_k_ratio) if top_k is None else min(whole(top_k), grid.num_tiles)
     if not torch.compiler.is_compiling() and grid.num_tiles < FEW_TILES:
         _warn_few_tiles(grid)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

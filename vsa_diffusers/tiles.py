@@ -72,10 +72,15 @@ def num_selected_tiles(num_tiles: int, top_k_ratio: float) -> int:
 
 def check_top_k(top_k: int | None, top_k_ratio: float) -> None:
     """Raise `ValueError` unless `top_k` is at least 1 (or None) and `top_k_ratio` in (0, 1]."""
-    if top_k is not None and (int(top_k) != top_k or top_k < 1):
+    if top_k is not None and (not isinstance(top_k, Real) or top_k % 1 != 0 or top_k < 1):
         raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
     if not isinstance(top_k_ratio, Real) or not 0 < top_k_ratio <= 1:
         raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, such as 0.2.")
+
+
+def whole(number: float) -> int:
+    """A whole number as an int. Symbols of a compiler count as ints already, and must not become numbers."""
+    return number if isinstance(number, int) else int(number)
 
 
 def fitting_block_size(video_shape: Sequence[int], most_tokens: int = 64) -> tuple[int, int, int]:
@@ -85,7 +90,8 @@ def fitting_block_size(video_shape: Sequence[int], most_tokens: int = 64) -> tup
     tokens, none more than twice another, but a side may always span its whole axis.
     """
     best = None
-    axes = [sorted({*range(2, min(8, extent) + 1), min(extent, 8)}) for extent in check_video_shape(video_shape)]
+    video_shape = check_video_shape(video_shape)
+    axes = [sorted({*range(2, min(8, extent) + 1), min(extent, 8)}) for extent in video_shape]
     for block in itertools.product(*axes):
         free = [side for side, extent in zip(block, video_shape, strict=True) if side < extent]
         if math.prod(block) > most_tokens or (free and max(free) > 2 * min(free)):
@@ -128,9 +134,9 @@ def check_video_shape(video_shape: Sequence[int] | None) -> tuple[int, int, int]
 def _three_positive_integers(name: str, value: Sequence[int], example: str) -> tuple[int, int, int]:
     try:
         first, second, third = value
-        valid = all(int(size) == size and size >= 1 for size in value)
-    except (TypeError, ValueError):
+        valid = all(int(size) == size and size >= 1 for size in (first, second, third))
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(f"{name}={value!r} must be three positive integers, for example {name}={example}.")
-    return first, second, third
+    return whole(first), whole(second), whole(third)
