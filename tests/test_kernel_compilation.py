@@ -171,3 +171,5 @@ def test_the_specialised_kernel_fits_often_enough_and_does_not_spill_in_its_loop
     assert programs * told.warps * 32 * told.registers <= 65536
     assert programs * told.shared + (programs - 1) * 1024 <= SHARED_LIMIT[90]
     assert all(text in kernel.asm["ptx"] for text in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"))
+    # Outputs leave as boxes, whose sides are powers of two.
+    assert ("cp.async.bulk.tensor.5d.global.shared" in kernel.asm["ptx"]) == ("block_size" not in case)
