@@ -33,7 +33,7 @@ def test_memory_is_in_millions_of_bytes_as_the_heading_says():
 
 
 def test_it_draws_the_speed_ups(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="runs with matplotlib installed")
     main(
         [
             "--shapes",

@@ -210,7 +210,7 @@ def test_validation_videos_are_written(material, tmp_path):
 
 
 def test_tensorboard_gets_the_metrics(material, tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="runs with tensorboard installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(training_options(material, tmp_path, max_train_steps=4, report_to="tensorboard"))

@@ -80,7 +80,8 @@ def helios_pyramid():
 
 
 def ltx2_module(name=""):
-    return pytest.importorskip(f"diffusers.pipelines.ltx2{name}")
+    module = f"diffusers.pipelines.ltx2{name}"
+    return pytest.importorskip(module, reason=f"runs with a diffusers that has {module}; constraints.txt names one")
 
 
 def ltx2_parts():

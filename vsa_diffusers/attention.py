@@ -83,13 +83,15 @@ def video_sparse_attention(
         ValueError, TypeError: an argument is not as described above.
         RuntimeError: `implementation="triton"` cannot run here; the message says why.
     """
+    tensors = query, key, value, gate, context_mask
+    needs_dispatcher = _needs_dispatcher(tensors)
+    needs_gradients = not needs_dispatcher and _needs_gradients(tensors)
     call = None
-    given = query, key, value, gate
-    if context_mask is None and not _needs_dispatcher(given) and not _needs_gradients(given):
+    if context_mask is None and not (needs_dispatcher or needs_gradients):
         call = _call_key(
             video_shape, block_size, context_tokens, top_k_ratio, top_k, combine, scale, selection, implementation
         )
-        if call is not None and (again := _forward_again(call, *given)) is not None:
+        if call is not None and (again := _forward_again(call, query, key, value, gate)) is not None:
             return again
     video_shape = check_video_shape(video_shape)
     if isinstance(block_size, str):
@@ -109,12 +111,12 @@ def video_sparse_attention(
         _warn_few_tiles(grid)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = query, key, value, gate, context_mask
-    if _needs_dispatcher(tensors):
+    if needs_dispatcher:
         numbers = grid.video_shape, grid.block_size, count, combine, scale, before, after, selection
         output, *_ = _forward_op(*tensors, *numbers, implementation)
     else:
         problem = torch_impl.Problem(grid, count, combine, scale, before, after, selection)
-        if _needs_gradients(tensors):
+        if needs_gradients:
             return _Attention.apply(*tensors, problem, implementation)
         output, *_ = _forward(*tensors, problem, implementation, output_alone=True, call=call)
     return output

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -40,22 +40,12 @@ class Work:
         kernel[grid](*arguments, **options)
 
 
-class Place(NamedTuple):
-    """Where an argument's memory lies: bytes from the start of one of the call's tensors, or of the workspace."""
-
-    argument: int
-    tensor: int
-    offset: int
-    form: Any  # the tensor or descriptor as it was recorded, without its memory
-
-
-class Step(NamedTuple):
-    """One launch. `run` takes all arguments in the kernel's own order."""
-
-    run: Callable[..., object]
-    arguments: list[object]
-    pointers: list[Place]
-    descriptors: list[Place]
+# Plain tuples: they are unpacked several times as fast as named ones.
+# Where an argument's memory lies: its number; which of the call's tensors or, after those, the workspace; bytes from
+# the start of that; and the tensor or descriptor as it was recorded, without its memory.
+Place = tuple[int, int, int, Any]
+# One launch: what takes all arguments in the kernel's own order, those, and which of them are pointers and descriptors.
+Step = tuple[Callable[..., object], list[object], list[Place], list[Place]]
 
 
 class Replay:
@@ -63,11 +53,6 @@ class Replay:
 
     def __init__(self, steps: list[Step], workspace_bytes: int, interpreted: bool):
         self.steps = steps
-        # The same in plain tuples, which are unpacked several times as fast as named ones.
-        self.launches = [
-            (step.run, step.arguments, [tuple(x) for x in step.pointers], [tuple(x) for x in step.descriptors])
-            for step in steps
-        ]
         self.workspace_bytes = workspace_bytes
         self.interpreted = interpreted
 
@@ -81,7 +66,7 @@ class Replay:
         starts.append(workspace.data_ptr())
         # Looked up once for all launches; each would look up device and stream anew.
         stream = triton.runtime.driver.active.get_current_stream(device.index)
-        for run, recorded, pointers, descriptors in self.launches:
+        for run, recorded, pointers, descriptors in self.steps:
             arguments = recorded.copy()
             for argument, tensor, offset, _ in pointers:
                 arguments[argument] = starts[tensor] + offset
@@ -93,21 +78,21 @@ class Replay:
     def _interpret(self, tensors: Tensors) -> None:
         """The same for Triton's interpreter, which wants tensors where a GPU takes addresses."""
 
-        def view(place: Place, like: torch.Tensor) -> torch.Tensor:
-            whole = tensors[place.tensor]
+        def view(tensor: int, offset: int, like: torch.Tensor) -> torch.Tensor:
+            whole = tensors[tensor]
             assert whole is not None
-            if place.tensor == len(tensors) - 1:  # the workspace
-                whole = whole[place.offset :][: like.nbytes].view(like.dtype)
+            if tensor == len(tensors) - 1:  # the workspace
+                whole = whole[offset:][: like.nbytes].view(like.dtype)
                 return whole.as_strided(like.shape, like.stride())
-            first = whole.storage_offset() + place.offset // like.itemsize
+            first = whole.storage_offset() + offset // like.itemsize
             return whole.as_strided(like.shape, like.stride(), first)
 
         for run, recorded, pointers, descriptors in self.steps:
             arguments = recorded.copy()
-            for place in pointers:
-                arguments[place.argument] = view(place, place.form)
-            for place in descriptors:
-                arguments[place.argument] = _moved(place.form, view(place, place.form.base))
+            for argument, tensor, offset, form in pointers:
+                arguments[argument] = view(tensor, offset, form)
+            for argument, tensor, offset, form in descriptors:
+                arguments[argument] = _moved(form, view(tensor, offset, form.base))
             run(*arguments)
 
 
@@ -181,15 +166,15 @@ class Recording(Work):
         pointers, descriptors = [], []
         for index, argument in enumerate(ordered):
             if isinstance(argument, torch.Tensor):
-                pointers.append(Place(index, *self._place(argument), _form(argument)))
+                pointers.append((index, *self._place(argument), _form(argument)))
                 ordered[index] = None
             elif hasattr(argument, "block_shape"):
                 form = _moved(argument, _form(argument.base))
-                descriptors.append(Place(index, *self._place(argument.base), form))
+                descriptors.append((index, *self._place(argument.base), form))
                 ordered[index] = None
         self.interpreted = not isinstance(kernel, triton.runtime.JITFunction)
         run = kernel[grid] if self.interpreted else compiled[(*grid, 1, 1)[:3]]
-        self.steps.append(Step(run, ordered, pointers, descriptors))
+        self.steps.append((run, ordered, pointers, descriptors))
 
     def _place(self, x: torch.Tensor) -> tuple[int, int]:
         """Which tensor `x` belongs to, and bytes from there. Memory from `empty` is never shared, so addresses tell."""

@@ -19,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 MIN_TRITON = (3, 6)  # the earliest release whose interpreter agrees with fp64 throughout
 INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
-HERE = contextlib.nullcontext()  # the current device
+ALREADY_CURRENT = contextlib.nullcontext()
 replays = Replays()
 
 
@@ -144,7 +144,7 @@ def words_of(mask: torch.Tensor) -> torch.Tensor:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; making it current takes time even where it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return HERE
+        return ALREADY_CURRENT
     return torch.cuda.device(device)
 
 
