@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from . import torch_backward, torch_impl
+from .problem import Problem
 from .selection import SELECTIONS
 from .tiles import (
     TileGrid,
@@ -115,7 +116,7 @@ def video_sparse_attention(
         numbers = grid.video_shape, grid.block_size, count, combine, scale, before, after, selection
         output, *_ = _forward_op(*tensors, *numbers, implementation)
     else:
-        problem = torch_impl.Problem(grid, count, combine, scale, before, after, selection)
+        problem = Problem(grid, count, combine, scale, before, after, selection)
         if needs_gradients:
             return _Attention.apply(*tensors, problem, implementation)
         output, *_ = _forward(*tensors, problem, implementation, output_alone=True, call=call)
@@ -268,7 +269,7 @@ def _forward(
     value,
     gate,
     context_mask,
-    problem: torch_impl.Problem,
+    problem: Problem,
     implementation: str,
     output_alone: bool = False,
     call: Hashable = None,
@@ -310,7 +311,7 @@ def _backward_op(grad_output, query, key, value, gate, context_mask, indices, ls
     return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _gradients(grad_output, query, key, value, gate, context_mask, indices, lse, output, problem: torch_impl.Problem):
+def _gradients(grad_output, query, key, value, gate, context_mask, indices, lse, output, problem: Problem):
     """Gradients of query, key, value and gate (or `None`), by the implementation that ran forward."""
     given = (grad_output, query, key, value, gate, context_mask, indices)
     if output is None:
@@ -364,12 +365,12 @@ def _backward(ctx, grad_output, *_):
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _problem(video_shape, block_size, top_k, combine, scale, before, after, selection) -> torch_impl.Problem:
+def _problem(video_shape, block_size, top_k, combine, scale, before, after, selection) -> Problem:
     grid = TileGrid(tuple(video_shape), tuple(block_size))
-    return torch_impl.Problem(grid, top_k, combine, scale, before, after, selection)
+    return Problem(grid, top_k, combine, scale, before, after, selection)
 
 
-def _runs_triton(implementation: str, query: torch.Tensor, problem: torch_impl.Problem) -> bool:
+def _runs_triton(implementation: str, query: torch.Tensor, problem: Problem) -> bool:
     """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
     # In fp32 the kernels do without tensor cores and spill; they are there for checking.
     if implementation == "torch" or (implementation == "auto" and query.element_size() > 2):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .torch_impl import MIN_CHUNK_BYTES, Problem, Tiled, accumulator, context_key_mask, context_of
+from .problem import Problem
+from .torch_impl import MIN_CHUNK_BYTES, Tiled, accumulator, context_key_mask, context_of
 
 
 def backward(

@@ -1,6 +1,6 @@
 """Small calls of every kind, for compute-sanitizer; with a number, from that one on, since racecheck takes minutes.
 
-export PYTHONPATH=.:tests:tests/kernels
+export PYTHONPATH=.:tests/support:tests/kernels
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 

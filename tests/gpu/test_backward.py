@@ -25,8 +25,8 @@ from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import backward, coarse, forward, invert, key_gradient, prepare, query_gradient, tuning
 from vsa_diffusers.kernels.tuning import BackwardLaunch
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,8 +27,8 @@ from checks import (
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import attend, forward, pool, select, tuning
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 pytestmark = [
     pytest.mark.gpu,

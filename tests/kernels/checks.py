@@ -12,8 +12,8 @@ import torch
 from oracle import SCORES, relative_error, tile_numbers
 from vsa_diffusers.kernels import backward, forward, run
 from vsa_diffusers.kernels.tuning import BackwardLaunch, Launch
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 # (dtype, relative error against fp64)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}

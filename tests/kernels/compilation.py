@@ -38,8 +38,8 @@ from vsa_diffusers.kernels import (
     select,
 )
 from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, BackwardLaunch, Device, Launch
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
-from vsa_diffusers.torch_impl import Problem
 
 KERNELS = {
     "pool": pool.pool_kernel,

@@ -1,4 +1,4 @@
-"""Run by `tests/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
+"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
 
 from dataclasses import replace
 
@@ -24,8 +24,8 @@ from vsa_diffusers.kernels import key_gradient, tuning
 from vsa_diffusers.kernels.invert import invert, restore
 from vsa_diffusers.kernels.pool import pool
 from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 # What is left out here runs on the GPU: the interpreter takes seconds for each case.
 SMALL = [*MODE_CASES[4:], *SHAPE_CASES[:8], JOINT, *(replace(case, batch=1) for case in CONTEXT_CASES[2:])]

@@ -1,4 +1,4 @@
-"""Run by `tests/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
+"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, select, tuning
 from vsa_diffusers.kernels.pool import pool
 from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Run by `tests/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: launches that are made again."""
+"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: launches that are made again."""
 
 from dataclasses import replace
 
@@ -11,8 +11,8 @@ from oracle import relative_error
 from vsa_diffusers import attention, video_sparse_attention
 from vsa_diffusers.kernels import forward, run, tuning
 from vsa_diffusers.kernels.replay import Recording, Replay, Replays
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 CASES = [
     Case(combine="gate", video_shape=(4, 5, 6), top_k=2, batch=2, layout="tiled"),

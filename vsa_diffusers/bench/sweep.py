@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..problem import Problem
 from ..tiles import TileGrid, num_selected_tiles
-from ..torch_impl import Problem
 from .measure import time_ms
 from .shapes import Shape
 

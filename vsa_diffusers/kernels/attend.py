@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import SIZES, SLICED, grid_arguments, slot_offset, tile_box
 from .lists import GROUP
 from .pool import Pooled

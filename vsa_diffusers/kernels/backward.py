@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .coarse import coarse_attention, coarse_gradients
 from .invert import invert, restore
 from .key_gradient import key_gradient, proxy_gradients

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import SLICED, grid_arguments, tile_box, tile_row
 from .lists import GROUP, append_tiles, tail_groups, tail_width, write_lists
 from .replay import Work

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import grid_arguments, slot_offset, tile_box, tile_row
 from .invert import Keepers
 from .lists import GROUP

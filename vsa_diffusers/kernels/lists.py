@@ -13,8 +13,8 @@ import functools
 import triton
 import triton.language as tl
 
+from ..problem import Problem
 from ..tiles import TileGrid
-from ..torch_impl import Problem
 from .geometry import pack, unpack
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes

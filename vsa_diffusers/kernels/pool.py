@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
 from .lists import store_box
 from .quarters import store_quarters

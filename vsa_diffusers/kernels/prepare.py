@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import SLICED, grid_arguments
 from .replay import Work
 from .rows import BACKWARD_SIZES, load_rows, rows_of, task_of

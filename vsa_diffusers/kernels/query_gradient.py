@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import grid_arguments
 from .invert import Kept
 from .lists import GROUP

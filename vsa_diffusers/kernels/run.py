@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 import triton
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .attend import attend, attend_from_context, attend_kernel
 from .pool import pool
 from .replay import Replay, Replays, Tensors, Work

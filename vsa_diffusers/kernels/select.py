@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..torch_impl import Problem
+from ..problem import Problem
 from .geometry import SIZES, SLICED, workspace_width
 from .lists import tail_groups, tail_width, write_lists
 from .pool import Pooled

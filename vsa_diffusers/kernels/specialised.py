@@ -19,8 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..problem import Problem
 from ..tiles import TileGrid
-from ..torch_impl import Problem
 from .attend import list_arguments, size_arguments, stride_arguments
 from .geometry import SIZES, SLICED, grid_arguments
 from .lists import GROUP

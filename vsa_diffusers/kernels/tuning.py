@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from ..torch_impl import Problem
+from ..problem import Problem
 
 HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
 LAYOUTS = ("direct", "tiled", "descriptor")

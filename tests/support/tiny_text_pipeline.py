@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tiny_models import RECIPES
 
-TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny_wan" / "tokenizer"
+TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_wan" / "tokenizer"
 
 
 def tiny_pipeline(*_, **__):

@@ -14,7 +14,7 @@ import torch
 
 from vsa_diffusers import video_sparse_attention
 
-FILES = sorted((Path(__file__).parent / "kernels").glob("interpreted_*.py"))
+FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
 def can_interpret() -> bool:

@@ -22,8 +22,8 @@ if not is_recent_triton():
 from vsa_diffusers import attention, video_sparse_attention
 from vsa_diffusers.kernels import backward, forward, run, tuning
 from vsa_diffusers.kernels.replay import Replays
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem
 
 
 @pytest.fixture

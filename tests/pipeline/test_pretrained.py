@@ -96,7 +96,7 @@ def test_a_fresh_process_makes_the_same_video(tmp_path):
         save_vsa(pipe, tmp_path / name)
         expected[name] = pipe(**CALL, generator=torch.Generator().manual_seed(0)).frames
         assert (expected[name] - stock).abs().max() > 1e-3
-    script = FRESH.format(tests=str(Path(__file__).parent), folder=str(tmp_path), call=CALL)
+    script = FRESH.format(tests=str(Path(__file__).parents[1] / "support"), folder=str(tmp_path), call=CALL)
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
     videos = load_file(tmp_path / "videos.safetensors")
     for name, video in videos.items():

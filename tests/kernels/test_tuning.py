@@ -9,8 +9,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("runs with Triton installed", allow_module_level=True)
 
 from vsa_diffusers.kernels.tuning import Device, plan
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
-from vsa_diffusers.torch_impl import Problem
 
 HOPPER = Device((9, 0), descriptors=True, processors=132)
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from training_material import precompute, training_options, write_videos
 from vsa_training.objective import logit_normal_quantiles
 from vsa_training.options import Options
 from vsa_training.trainer import Trainer
 
 from tiny_text_pipeline import tiny_pipeline
+from training_material import precompute, training_options, write_videos
 from vsa_diffusers import load_vsa
 from vsa_diffusers.pipeline import enabled_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
 }  # fmt: skip
@@ -234,7 +234,7 @@ SHARDED = {
 def train_two_processes(options: Options, *, sharded: bool) -> None:
     given = [(name, value) for name, value in vars(options).items() if value is not None]
     words = [f"--{name}={value}" for name, value in given if not isinstance(value, list)]
-    script = [str(ROOT / "tests" / "fsdp_on_cpu.py")] if sharded else []
+    script = [str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")] if sharded else []
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script,
         str(ROOT / "examples" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",

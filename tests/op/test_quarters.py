@@ -8,8 +8,9 @@ import torch
 from oracle import quarter_numbers, quarter_scores, tile_numbers
 from tiny_models import RECIPES, run
 from vsa_diffusers import VSAConfig, enable_vsa, selection, video_sparse_attention
+from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Problem, Tiled
+from vsa_diffusers.torch_impl import Tiled
 
 CASES = [
     ((4, 8, 8), (4, 4, 4)),

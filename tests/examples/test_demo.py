@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vsa_diffusers import enable_vsa, save_vsa
 
-MODEL = Path(__file__).parents[1] / "examples" / "tiny_wan"
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_wan"
 OPTIONS = dict(prompt=None, ratios=[0.5], dense_steps=0.5, dense_layers=[], selection="auto", steps=2, seed=None)
 
 

@@ -1,6 +1,6 @@
 """Run a script with its parameters sharded (FSDP) over processes without GPUs, which accelerate does not offer.
 
-ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc_per_node=2 tests/fsdp_on_cpu.py SCRIPT [ARGUMENTS]
+ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc_per_node=2 tests/support/fsdp_on_cpu.py SCRIPT [ARGUMENTS]
 """
 
 import runpy

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from training_material import FPS, FRAMES, HEIGHT, WIDTH, precompute, write_videos
 from vsa_training import conventions
 from vsa_training.conventions import capture_inputs, check_conventions, decode, encode, scheduler_shift, to_layout
 from vsa_training.dataset import BatchOrder, Description, Sample, Shards, collate, split_shards, write_shard
@@ -27,6 +26,7 @@ from tiny_pipelines_video import (
 )
 from tiny_pipelines_video import image as picture
 from tiny_text_pipeline import tiny_pipeline
+from training_material import FPS, FRAMES, HEIGHT, WIDTH, precompute, write_videos
 from vsa_diffusers import enable_vsa
 
 NOT_IN_CALLS = ("guidance_scale", "num_inference_steps", "output_type")

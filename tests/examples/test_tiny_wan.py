@@ -32,7 +32,7 @@ from tiny_wan_transformer import (
 from tiny_wan_vae import encode_scenes, reconstruction_psnr, train_vae, with_past, without_past
 from vsa_diffusers import disable_vsa, enable_vsa, save_vsa
 
-MODEL = Path(__file__).parents[1] / "examples" / "tiny_wan"
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_wan"
 CPU = torch.device("cpu")
 SMALL = dict(height=64, width=64, num_frames=9, num_inference_steps=2)
 

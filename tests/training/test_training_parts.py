@@ -27,7 +27,7 @@ from vsa_diffusers import add_gate_compress, enable_vsa, load_vsa, set_top_k_rat
 from vsa_diffusers.pipeline import enabled_config
 from vsa_diffusers.tiles import TileGrid
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny_wan" / "transformer"
 WAN = RECIPES[0]
 GRID = (8, 16, 16)

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import ALL_RECIPES
 from vsa_diffusers.models import REFUSED, known_families, supported_transformers
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 has_every_class = pytest.mark.skipif(
     not all(hasattr(diffusers, recipe.cls) for recipe in ALL_RECIPES),
     reason="runs with a diffusers that has every family; constraints.txt names one",
