@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .config import VSAConfig, make_config, module_configs
-from .models import attention_modules, attention_processor, dense_attention, require_family
-from .processor import FamilyAttnProcessor, VideoState, settle_choices
-from .tiles import check_video_shape
+from .models import attention_modules, attention_processor, dense_attention, find_family, require_family
+from .processor import FamilyAttnProcessor, dense_processor, settle_choices
+from .running import ForwardHooks, calling_transformer
+
+_OURS = "_vsa_processor"
 
 
 class VSAAttnProcessor:
     """Video Sparse Attention for `transformer.set_attn_processor`, one instance for all modules or one per module.
 
     Video self-attention becomes sparse; cross-attention and audio run the model's stock processor. The video shape is
-    fixed: `enable_vsa` is the way to have it read from the transformer's inputs. In LTX-2 and Kandinsky 5, whose audio
-    or text layers use the same class as their video layers, the number of tokens tells them apart. Where several
-    families share one attention class, `for_transformer` makes the processors instead.
+    read from the transformer's inputs at every call, as `enable_vsa` does. One instance learns at its first call what
+    transformer it serves, so that call must not be compiled: `for_transformer` knows it from the start.
 
     Args:
-        config: a `VSAConfig`; `fields` (such as `top_k_ratio=0.2, video_shape=(21, 30, 52)`) are its fields. Those that
-            need to know the whole transformer (`dense_steps`, `dense_layers`, `modules`) cannot be given.
+        config: a `VSAConfig`; `fields` (such as `top_k_ratio=0.2`) are its fields. `video_shape` overrides what the
+            inputs say. Those that need to know the whole transformer (`dense_steps`, `dense_layers`, `modules`) cannot
+            be given.
 
     Raises:
-        ValueError: `video_shape` is missing, or a field is wrong; when called, tokens do not match `video_shape`, or
-            the attention class is not supported.
+        ValueError: a field is wrong; when called, tokens do not match `video_shape`, or there is none, and no supported
+            transformer makes the call.
     """
 
     def __init__(self, config: VSAConfig | None = None, **fields: Any):
         self.config = make_config(config, fields)
         _refuse(self.config, {"dense_steps": 0, "dense_layers": (), "modules": None}, "VSAAttnProcessor")
-        self.state = VideoState(check_video_shape(self.config.video_shape))
-        self._per_module: dict[torch.nn.Module, Any] = {}
         self._dense_settings: dict[str, Any] = {"_attention_backend": None, "_parallel_config": None}
+        # Modules keep them; this object must not keep the modules.
+        self._processors: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @classmethod
     def for_transformer(
@@ -46,27 +50,23 @@ class VSAAttnProcessor:
         Works for every supported family: video self-attention gets a processor of its family, and all other modules
         keep the processor that they have.
 
-            transformer.set_attn_processor(
-                VSAAttnProcessor.for_transformer(transformer, top_k_ratio=0.2, video_shape=(21, 30, 52))
-            )
+            transformer.set_attn_processor(VSAAttnProcessor.for_transformer(transformer, top_k_ratio=0.2))
 
         Transformers without `set_attn_processor` (Cosmos, Allegro, AnyFlow) take each as `module.processor`, or
-        `enable_vsa`.
+        `enable_vsa`. The transformer gets hooks that read the video shape, which leave once the processors are gone.
 
         Args:
             transformer: a supported video transformer.
-            config: a `VSAConfig`; `fields` are its fields. `video_shape` is needed; `dense_steps` cannot be given.
+            config: a `VSAConfig`; `fields` are its fields.
 
         Returns:
             Processors under the names of `transformer.attn_processors`, such as "blocks.0.attn1.processor".
 
         Raises:
-            ValueError: the transformer is not supported, `video_shape` is missing, or a field is wrong.
+            ValueError: the transformer is not supported, or a field is wrong.
         """
         config = make_config(config, fields)
-        _refuse(config, {"dense_steps": 0}, "VSAAttnProcessor.for_transformer")
         family = require_family(transformer)
-        state = VideoState(check_video_shape(config.video_shape))
         modules = attention_modules(transformer)
         video = list(family.video_modules(transformer))
         if not modules.keys() >= set(video):
@@ -75,11 +75,16 @@ class VSAAttnProcessor:
             )
         configs = module_configs(config, video, [name for name in modules if name not in video])
         # The processors of an enabled VSA give way to those that they stand in for.
-        processors = {name: getattr(attn.processor, "original", attn.processor) for name, attn in modules.items()}
+        processors = {name: dense_processor(attn.processor, attn) for name, attn in modules.items()}
+        hooks = ForwardHooks(transformer, family, leave=True)
         for name, each in configs.items():
             settled = settle_choices(each, modules[name], name)
-            processor = family.processor_of(transformer, name)
-            processors[name] = processor(settled, processors[name], state, name, strict=True)
+            make = family.processor_of(transformer, name)
+            strict = settled.video_shape is not None
+            state = hooks.state_for(settled, make.tiled_grid)
+            processors[name] = make(settled, processors[name], state, name, strict)
+            hooks.watch(name, modules[name], processors[name])
+        hooks.register_alone()
         return {f"{name}.processor": processor for name, processor in processors.items()}
 
     @property
@@ -100,8 +105,14 @@ class VSAAttnProcessor:
 
     def _set_dense(self, name: str, value: Any) -> None:
         self._dense_settings[name] = value
-        for processor in self._per_module.values():
+        for processor in self._processors:
             setattr(processor, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_processors": list(self._processors)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _processors=weakref.WeakSet(state["_processors"]))
 
     def __call__(
         self,
@@ -117,17 +128,76 @@ class VSAAttnProcessor:
         # LTX-2 passes on only the keyword arguments that it finds named in this signature.
         perturbation = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
         kwargs |= {name: value for name, value in perturbation.items() if value is not None}
-        processor = self._per_module.get(attn) or self._add(attn)
+        processor = self._processor_of(attn)
         return processor(attn, hidden_states, encoder_hidden_states, attention_mask, *rotary_embeddings, **kwargs)
 
-    def _add(self, attn: torch.nn.Module) -> Any:
-        processor: Any = dense_attention(attn)
-        if processor is None:
-            processor = _family_processor(attn).stand_in(self.config, attn, self.state)
+    def dense_processor(self, attn: torch.nn.Module) -> Any:
+        """What serves the module's dense calls."""
+        return dense_processor(self._processor_of(attn), attn)
+
+    def _processor_of(self, attn: torch.nn.Module) -> Any:
+        """The processor that serves a module; it lives with the module, so that this object keeps none alive."""
+        served = getattr(attn, _OURS, None)
+        if served is None or served.owner is not self:
+            self._serve(attn)
+            served = getattr(attn, _OURS)
+        return served.processor
+
+    def _serve(self, attn: torch.nn.Module) -> None:
+        found = None
+        # Compiled code cannot look at its callers.
+        if not torch.compiler.is_compiling():
+            found = calling_transformer(lambda module: find_family(module) is not None)
+        if found is not None:
+            self._serve_all(found[0])
+        if getattr(attn, _OURS, None) is None or getattr(attn, _OURS).owner is not self:
+            if self.config.video_shape is None:
+                raise ValueError(
+                    f"VSAAttnProcessor cannot tell what grid {type(attn).__name__} attends over, since no supported "
+                    "transformer was seen calling it; call the transformer once uncompiled, use "
+                    "VSAAttnProcessor.for_transformer(transformer, ...), or pass video_shape=."
+                )
+            self._put(attn, dense_attention(attn) or _family_processor(attn).stand_in(self.config, attn))
+
+    def _serve_all(self, transformer: torch.nn.Module) -> None:
+        """Make the processors of all modules of a transformer that have this one."""
+        family = require_family(transformer)
+        video = family.video_modules(transformer)
+        hooks = ForwardHooks(transformer, family, leave=True)
+        for name, attn in attention_modules(transformer).items():
+            if attn.processor is not self:
+                continue
+            processor = dense_attention(attn)
+            if processor is None:
+                processor = _family_processor(attn).stock()
+                if name in video:
+                    make = family.processor_of(transformer, name)
+                    config = settle_choices(self.config, attn, name)
+                    state = hooks.state_for(config, make.tiled_grid)
+                    processor = make(config, processor, state, name, strict=config.video_shape is not None)
+                    hooks.watch(name, attn, processor)
+            self._put(attn, processor)
+        parallel = getattr(transformer, "_parallel_config", None)
+        if parallel is not None and self._parallel_config is None:
+            self._parallel_config = parallel
+        hooks.register_alone()
+
+    def _put(self, attn: torch.nn.Module, processor: Any) -> None:
+        if isinstance(processor, FamilyAttnProcessor):
+            processor.owner = self
         for name, value in self._dense_settings.items():
-            setattr(processor, name, value)
-        self._per_module[attn] = processor
-        return processor
+            if value is not None:
+                setattr(processor, name, value)
+        self._processors.add(processor)
+        setattr(attn, _OURS, _Served(self, processor))
+
+
+@dataclass
+class _Served:
+    """What `VSAAttnProcessor` leaves on a module: the processor that it made for it."""
+
+    owner: VSAAttnProcessor
+    processor: Any
 
 
 def _family_processor(attn: torch.nn.Module) -> type[FamilyAttnProcessor]:

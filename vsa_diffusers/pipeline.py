@@ -1,27 +1,30 @@
-"""`enable_vsa` and `disable_vsa`: processors per module, and the hook that reads each forward's video shape."""
+"""`enable_vsa` and `disable_vsa`: processors per module, and the hooks that tell them what forward is running."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 import logging
-import math
-import weakref
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .config import VSAConfig, module_configs
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
-from .processor import FamilyAttnProcessor, VideoState, settle_choices
+from .processor import FamilyAttnProcessor, dense_processor, settle_choices
+from .running import ForwardHooks
 from .tiles import check_top_k
 
 logger = logging.getLogger(__name__)
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 _INSTALLATION = "_vsa_installation"
+_OWNER = "_vsa_owner"
+_WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 
 
 def enable_vsa(
@@ -35,6 +38,8 @@ def enable_vsa(
     dense_steps: float = 0,
     dense_layers: Sequence[int] = (),
     modules: Sequence[str] | None = None,
+    top_k: int | None = None,
+    implementation: str = "auto",
     config: VSAConfig | Mapping[str, Any] | None = None,
 ) -> PipelineOrTransformer:
     """Make the video self-attention of a diffusers pipeline sparse. Calling it again re-configures it.
@@ -53,6 +58,8 @@ def enable_vsa(
         dense_steps: first denoising steps that stay dense, as a number or as a share of the scheduler's steps.
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
         modules: patterns of module names that become sparse; `None` means every video self-attention.
+        top_k: number of key tiles to keep, instead of `top_k_ratio`.
+        implementation: as in `video_sparse_attention`.
         config: a `VSAConfig`, or a dict of patterns such as `VSA_DEFAULT`, instead of the arguments above.
 
     Returns:
@@ -70,6 +77,8 @@ def enable_vsa(
         "dense_steps": dense_steps,
         "dense_layers": dense_layers,
         "modules": modules,
+        "top_k": top_k,
+        "implementation": implementation,
     }
     if config is None:
         config = VSAConfig(**arguments)  # type: ignore[arg-type]
@@ -78,10 +87,16 @@ def enable_vsa(
         extra = [name for name, value in arguments.items() if value != defaults[name]]
         if extra:
             raise ValueError(f"config= was given together with {', '.join(extra)}; put them into the config.")
-    plans = [_Plan.make(pipe, transformer, family, config) for transformer, family in _transformers(pipe)]
+    plans = [_Plan.make(transformer, family, config) for transformer, family in _transformers(pipe)]
+    owner = None if isinstance(pipe, torch.nn.Module) else getattr(pipe, _OWNER, None) or uuid.uuid4().hex
     for plan in plans:
-        _remove(plan.transformer)
-        plan.install()
+        plan.check_sharing(owner)
+    with _all_or_nothing([plan.transformer for plan in plans]):
+        for plan in plans:
+            _remove(plan.transformer)
+            plan.install(owner)
+        if owner is not None:
+            setattr(pipe, _OWNER, owner)
     return pipe
 
 
@@ -140,42 +155,9 @@ def supported_parts(pipe: Any) -> dict[str, torch.nn.Module]:
     transformers = [transformer for transformer, _ in _transformers(pipe)]
     if isinstance(pipe, torch.nn.Module):
         return {"transformer": transformers[0]}
-    names = {id(getattr(part, "_orig_mod", part)): name for name, part in pipe.components.items()}
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    names = {id(unwrap(part)): name for name, part in modules.items()}
     return {names[id(transformer)]: transformer for transformer in transformers}
-
-
-class ShapeHook:
-    """Forward pre-hook of the transformer: tells its processors this forward's video shape, and whether it is dense.
-
-    PyTorch runs it before the hooks of diffusers and accelerate, so it sees the inputs whole.
-    """
-
-    def __init__(self, state: VideoState, family: Family, parameters: list[str], config: VSAConfig, pipe: Any):
-        self.state = state
-        self.family = family
-        self.parameters = parameters
-        self.video_shape = config.video_shape
-        self.dense_steps = config.dense_steps
-        self.pipe = weakref.ref(pipe) if config.dense_steps else None
-
-    # The step counter changes at every call: compiled, it would be a new graph for every step.
-    @torch.compiler.disable
-    def __call__(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.video_shape is None:
-            inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
-            self.state.video_shape = self.family.read_grid(transformer, inputs)
-        if self.pipe is not None:
-            pipe = self.pipe()
-            self.state.dense_step = pipe is not None and is_dense_step(pipe.scheduler, self.dense_steps)
-
-
-def is_dense_step(scheduler: Any, dense_steps: float) -> bool:
-    """Whether the step that `scheduler` is about to take is among the first `dense_steps` (a count, or a share)."""
-    begin = getattr(scheduler, "begin_index", None) or 0
-    step = 0 if scheduler.step_index is None else scheduler.step_index - begin
-    if isinstance(dense_steps, float):
-        dense_steps = math.ceil(dense_steps * (len(scheduler.timesteps) - begin))
-    return step < dense_steps
 
 
 @dataclass
@@ -185,13 +167,11 @@ class _Plan:
     transformer: torch.nn.Module
     modules: dict[str, torch.nn.Module]
     configs: dict[str, VSAConfig]
-    state: VideoState
-    hook: ShapeHook
     family: Family
     config: VSAConfig | Mapping[str, Any]
 
     @classmethod
-    def make(cls, pipe: Any, transformer: torch.nn.Module, family: Family, config: VSAConfig | Mapping) -> _Plan:
+    def make(cls, transformer: torch.nn.Module, family: Family, config: VSAConfig | Mapping[str, Any]) -> _Plan:
         modules = family.video_modules(transformer)
         others = [name for name in attention_modules(transformer) if name not in modules]
         configs = module_configs(config, list(modules), others)
@@ -201,39 +181,77 @@ class _Plan:
             raise ValueError(
                 f"config sets different values of video_shape in one transformer: {sorted(map(str, shapes))}."
             )
-        shared = config if isinstance(config, VSAConfig) else VSAConfig(video_shape=next(iter(shapes), None))
-        if shared.dense_steps and not hasattr(getattr(pipe, "scheduler", None), "step_index"):
-            what = type(getattr(pipe, "scheduler", pipe)).__name__
-            raise ValueError(
-                f"dense_steps={shared.dense_steps} counts the scheduler's steps, but {what} has no step_index; call "
-                "enable_vsa on a pipeline whose scheduler counts its steps, or leave dense_steps at 0."
-            )
-        state = VideoState(shared.video_shape)
-        parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
-        hook = ShapeHook(state, family, parameters, shared, pipe)
-        return cls(transformer, modules, configs, state, hook, family, config)
+        return cls(transformer, modules, configs, family, config)
 
-    def install(self) -> None:
-        originals, processors = {}, []
+    def check_sharing(self, owner: str | None) -> None:
+        """Pipelines that share a transformer share its VSA: refuse, or tell, what another one would not expect."""
+        before = getattr(self.transformer, _INSTALLATION, None)
+        if before is None or owner is None or before.owner in (None, owner) or before.config == self.config:
+            return
+        name = type(self.transformer).__name__
+        ours, theirs = ({each.dense_steps for each in configs.values()} for configs in (self.configs, before.configs))
+        if ours != theirs:
+            raise ValueError(
+                f"dense_steps={_one(ours)}, but VSA was enabled on this {name} through another pipeline with "
+                f"dense_steps={_one(theirs)}, and both would count by the last; call disable_vsa(pipe) first, or give "
+                "this pipeline a transformer of its own."
+            )
+        logger.warning("%s: VSA changes for the other pipeline that it was enabled through, too.", name)
+
+    def install(self, owner: str | None) -> None:
+        hooks = ForwardHooks(self.transformer, self.family)
+        installation = _Installation({}, hooks, [], self.configs, self.config, owner)
+        setattr(self.transformer, _INSTALLATION, installation)
+        theirs = {}
         for name, config in self.configs.items():
             attn = self.modules[name]
-            originals[name] = original = getattr(attn, "processor", None) or _OwnForward(attn)
+            found = getattr(attn, "processor", None) or _OwnForward(attn)
+            if not isinstance(found, _OwnForward) and not _is_stock(found, self.transformer):
+                theirs[name] = type(found).__name__
             strict = config.video_shape is not None
-            processor = self.family.processor_of(self.transformer, name)
-            processors.append(processor(config, original, self.state, name, strict))
-            _put(attn, processors[-1])
-        handle = self.transformer.register_forward_pre_hook(self.hook, with_kwargs=True)
-        setattr(self.transformer, _INSTALLATION, _Installation(originals, handle, processors, self.config))
+            cls = self.family.processor_of(self.transformer, name)
+            state = hooks.state_for(config, cls.tiled_grid)
+            processor = cls(config, dense_processor(found, attn), state, name, strict)
+            installation.found[name] = found
+            installation.processors.append(processor)
+            hooks.watch(name, attn, processor)
+            _put(attn, processor)
+        hooks.register()
+        if theirs:
+            logger.warning(
+                "%d modules had processors that are not diffusers' own, which serve dense calls only from now on: %s.",
+                len(theirs), ", ".join(f"{name} ({what})" for name, what in theirs.items()),
+            )  # fmt: skip
         dense = [name for name in self.modules if name not in self.configs]
-        logger.info("%s: %d modules sparse, dense: %s", self.family.name, len(originals), dense or "none")
+        logger.info("%s: %d modules sparse, dense: %s", self.family.name, len(self.configs), dense or "none")
 
 
 @dataclass
 class _Installation:
-    originals: dict[str, Any]
-    handle: Any
+    """What enabling did to a transformer.
+
+    Args:
+        found: processors by module, as they were before.
+        hooks: those of the transformer.
+        processors: ours.
+        configs: theirs by module, choices settled.
+        config: as it was given.
+        owner: mark of the pipeline through which it was enabled.
+    """
+
+    found: dict[str, Any]
+    hooks: ForwardHooks
     processors: list[FamilyAttnProcessor]
+    configs: dict[str, VSAConfig]
     config: VSAConfig | Mapping[str, Any]
+    owner: str | None
+
+    def put_back(self, transformer: torch.nn.Module) -> None:
+        """Enable again what was removed."""
+        setattr(transformer, _INSTALLATION, self)
+        for processor in self.processors:
+            _put(transformer.get_submodule(processor.name), processor)
+        self.hooks.register()
 
 
 def _installed(transformer: torch.nn.Module) -> _Installation:
@@ -247,10 +265,34 @@ def _remove(transformer: torch.nn.Module) -> None:
     installation = getattr(transformer, _INSTALLATION, None)
     if installation is None:
         return
-    for name, original in installation.originals.items():
-        _take_away(transformer.get_submodule(name), original)
-    installation.handle.remove()
+    for name, found in installation.found.items():
+        _take_away(transformer.get_submodule(name), found, installation.processors)
+    installation.hooks.remove()
     delattr(transformer, _INSTALLATION)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Whatever interrupts the block, a keyboard included, leaves the transformers as they were."""
+    before = [getattr(transformer, _INSTALLATION, None) for transformer in transformers]
+    try:
+        yield
+    except BaseException:
+        for transformer, installation in zip(transformers, before, strict=True):
+            _remove(transformer)
+            if installation is not None:
+                installation.put_back(transformer)
+        raise
+
+
+def _one(values: set[Any]) -> Any:
+    return next(iter(values)) if len(values) == 1 else sorted(values)
+
+
+def _is_stock(processor: Any, transformer: torch.nn.Module) -> bool:
+    """Whether a processor comes from diffusers, from this package, or from where the transformer's class does."""
+    homes = {"diffusers", __package__, type(transformer).__module__.partition(".")[0]}
+    return type(processor).__module__.partition(".")[0] in homes
 
 
 class _OwnForward:
@@ -264,7 +306,7 @@ class _OwnForward:
         return self.hooked(*args, **kwargs) if self.hooked else type(attn).forward(attn, *args, **kwargs)
 
     def restore(self, attn: torch.nn.Module) -> None:
-        del attn.forward
+        vars(attn).pop("forward", None)
         if self.hooked:
             attn.forward = self.hooked
 
@@ -276,12 +318,12 @@ def _put(attn: torch.nn.Module, processor: Any) -> None:
         attn.forward = functools.partial(processor, attn)
 
 
-def _take_away(attn: torch.nn.Module, original: Any) -> None:
-    if isinstance(original, _OwnForward):
-        original.restore(attn)
+def _take_away(attn: torch.nn.Module, found: Any, ours: Sequence[FamilyAttnProcessor]) -> None:
+    if isinstance(found, _OwnForward):
+        found.restore(attn)
     # A processor that somebody set since then is theirs to keep.
-    elif getattr(attn.processor, "original", None) is original:
-        attn.processor = original
+    elif any(attn.processor is processor for processor in ours):
+        attn.processor = found
 
 
 def _transformers(pipe: Any) -> list[tuple[torch.nn.Module, Family]]:
@@ -295,7 +337,7 @@ def _transformers(pipe: Any) -> list[tuple[torch.nn.Module, Family]]:
             f"pipe={type(pipe).__name__} is neither a diffusers pipeline nor a transformer; pass the pipeline, for "
             "example WanPipeline.from_pretrained(...), or its transformer."
         )
-    unwrapped = [getattr(part, "_orig_mod", part) for part in candidates]
+    unwrapped = list({id(part): part for part in map(unwrap, candidates)}.values())
     found = [(part, family) for part in unwrapped if (family := find_family(part)) is not None]
     if not found:
         names = ", ".join(sorted({type(part).__name__ for part in unwrapped})) or "no modules"
@@ -305,3 +347,16 @@ def _transformers(pipe: Any) -> list[tuple[torch.nn.Module, Family]]:
             f"{', '.join(supported_transformers())}. Teach your own class with register_transformer."
         )
     return found
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of what torch.compile, DDP, FSDP, DataParallel or peft put around it."""
+    while True:
+        if hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif isinstance(module, _WRAPPERS):
+            module = module.module
+        elif hasattr(module, "get_base_model"):
+            module = module.get_base_model()
+        else:
+            return module

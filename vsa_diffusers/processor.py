@@ -13,29 +13,9 @@ import torch.nn.functional as F
 
 from .attention import video_sparse_attention
 from .config import VSAConfig
+from .running import RunningForward
 
 logger = logging.getLogger(__name__)
-
-
-class VideoState:
-    """What the transformer's pre-hook learned about the forward that is running; shared by its processors."""
-
-    def __init__(self, video_shape: tuple[int, int, int] | None = None, dense_step: bool = False):
-        self.video_shape = video_shape
-        self.dense_step = dense_step
-
-    # Kept as the shape of an empty tensor: torch.compile makes sizes of tensors dynamic, but bakes in numbers.
-    @property
-    def video_shape(self) -> tuple[int, int, int] | None:
-        """`(T, H, W)`, or `None` if the transformer's inputs did not tell."""
-        if self._grid is None:
-            return None
-        frames, height, width = self._grid.shape
-        return frames, height, width
-
-    @video_shape.setter
-    def video_shape(self, video_shape: tuple[int, int, int] | None) -> None:
-        self._grid = None if video_shape is None else torch.empty(1).expand(video_shape)
 
 
 class FamilyAttnProcessor:
@@ -44,7 +24,7 @@ class FamilyAttnProcessor:
     Args:
         config: with `combine` settled (not "auto").
         original: the processor that this one stands in for; it serves every call that must be dense.
-        state: the video shape of the running forward.
+        state: what is known of the running forward.
         name: the attention module's name, for messages.
         strict: raise if the tokens do not match the video shape; otherwise run dense.
     """
@@ -57,21 +37,27 @@ class FamilyAttnProcessor:
     only_video: bool = True
     """Whether the modules' class attends within the video only; in some families text or audio layers share it."""
 
-    def __init__(self, config: VSAConfig, original: Any, state: VideoState, name: str = "", strict: bool = False):
+    def __init__(self, config: VSAConfig, original: Any, state: RunningForward, name: str = "", strict: bool = False):
         self.config = config
         self.original = original
         self.state = state
         self.name = name
         self.strict = strict
+        self.owner: Any = None
         self._logged: set[str] = set()
 
     @classmethod
-    def stand_in(cls, config: VSAConfig, attn: torch.nn.Module, state: VideoState) -> FamilyAttnProcessor:
+    def stand_in(cls, config: VSAConfig, attn: torch.nn.Module) -> FamilyAttnProcessor:
         """For a module whose place in the transformer is unknown: only the number of tokens tells that it is video."""
         strict = cls.only_video and cls.surplus is None
-        processor = cls(settle_choices(config, attn), cls.stock(), state, strict=strict)
+        processor = cls(settle_choices(config, attn), cls.stock(), RunningForward(), strict=strict)
         processor.surplus = None
         return processor
+
+    @staticmethod
+    def tiled_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The grid that is cut into tiles, for a transformer's `(T, H, W)`: one family attends over two videos."""
+        return grid
 
     # diffusers sets these two on every processor that has them; they belong to the dense attention.
     @property
@@ -103,35 +89,48 @@ class FamilyAttnProcessor:
         Raises:
             ValueError: the user's own `video_shape` does not match the `sequence` tokens.
         """
-        reason = obstacle or self._why_dense(sequence, attention_mask)
+        if not torch.compiler.is_compiling() and not self.state.is_active:
+            self.state.catch_up(sequence)
+        shape = self.state.video_shape or self.config.video_shape
+        kind, reason = (obstacle, obstacle) if obstacle else self._why_dense(shape, sequence, attention_mask)
         if reason is None:
-            return self.state.video_shape
-        if not torch.compiler.is_compiling() and reason not in self._logged:
-            self._logged.add(reason)
+            return shape
+        if not torch.compiler.is_compiling() and kind not in self._logged:
+            self._logged.add(kind)
             level = logging.INFO if self.state.dense_step else logging.WARNING
             logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
         return None
 
-    def _why_dense(self, sequence: int, attention_mask: torch.Tensor | None) -> str | None:
+    def _why_dense(
+        self, shape: tuple[int, int, int] | None, sequence: int, attention_mask: torch.Tensor | None
+    ) -> tuple[str, str | None]:
+        """The kind of the reason, which is logged once, and the reason; `None` if there is none."""
         if self.state.dense_step:
-            return "this denoising step is one of dense_steps"
+            return "step", "this denoising step is one of dense_steps"
         if attention_mask is not None:
-            return "the call has an attention mask"
+            return "mask", "the call has an attention mask"
         if self._parallel_config is not None:
-            return "context parallelism splits the sequence"
-        shape = self.state.video_shape
+            return "parallel", "context parallelism splits the sequence"
         if shape is None:
-            return "the video shape could not be read from the transformer's inputs; pass video_shape="
+            return "grid", self.state.reason
         tokens = math.prod(shape)
         if tokens == sequence or (tokens < sequence and self.surplus is not None):
-            return None
+            return "", None
         mismatch = f"video_shape={shape} has {tokens} tokens, but the attention sees {sequence}"
         if self.strict:
             raise ValueError(
                 f"{self.name or 'attention'}: {mismatch}; pass the (T, H, W) grid after patchification, or leave "
-                "video_shape out of enable_vsa(), which then reads it from the transformer's inputs."
+                "video_shape out, which is then read from the transformer's inputs."
             )
-        return mismatch
+        return "tokens", mismatch
+
+    def dense_processor(self, attn: torch.nn.Module) -> Any:
+        """What serves the module's dense calls."""
+        return self.original
+
+    def is_in_place(self, found: Any) -> bool:
+        """Whether a module's processor is this one, perhaps behind one that serves several modules."""
+        return found is self or found is self.owner
 
     def attend(
         self,
@@ -168,9 +167,7 @@ class FamilyAttnProcessor:
             key,
             value,
             shape,
-            top_k_ratio=self.config.top_k_ratio,
-            top_k=self.config.top_k,
-            block_size=self.config.block_size,
+            **self._tiles(),
             gate=gate,
             combine=self.config.combine,
             context_tokens=(before + surplus, after) if self.surplus == "before" else (before, after + surplus),
@@ -179,6 +176,14 @@ class FamilyAttnProcessor:
             implementation=self.config.implementation,
         )
 
+    def _tiles(self) -> dict[str, Any]:
+        """The arguments that say how tokens are cut, and how many tiles are kept: settled once for a forward."""
+        kept = self.state.kept
+        if kept is None:
+            config = self.config
+            return {"block_size": config.block_size, "top_k": config.top_k, "top_k_ratio": config.top_k_ratio}
+        return {"block_size": self.state.block_size, "top_k": kept}
+
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Under autocast, what `scaled_dot_product_attention` would compute in; norms may have left fp32 behind."""
@@ -186,6 +191,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def dense_processor(processor: Any, attn: torch.nn.Module) -> Any:
+    """What serves a module's dense calls, where `processor` may be one of ours already."""
+    ours = getattr(processor, "dense_processor", None)
+    return processor if ours is None else ours(attn)
 
 
 def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:

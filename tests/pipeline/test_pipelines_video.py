@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracle import relative_error
+from positions import assert_all_steps_are_known, recorded_positions
 from tiny_models_video import ANIMATE
 from tiny_pipelines_video import (
     CALL,
@@ -142,10 +143,12 @@ def test_a_whole_call_is_exact_at_ratio_one_and_sparse_below(recipe, caplog):
     dense = recipe.run(pipe)
     assert recipe.run(pipe).equal(dense)
     with caplog.at_level(logging.INFO, "vsa_diffusers"):
-        exact = recipe.run(enable_vsa(pipe, 1.0))
+        with recorded_positions(pipe) as positions:
+            exact = recipe.run(enable_vsa(pipe, 1.0))
         sparse = recipe.run(enable_vsa(pipe, 0.3))
     assert relative_error(exact, dense) < 1e-3
     assert torch.isfinite(sparse).all()
     assert relative_error(sparse, dense) > 10 * relative_error(exact, dense)
     assert "runs dense" not in caplog.text
+    assert_all_steps_are_known(positions)
     assert recipe.run(disable_vsa(pipe)).equal(dense)

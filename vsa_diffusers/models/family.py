@@ -46,6 +46,10 @@ class Family:
     foreign_gates: str = ""
     processor_at: Callable[[torch.nn.Module, str], type[FamilyAttnProcessor]] | None = None
 
+    def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]:
+        """The token grid, or the reason why it cannot be read."""
+        return self.read_grid(transformer, inputs), None
+
     def processor_of(self, transformer: torch.nn.Module, name: str) -> type[FamilyAttnProcessor]:
         """The processor that serves the module of this name."""
         return self.processor if self.processor_at is None else self.processor_at(transformer, name)

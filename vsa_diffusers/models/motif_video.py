@@ -7,7 +7,7 @@ import math
 import torch
 from diffusers.models.transformers import transformer_motif_video
 
-from .family import Family
+from .family import Family, Grid
 from .joint import JointVSAProcessor, square_patch_grid, text_of_key_mask
 
 
@@ -37,8 +37,7 @@ class MotifVideoVSAProcessor(JointVSAProcessor):
         Together they make one of twice as many frames. The gate serves the first half.
         """
         if self.is_decoder(shape, text, text_mask):
-            t, h, w = shape
-            shape, text = (2 * t, h, w), (0, 0)
+            shape, text = twice_as_long(shape), (0, 0)
         return super().attend(attn, shape, query, key, value, hidden, text, text_mask)
 
 
@@ -53,9 +52,20 @@ class MotifVideoEncoderVSAProcessor(MotifVideoVSAProcessor):
 class MotifVideoDecoderVSAProcessor(MotifVideoVSAProcessor):
     """Stands in for it in the decoder blocks, whose second stream is the encoder's video."""
 
+    @staticmethod
+    def tiled_grid(grid: Grid) -> Grid:
+        """Both videos, one after the other."""
+        return twice_as_long(grid)
+
     def is_decoder(self, shape, text, text_mask) -> bool:
         """By its place."""
         return True
+
+
+def twice_as_long(grid: Grid) -> Grid:
+    """The grid of a video and its like after it."""
+    t, h, w = grid
+    return 2 * t, h, w
 
 
 def processor_at(transformer: torch.nn.Module, name: str) -> type[MotifVideoVSAProcessor]:

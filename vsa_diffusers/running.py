@@ -1,0 +1,324 @@
+"""What a transformer's processors know of the forward that is running, and the hooks that tell them.
+
+Such state belongs to the thread that runs the forward: several pipelines may call one transformer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .steps import Position, position_in_run
+from .tiles import TileGrid, fitting_block_size, num_selected_tiles
+
+logger = logging.getLogger(__name__)
+
+Grid = tuple[int, int, int]
+MAX_PENDING = 8
+_BY_HAND = "_vsa_processor_hooks"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one forward means for all modules of one config.
+
+    Args:
+        grid: `(T, H, W)`, or `None` where the transformer's inputs do not tell.
+        block_size: the tiles' extents, "auto" resolved.
+        kept: number of key tiles that each query tile keeps.
+        dense_step: whether this denoising step is one of `dense_steps`.
+        reason: why there is no grid.
+    """
+
+    grid: Grid | None = None
+    block_size: Grid | None = None
+    kept: int | None = None
+    dense_step: bool = False
+    reason: str = "it was called without the transformer's hooks, which read the grid; call the transformer itself"
+
+
+NOTHING = Facts()
+UNREADABLE = "the video shape could not be read from the transformer's inputs; pass video_shape="
+
+
+class RunningForward(threading.local):
+    """The facts of the forward that this thread runs, as its processors read them, compiled or not.
+
+    Args:
+        hooks: of the transformer; `None` for a module that is called by itself.
+        place: which of the transformer's configs this is.
+    """
+
+    # A thread-local object is initialised once in every thread that looks at it.
+    def __init__(self, hooks: ForwardHooks | None = None, place: int = 0):
+        self.hooks = hooks
+        self.place = place
+        self.is_active = False
+        self.set(NOTHING)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunningForward, (self.hooks, self.place)
+
+    def set(self, facts: Facts) -> None:
+        """Make these the facts that the processors see."""
+        self.dense_step = facts.dense_step
+        self.block_size = facts.block_size
+        self.reason = facts.reason
+        # Kept as the shapes of empty tensors: torch.compile makes sizes of tensors dynamic, but bakes in numbers.
+        self._grid = None if facts.grid is None else torch.empty(1).expand(facts.grid)
+        self._kept = None if facts.kept is None else torch.empty(1).expand(facts.kept)
+        if self._kept is not None:
+            torch._dynamo.maybe_mark_dynamic(self._kept, 0)
+
+    @property
+    def video_shape(self) -> Grid | None:
+        """`(T, H, W)`, or `None` if the transformer's inputs did not tell."""
+        if self._grid is None:
+            return None
+        frames, height, width = self._grid.shape
+        return frames, height, width
+
+    @property
+    def kept(self) -> int | None:
+        """Number of key tiles that each query tile keeps; `None` where there is no grid."""
+        return None if self._kept is None else self._kept.shape[0]
+
+    def catch_up(self, sequence: int) -> None:
+        """Learn the facts where the hooks did not run in this thread: see `ForwardHooks.facts_without_hooks`."""
+        facts = None if self.hooks is None else self.hooks.facts_without_hooks(sequence)
+        self.set(NOTHING if facts is None else facts[self.place])
+
+
+class ReadsGrid(Protocol):
+    """What the hooks need of a model family."""
+
+    def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]: ...
+
+
+class ForwardHooks:
+    """Hooks of one transformer, before and after its forward, that tell its processors what is running.
+
+    PyTorch runs them before the hooks of diffusers and accelerate, so they see the inputs whole.
+
+    Args:
+        transformer: gets the hooks with `register`.
+        family: reads the grid.
+        leave: remove themselves once none of the processors is in its place any more.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, family: ReadsGrid, leave: bool = False):
+        self.transformer = transformer
+        self.family = family
+        self.leave = leave
+        self.parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._processors: dict[str, tuple[torch.nn.Module, Any]] = {}
+        self._states: dict[Any, RunningForward] = {}
+        self._handles: list[Any] = []
+        self._has_block_hooks = False
+        self._were_in_place = False
+        self._told: set[str] = set()
+        # Facts of the forwards that a backward pass may run again.
+        self._pending: list[tuple[Facts, ...]] = []
+        self._recalled = False
+
+    def state_for(self, config: Any, tiled_grid: Callable[[Grid], Grid]) -> RunningForward:
+        """The state that all processors share whose tiles are cut alike: see `FamilyAttnProcessor.tiled_grid`."""
+        return self._states.setdefault((config, tiled_grid), RunningForward(self, len(self._states)))
+
+    def watch(self, name: str, attn: torch.nn.Module, processor: Any) -> None:
+        """Tell this processor of a module, and notice if it is replaced."""
+        self._processors[name] = (attn, processor)
+
+    def register(self) -> None:
+        """Begin."""
+        self._handles += [
+            self.transformer.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.transformer.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def register_alone(self) -> None:
+        """Begin, in the place of other hooks of processors that were set by hand."""
+        others = getattr(self.transformer, _BY_HAND, None)
+        if others is not None:
+            others.remove()
+        setattr(self.transformer, _BY_HAND, self)
+        self.register()
+
+    def remove(self) -> None:
+        """End; once more is harmless."""
+        if vars(self.transformer).get(_BY_HAND) is self:
+            delattr(self.transformer, _BY_HAND)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._has_block_hooks = False
+
+    # What changes with every call would, compiled, be a new graph for every call.
+    @torch.compiler.disable
+    def before(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn the grid and the step of the forward that begins."""
+        self._notice_replaced_processors()
+        facts = self._facts(transformer, args, kwargs)
+        for leader in self._leaders():
+            leader.state.set(facts[leader.state.place])
+            leader.state.is_active = True
+        if torch.is_grad_enabled():
+            self._remember(facts)
+            if getattr(transformer, "gradient_checkpointing", False):
+                self._register_block_hooks()
+
+    @torch.compiler.disable
+    def after(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget it: what is called without the hooks must not see the last forward's grid."""
+        for leader in self._leaders():
+            leader.state.is_active = False
+            leader.state.set(NOTHING)
+
+    def facts_without_hooks(self, sequence: int) -> tuple[Facts, ...] | None:
+        """In a backward pass that runs a block again, the facts of the forward it is from.
+
+        Otherwise those of the call of the transformer that leads here, if it began before the hooks were there.
+
+        Raises:
+            RuntimeError: several forwards may be the one that is run again.
+        """
+        if in_backward():
+            return self._recall(sequence)
+        call = calling_transformer(lambda module: module is self.transformer)
+        return None if call is None else self._facts(*call)
+
+    def _facts(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Facts, ...]:
+        grid, reason = self.family.grid(transformer, dict(zip(self.parameters, args, strict=False)) | kwargs)
+        leaders = self._leaders()
+        position = None
+        if any(leader.config.dense_steps for leader in leaders):
+            position = position_in_run()
+            if position is None:
+                self._warn_unknown_step()
+        return tuple(facts_of(leader, grid, reason, position) for leader in leaders)
+
+    def _leaders(self) -> list[Any]:
+        """One processor for each state, in the order of their places."""
+        leaders = {processor.state.place: processor for _, processor in self._processors.values()}
+        return [leaders[place] for place in sorted(leaders)]
+
+    def _remember(self, facts: tuple[Facts, ...]) -> None:
+        if self._recalled:
+            self._pending.clear()
+            self._recalled = False
+        if facts not in self._pending:
+            self._pending.append(facts)
+            del self._pending[:-MAX_PENDING]
+
+    def _recall(self, sequence: int) -> tuple[Facts, ...] | None:
+        self._recalled = True
+        fitting = list(self._pending)
+        if len(fitting) > 1:
+            exact = [facts for facts in fitting if _tokens(facts) == sequence]
+            fitting = exact or [facts for facts in fitting if _tokens(facts) < sequence]
+        if len(fitting) > 1:
+            raise RuntimeError(
+                f"a backward pass runs attention over {sequence} tokens again (gradient checkpointing), and "
+                f"{len(fitting)} forwards before it may be meant; call backward() after each forward whose video size, "
+                "ratio or step differs."
+            )
+        return fitting[0] if fitting else None
+
+    def _notice_replaced_processors(self) -> None:
+        replaced = {
+            name: type(found).__name__
+            for name, (attn, processor) in self._processors.items()
+            if not processor.is_in_place(found := getattr(attn, "processor", processor))
+        }
+        if self.leave and len(replaced) == len(self._processors):
+            if self._were_in_place:
+                self.remove()
+            return
+        self._were_in_place = True
+        if not self._told.issuperset(replaced):
+            self._told.update(replaced)
+            logger.warning(
+                "%s: %d of %d sparse modules had their processor replaced since and do not run sparse, among them %s; "
+                "call enable_vsa again, after what replaced them.",
+                type(self.transformer).__name__, len(replaced), len(self._processors),
+                ", ".join(f"{name} ({what})" for name, what in list(replaced.items())[:3]),
+            )  # fmt: skip
+
+    def _warn_unknown_step(self) -> None:
+        if "dense_steps" in self._told:
+            return
+        self._told.add("dense_steps")
+        logger.warning(
+            "%s: dense_steps cannot be counted, since no denoising loop calls the transformer; it runs sparse. Call it "
+            "from the pipeline, or from a loop `for i, t in enumerate(timesteps)`.",
+            type(self.transformer).__name__,
+        )
+
+    def _register_block_hooks(self) -> None:
+        """Compiled blocks cannot look up what a backward pass runs again, so hooks before them do."""
+        if self._has_block_hooks:
+            return
+        self._has_block_hooks = True
+        for name in sorted({name.rpartition(".")[0] for name in self._processors} - {""}):
+            block = self.transformer.get_submodule(name)
+            self._handles.append(block.register_forward_pre_hook(self._before_block))
+
+    def _before_block(self, block: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or not in_backward():
+            return
+        sequence = next((arg.shape[1] for arg in args if isinstance(arg, torch.Tensor) and arg.ndim > 1), 0)
+        for leader in self._leaders():
+            if not leader.state.is_active:
+                leader.state.catch_up(sequence)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, as gradient checkpointing does when it runs a block again."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+def calling_transformer(
+    wanted: Callable[[torch.nn.Module], bool],
+) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+    """The innermost module among the callers that is `wanted`, and the arguments that it was called with."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._wrapped_call_impl.__code__:
+            call = frame.f_locals
+            if wanted(call["self"]):
+                return call["self"], call["args"], call["kwargs"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def facts_of(processor: Any, grid: Grid | None, reason: str | None, position: Position | None) -> Facts:
+    """What one forward means for a processor; its config's own grid comes first."""
+    config = processor.config
+    grid = config.video_shape or grid
+    dense_step = position is not None and position.is_among_first(config.dense_steps)
+    if grid is None:
+        return Facts(dense_step=dense_step, reason=reason or UNREADABLE)
+    tiled_grid = processor.tiled_grid(grid)
+    block_size, kept = _tiling(tiled_grid, config.block_size, config.top_k, config.top_k_ratio)
+    return Facts(grid, block_size, kept, dense_step)
+
+
+@functools.lru_cache(maxsize=256)
+def _tiling(grid: Grid, block_size: Grid | str, top_k: int | None, top_k_ratio: float) -> tuple[Grid, int]:
+    """The tiles' extents, and how many of them each query tile keeps."""
+    block = fitting_block_size(grid) if isinstance(block_size, str) else block_size
+    tiles = TileGrid(grid, block).num_tiles
+    return block, num_selected_tiles(tiles, top_k_ratio) if top_k is None else min(top_k, tiles)
+
+
+def _tokens(facts: tuple[Facts, ...]) -> int:
+    return math.prod(facts[0].grid or (0,))
