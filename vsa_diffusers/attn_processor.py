@@ -180,6 +180,7 @@ class VSAAttnProcessor:
         parallel = getattr(transformer, "_parallel_config", None)
         if parallel is not None and self._parallel_config is None:
             self._parallel_config = parallel
+        hooks.were_in_place = True
         hooks.register_alone()
 
     def _put(self, attn: torch.nn.Module, processor: Any) -> None:

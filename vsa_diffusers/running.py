@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
 MAX_PENDING = 8
 _BY_HAND = "_vsa_processor_hooks"
+CHECKPOINTING = "_gradient_checkpointing_func"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class RunningForward(threading.local):
 
     def set(self, facts: Facts) -> None:
         """Make these the facts that the processors see."""
+        self.facts = facts
         self.dense_step = facts.dense_step
         self.block_size = facts.block_size
         self.reason = facts.reason
@@ -119,12 +121,11 @@ class ForwardHooks:
         self.transformer = transformer
         self.family = family
         self.leave = leave
+        self.were_in_place = False
         self.parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._processors: dict[str, tuple[torch.nn.Module, Any]] = {}
         self._states: dict[Any, RunningForward] = {}
         self._handles: list[Any] = []
-        self._has_block_hooks = False
-        self._were_in_place = False
         self._told: set[str] = set()
         # Facts of the forwards that a backward pass may run again.
         self._pending: list[tuple[Facts, ...]] = []
@@ -160,7 +161,9 @@ class ForwardHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._has_block_hooks = False
+        checkpointing = getattr(self.transformer, CHECKPOINTING, None)
+        if isinstance(checkpointing, Checkpointing):
+            setattr(self.transformer, CHECKPOINTING, checkpointing.function)
 
     # What changes with every call would, compiled, be a new graph for every call.
     @torch.compiler.disable
@@ -168,20 +171,24 @@ class ForwardHooks:
         """Learn the grid and the step of the forward that begins."""
         self._notice_replaced_processors()
         facts = self._facts(transformer, args, kwargs)
-        for leader in self._leaders():
-            leader.state.set(facts[leader.state.place])
-            leader.state.is_active = True
+        self._tell(facts)
         if torch.is_grad_enabled():
             self._remember(facts)
-            if getattr(transformer, "gradient_checkpointing", False):
-                self._register_block_hooks()
+            self._carry_facts_into_checkpointing()
 
     @torch.compiler.disable
     def after(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget it: what is called without the hooks must not see the last forward's grid."""
+        self._tell(None)
+
+    def told(self) -> tuple[Facts, ...]:
+        """What this thread's states were told last."""
+        return tuple(leader.state.facts for leader in self._leaders())
+
+    def _tell(self, facts: tuple[Facts, ...] | None) -> None:
         for leader in self._leaders():
-            leader.state.is_active = False
-            leader.state.set(NOTHING)
+            leader.state.is_active = facts is not None
+            leader.state.set(NOTHING if facts is None else facts[leader.state.place])
 
     def facts_without_hooks(self, sequence: int) -> tuple[Facts, ...] | None:
         """In a backward pass that runs a block again, the facts of the forward it is from.
@@ -227,9 +234,9 @@ class ForwardHooks:
             fitting = exact or [facts for facts in fitting if _tokens(facts) < sequence]
         if len(fitting) > 1:
             raise RuntimeError(
-                f"a backward pass runs attention over {sequence} tokens again (gradient checkpointing), and "
-                f"{len(fitting)} forwards before it may be meant; call backward() after each forward whose video size, "
-                "ratio or step differs."
+                f"a backward pass runs attention over {sequence} tokens again, and {len(fitting)} forwards before it "
+                "may be meant; call backward() after each forward whose video size, ratio or step differs, or use the "
+                "transformer's enable_gradient_checkpointing()."
             )
         return fitting[0] if fitting else None
 
@@ -240,10 +247,10 @@ class ForwardHooks:
             if not processor.is_in_place(found := getattr(attn, "processor", processor))
         }
         if self.leave and len(replaced) == len(self._processors):
-            if self._were_in_place:
+            if self.were_in_place:
                 self.remove()
             return
-        self._were_in_place = True
+        self.were_in_place = True
         if not self._told.issuperset(replaced):
             self._told.update(replaced)
             logger.warning(
@@ -263,22 +270,41 @@ class ForwardHooks:
             type(self.transformer).__name__,
         )
 
-    def _register_block_hooks(self) -> None:
-        """Compiled blocks cannot look up what a backward pass runs again, so hooks before them do."""
-        if self._has_block_hooks:
+    def _carry_facts_into_checkpointing(self) -> None:
+        """What gradient checkpointing runs again, in whatever thread, shall know what forward it is from."""
+        if not getattr(self.transformer, "gradient_checkpointing", False):
             return
-        self._has_block_hooks = True
-        for name in sorted({name.rpartition(".")[0] for name in self._processors} - {""}):
-            block = self.transformer.get_submodule(name)
-            self._handles.append(block.register_forward_pre_hook(self._before_block))
+        function = getattr(self.transformer, CHECKPOINTING, None)
+        if callable(function) and not isinstance(function, Checkpointing):
+            setattr(self.transformer, CHECKPOINTING, Checkpointing(function, self))
 
-    def _before_block(self, block: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or not in_backward():
-            return
-        sequence = next((arg.shape[1] for arg in args if isinstance(arg, torch.Tensor) and arg.ndim > 1), 0)
-        for leader in self._leaders():
-            if not leader.state.is_active:
-                leader.state.catch_up(sequence)
+    def run_again(self, facts: tuple[Facts, ...], block: Callable[..., Any], *args: Any) -> Any:
+        """Call a block; in a backward pass, with the facts of the forward that it is from."""
+        if not in_backward():
+            return block(*args)
+        self._tell(facts)
+        try:
+            return block(*args)
+        finally:
+            self._tell(None)
+
+
+class Checkpointing:
+    """A transformer's gradient checkpointing, which hands the facts of the running forward to what it runs again.
+
+    Args:
+        function: the transformer's own, as diffusers or the user set it.
+        hooks: of the transformer.
+    """
+
+    def __init__(self, function: Callable[..., Any], hooks: ForwardHooks):
+        self.function = function
+        self.hooks = hooks
+
+    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.function(block, *args)
+        return self.function(functools.partial(self.hooks.run_again, self.hooks.told(), block), *args)
 
 
 def in_backward() -> bool:

@@ -1,4 +1,4 @@
-"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: launches that are made again."""
+"""Run by `test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: launches that are made again."""
 
 from dataclasses import replace
 

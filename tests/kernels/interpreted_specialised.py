@@ -1,4 +1,4 @@
-"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: the kernel in Gluon, on the CPU."""
+"""Run by `test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: the kernel in Gluon, on the CPU."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What position in the run each forward of a pipeline's transformers has, as the hooks of an enabled VSA would see it."""
+"""What position in the run each forward of a pipeline's transformers has, as the hooks of VSA see it."""
 
 import contextlib
 
