@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .attention import video_sparse_attention
 from .config import VSAConfig
+from .layer_skip import why_scores_are_skipped
 from .running import RunningForward
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class FamilyAttnProcessor:
     stock: type
     """The processor that diffusers gives such a module, able to serve every call to its class."""
     __call__: Callable[..., Any]
+    streams: tuple[str, ...] = ("hidden_states",)
+    """The first arguments of the attention module's forward, of each of which it returns an output."""
     surplus: str | None = None
     """Where tokens beyond the grid sit in this family's video stream: "before", "after", or None if there are none."""
     only_video: bool = True
@@ -91,6 +94,7 @@ class FamilyAttnProcessor:
         """
         if not torch.compiler.is_compiling() and not self.state.is_active:
             self.state.catch_up(sequence)
+        obstacle = obstacle or why_scores_are_skipped()
         shape = self.state.video_shape or self.config.video_shape
         kind, reason = (obstacle, obstacle) if obstacle else self._why_dense(shape, sequence, attention_mask)
         if reason is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -127,8 +128,15 @@ def register_transformer(
         processor: a whole attention processor, instead of `project`, for modules that finish in another way.
 
     Raises:
-        ValueError: both `project` and `processor` are given.
+        ValueError: both `project` and `processor` are given, or a name or pattern can match nothing.
+        TypeError: an argument is not what is described above.
     """
+    _check_transformer(transformer)
+    _check_modules(modules)
+    _check_function("video_shape", video_shape, 2, "video_shape(transformer, inputs) that returns (T, H, W)")
+    _check_function("project", project, 2, "project(attn, hidden_states, ...) that returns query, key and value")
+    if processor is not None:
+        _check_processor(processor)
     if project is not None and processor is not None:
         raise ValueError("project= and processor= were both given; a processor projects by itself, so pass only one.")
     name = transformer if isinstance(transformer, str) else transformer.__name__
@@ -138,7 +146,54 @@ def register_transformer(
         modules=re.escape(modules).replace(r"\*", r"[^.]+"),
         processor=processor or plain_processor(project),
         read_grid=video_shape or (lambda transformer, inputs: None),
+        needs=(),
     )
+
+
+def _check_transformer(transformer: Any) -> None:
+    if isinstance(transformer, str):
+        if not transformer.isidentifier():
+            raise ValueError(
+                f"transformer={transformer!r} is not the name of a class; pass the class, or its name without the "
+                'module, such as "MyTransformer".'
+            )
+    elif not isinstance(transformer, type) or not issubclass(transformer, torch.nn.Module):
+        what = type(transformer).__name__ if isinstance(transformer, torch.nn.Module) else repr(transformer)
+        raise TypeError(f"transformer={what} must be a class of torch.nn.Module, or its name; pass type(transformer).")
+
+
+def _check_modules(modules: Any) -> None:
+    if not isinstance(modules, str):
+        raise TypeError(f"modules={modules!r} must be one pattern of module names, such as 'layers.*.attn'.")
+    if not all(re.fullmatch(r"[\w*]+", part) for part in modules.split(".")):
+        raise ValueError(
+            f"modules={modules!r} can match no module; name them as named_modules() does, with * for one part between "
+            "dots, such as 'layers.*.attn'."
+        )
+
+
+def _check_function(name: str, function: Any, arguments: int, what: str) -> None:
+    if function is None:
+        return
+    if not callable(function):
+        raise TypeError(f"{name}={function!r} must be a function {what}.")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # not every function tells its signature
+        return
+    try:
+        signature.bind_partial(*[None] * arguments)
+    except TypeError:
+        raise TypeError(f"{name}={function!r} takes {signature}; it must be a function {what}.") from None
+
+
+def _check_processor(processor: Any) -> None:
+    is_family = isinstance(processor, type) and issubclass(processor, FamilyAttnProcessor)
+    if not is_family or not any("__call__" in vars(cls) for cls in processor.__mro__):
+        raise TypeError(
+            f"processor={processor!r} must be a class, not an instance, that derives from FamilyAttnProcessor of "
+            "vsa_diffusers.processor and has a __call__."
+        )
 
 
 def known_families() -> list[Family]:

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers import transformer_anyflow
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, Grid, patches
+from .family import NORMED, Family, Grid, patches
 
 
 class AnyFlowVSAProcessor(FamilyAttnProcessor):
@@ -55,5 +55,6 @@ FAMILY = Family(
     modules=r"blocks\.\d+\.attn1",
     processor=AnyFlowVSAProcessor,
     read_grid=read_grid,
+    needs=NORMED,
     checkpoints=("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .family import Family, patchified_grid
+from .family import NORMED, Family, patchified_grid
 from .wan import WanVSAProcessor
 
 FAMILY = Family(
@@ -11,5 +11,6 @@ FAMILY = Family(
     modules=r"blocks\.\d+\.attn1",
     processor=WanVSAProcessor,
     read_grid=patchified_grid,
+    needs=(*NORMED, "fused_projections"),
     checkpoints=("nvidia/ChronoEdit-14B-Diffusers",),
 )

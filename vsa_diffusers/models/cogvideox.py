@@ -9,7 +9,7 @@ import torch
 from diffusers.models import attention_processor
 
 from .family import Family, Grid
-from .joint import JointVSAProcessor
+from .joint import JOINT, JointVSAProcessor, split_heads
 
 
 class CogVideoXVSAProcessor(JointVSAProcessor):
@@ -17,6 +17,13 @@ class CogVideoXVSAProcessor(JointVSAProcessor):
 
     text_first = True
     stock = attention_processor.CogVideoXAttnProcessor2_0
+
+    def project(self, attn: torch.nn.Module, hidden: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+        """By the fused projection where the stock processor does: `fuse_qkv_projections` exchanges it."""
+        if not isinstance(self.original, attention_processor.FusedCogVideoXAttnProcessor2_0):
+            return super().project(attn, hidden, *names)
+        query, key, value = attn.to_qkv(hidden).chunk(3, dim=-1)
+        return split_heads(attn, query, key, value, attn.norm_q, attn.norm_k)
 
     def finish(
         self, attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor
@@ -39,6 +46,7 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=CogVideoXVSAProcessor,
     read_grid=read_grid,
+    needs=(*JOINT, "to_out"),
     checkpoints=(
         "THUDM/CogVideoX-2b",
         "THUDM/CogVideoX-5b",

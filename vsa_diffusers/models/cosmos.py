@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_cosmos
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, Grid, patches
+from .family import NORMED, Family, Grid, patches
 
 
 class CosmosVSAProcessor(FamilyAttnProcessor):
@@ -56,6 +56,7 @@ FAMILY = Family(
     modules=r"(transformer|control)_blocks\.\d+\.attn1",
     processor=CosmosVSAProcessor,
     read_grid=read_grid,
+    needs=NORMED,
     checkpoints=(
         "nvidia/Cosmos-1.0-Diffusion-7B-Text2World",
         "nvidia/Cosmos-1.0-Diffusion-7B-Video2World",

@@ -12,10 +12,17 @@ from diffusers.models.transformers import transformer_cosmos3
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid
 
+COSMOS3 = (
+    *("processor", "head_dim", "num_key_value_groups", "to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "k_norm_und_for_gen", "to_add_out"),
+)
+"""What its attention modules have, and their processors use."""
+
 
 class Cosmos3VSAProcessor(FamilyAttnProcessor):
     """Stands in for `Cosmos3AttnProcessor`: causal text as there, sparse attention for the video."""
 
+    streams = ("und_seq", "gen_seq")
     # Sound and action tokens follow the video tokens.
     surplus = "after"
     stock = transformer_cosmos3.Cosmos3AttnProcessor
@@ -73,6 +80,7 @@ FAMILY = Family(
     processor=Cosmos3VSAProcessor,
     read_grid=read_grid,
     query_projection="add_q_proj",
+    needs=COSMOS3,
     checkpoints=("nvidia/Cosmos3-Nano",),
     stays_dense="the text's causal attention; sound and action tokens attend densely",
 )

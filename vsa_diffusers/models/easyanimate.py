@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers.models.transformers import transformer_easyanimate
 
 from .family import Family
-from .joint import JointVSAProcessor, square_patch_grid
+from .joint import JOINT, JointVSAProcessor, square_patch_grid
 
 
 class EasyAnimateVSAProcessor(JointVSAProcessor):
@@ -21,6 +21,7 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=EasyAnimateVSAProcessor,
     read_grid=square_patch_grid,
+    needs=JOINT,
     checkpoints=(
         "alibaba-pai/EasyAnimateV5.1-7b-zh-diffusers",
         "alibaba-pai/EasyAnimateV5.1-12b-zh-InP-diffusers",

@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 
+from ..layer_skip import register_processor
 from ..processor import FamilyAttnProcessor
+from ..running import UNREADABLE
+from ..tiles import check_video_shape
 
 Grid = tuple[int, int, int]
 ReadGrid = Callable[[torch.nn.Module, Mapping[str, Any]], Grid | None]
+ATTENTION = ("processor", "heads", "to_q", "to_k", "to_v", "to_out")
+"""What the attention modules of most families have, and their processors use."""
+NORMED = (*ATTENTION, "norm_q", "norm_k")
+"""The same with norms of query and key, which may be `None`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Family:
         trained_gates: public checkpoints with trained gates, for the docs.
         foreign_gates: why public checkpoints' gates cannot be used in this family, for the docs and `load_gates`.
         processor_at: from the transformer and a module's name, its processor, where `processor` does not serve all.
+        needs: attributes without which a module is not one that `processor` can serve.
     """
 
     name: str
@@ -45,20 +53,42 @@ class Family:
     trained_gates: tuple[str, ...] = ()
     foreign_gates: str = ""
     processor_at: Callable[[torch.nn.Module, str], type[FamilyAttnProcessor]] | None = None
-
-    def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]:
-        """The token grid, or the reason why it cannot be read."""
-        return self.read_grid(transformer, inputs), None
+    needs: tuple[str, ...] = ATTENTION
 
     def processor_of(self, transformer: torch.nn.Module, name: str) -> type[FamilyAttnProcessor]:
-        """The processor that serves the module of this name."""
-        return self.processor if self.processor_at is None else self.processor_at(transformer, name)
+        """The processor that serves the module of this name, made known to diffusers' LayerSkip."""
+        processor = self.processor if self.processor_at is None else self.processor_at(transformer, name)
+        register_processor(processor, processor.streams)
+        return processor
+
+    def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]:
+        """The grid of the video tokens, or `None` and the reason why `inputs` do not tell.
+
+        A forward whose arguments have other names, or a config without what the family's has, is such a reason: the
+        class may be a subclass, or another package's of the same name.
+
+        Args:
+            transformer: of this family.
+            inputs: its forward's arguments by name.
+        """
+        try:
+            grid = self.read_grid(transformer, inputs)
+        except KeyError as error:
+            return None, f"{UNREADABLE} (forward has no {error}, but {', '.join(map(str, inputs)) or 'no arguments'})"
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            return None, f"{UNREADABLE} ({type(error).__name__}: {error})"
+        if grid is None:
+            return None, UNREADABLE
+        try:
+            return check_video_shape(grid), None
+        except ValueError:
+            return None, f"{UNREADABLE} ({grid!r} is not a grid of tokens)"
 
     def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The video self-attention modules by name, in the order of the transformer's blocks.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or they lack what `processor` needs.
         """
         found = {name: module for name, module in transformer.named_modules() if re.fullmatch(self.modules, name)}
         if not found:
@@ -66,6 +96,14 @@ class Family:
                 f"{type(transformer).__name__} has no module whose name matches {self.modules!r}, where its video "
                 "self-attention should be; correct the pattern given to register_transformer."
             )
+        for name, module in found.items():
+            missing = [attribute for attribute in self.needs if not hasattr(module, attribute)]
+            if missing:
+                raise ValueError(
+                    f"{type(transformer).__name__} of {type(transformer).__module__} is not served as {self.name}: "
+                    f"{name} ({type(module).__name__}) has no {', '.join(missing)}; teach your own class with "
+                    "register_transformer."
+                )
         return found
 
 

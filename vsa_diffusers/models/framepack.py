@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .family import Family
 from .hunyuan_video import HunyuanVideoVSAProcessor
-from .joint import square_patch_grid
+from .joint import JOINT, square_patch_grid
 
 
 class FramepackVSAProcessor(HunyuanVideoVSAProcessor):
@@ -19,6 +19,7 @@ FAMILY = Family(
     modules=r"(single_)?transformer_blocks\.\d+\.attn",
     processor=FramepackVSAProcessor,
     read_grid=square_patch_grid,
+    needs=JOINT,
     checkpoints=("lllyasviel/FramePackI2V_HY",),
     stays_dense="token refiner; text, image and history tokens attend densely",
 )

@@ -6,7 +6,7 @@ import torch
 from diffusers.models.transformers import transformer_helios
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, patchified_grid
+from .family import NORMED, Family, patchified_grid
 
 
 class HeliosVSAProcessor(FamilyAttnProcessor):
@@ -52,6 +52,7 @@ FAMILY = Family(
     modules=r"blocks\.\d+\.attn1",
     processor=HeliosVSAProcessor,
     read_grid=patchified_grid,
+    needs=(*NORMED, "fused_projections", "is_amplify_history"),
     checkpoints=("BestWishYsh/Helios-Base",),
     stays_dense="cross-attention; history tokens attend densely",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers.models.transformers import transformer_hunyuan_video
 
 from .family import Family
-from .joint import JointVSAProcessor, square_patch_grid, text_of_key_mask
+from .joint import JOINT, JointVSAProcessor, square_patch_grid, text_of_key_mask
 
 
 class HunyuanVideoVSAProcessor(JointVSAProcessor):
@@ -21,6 +21,7 @@ FAMILY = Family(
     modules=r"(single_)?transformer_blocks\.\d+\.attn",
     processor=HunyuanVideoVSAProcessor,
     read_grid=square_patch_grid,
+    needs=JOINT,
     checkpoints=(
         "hunyuanvideo-community/HunyuanVideo",
         "hunyuanvideo-community/HunyuanVideo-I2V",

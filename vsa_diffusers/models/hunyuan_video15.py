@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers.models.transformers import transformer_hunyuan_video15
 
 from .family import Family
-from .joint import JointVSAProcessor, square_patch_grid, text_of_text_mask
+from .joint import JOINT, JointVSAProcessor, square_patch_grid, text_of_text_mask
 
 
 class HunyuanVideo15VSAProcessor(JointVSAProcessor):
@@ -22,6 +22,7 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn",
     processor=HunyuanVideo15VSAProcessor,
     read_grid=square_patch_grid,
+    needs=JOINT,
     checkpoints=(
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",

@@ -11,6 +11,10 @@ from diffusers.models.embeddings import apply_rotary_emb
 from ..processor import FamilyAttnProcessor
 from .family import Grid
 
+JOINT = ("processor", "heads", "to_q", "to_k", "to_v", "norm_q", "norm_k", "add_q_proj")
+"""What joint attention modules have, and their processors use."""
+VIDEO_PROJECTIONS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+
 
 class JointVSAProcessor(FamilyAttnProcessor):
     """Attention over `[video | text]`, or `[text | video]`, with one set of projections or one per stream.
@@ -18,6 +22,7 @@ class JointVSAProcessor(FamilyAttnProcessor):
     Calls have the signature that diffusers gives joint attention; they return the video and the text stream.
     """
 
+    streams = ("hidden_states", "encoder_hidden_states")
     text_first = False
     text_mask: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     """From the call's mask and the text's length, bool `[batch, text]`, False where text is padding. Where a family
@@ -37,14 +42,14 @@ class JointVSAProcessor(FamilyAttnProcessor):
         shape = self.sparse_shape(hidden_states.shape[1], attention_mask if read_mask is None else None)
         if shape is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        query, key, value = project(attn, hidden_states, "to_q", "to_k", "to_v", "norm_q", "norm_k")
+        query, key, value = self.project(attn, hidden_states, *VIDEO_PROJECTIONS)
         if image_rotary_emb is not None:
             query, key = self.rotate(query, image_rotary_emb), self.rotate(key, image_rotary_emb)
         if attn.add_q_proj is None:
-            names = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+            names = VIDEO_PROJECTIONS
         else:
             names = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-        text = project(attn, encoder_hidden_states, *names)
+        text = self.project(attn, encoder_hidden_states, *names)
         order = -1 if self.text_first else 1
         streams = [(query, key, value), text][::order]
         query, key, value = (torch.cat(parts, 1) for parts in zip(*streams, strict=True))
@@ -52,6 +57,11 @@ class JointVSAProcessor(FamilyAttnProcessor):
         output = self.attend(attn, shape, query, key, value, hidden_states, text=around, text_mask=text_mask).flatten(2)
         lengths = [hidden_states.shape[1], length][::order]
         return self.finish(attn, *output.split(lengths, 1)[::order])
+
+    def project(self, attn: torch.nn.Module, hidden: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+        """Query, key and value `[batch, sequence, heads, head_dim]`, normalised where `attn` has the norms."""
+        to_query, to_key, to_value, *norms = (getattr(attn, name) for name in names)
+        return split_heads(attn, to_query(hidden), to_key(hidden), to_value(hidden), *norms)
 
     def rotate(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
         """Rotary embedding of the video stream `[batch, sequence, heads, head_dim]`."""
@@ -78,10 +88,11 @@ def text_of_text_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor
     return attention_mask.bool()
 
 
-def project(attn: torch.nn.Module, hidden: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
-    """Query, key and value `[batch, sequence, heads, head_dim]`, normalised where `attn` has the norms."""
-    to_query, to_key, to_value, norm_query, norm_key = (getattr(attn, name) for name in names)
-    query, key, value = (linear(hidden).unflatten(2, (attn.heads, -1)) for linear in (to_query, to_key, to_value))
+def split_heads(
+    attn: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, norm_query: Any, norm_key: Any
+) -> tuple[torch.Tensor, ...]:
+    """Projections as `[batch, sequence, heads, head_dim]`, normalised where there are norms."""
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
     query = query if norm_query is None else norm_query(query)
     key = key if norm_key is None else norm_key(key)
     return query, key, value

@@ -11,6 +11,9 @@ from diffusers.models.transformers import transformer_kandinsky
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid, patches
 
+KANDINSKY = ("processor", "num_heads", "to_query", "to_key", "to_value", "query_norm", "key_norm", "out_layer")
+"""What the attention modules of Kandinsky have, and their processors use."""
+
 
 class Kandinsky5VSAProcessor(FamilyAttnProcessor):
     """Stands in for `Kandinsky5AttnProcessor`."""
@@ -58,6 +61,7 @@ FAMILY = Family(
     modules=r"visual_transformer_blocks\.\d+\.self_attention",
     processor=Kandinsky5VSAProcessor,
     read_grid=read_grid,
+    needs=KANDINSKY,
     checkpoints=(
         "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
         "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",

@@ -7,7 +7,7 @@ from diffusers.models.transformers import transformer_kandinsky6
 
 from ..processor import FamilyAttnProcessor
 from .family import Family
-from .kandinsky5 import read_grid
+from .kandinsky5 import KANDINSKY, read_grid
 
 
 class Kandinsky6VSAProcessor(FamilyAttnProcessor):
@@ -47,6 +47,7 @@ FAMILY = Family(
     modules=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
     processor=Kandinsky6VSAProcessor,
     read_grid=read_grid,
+    needs=KANDINSKY,
     checkpoints=("kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",),
     query_projection="to_query",
     stays_dense="cross-attention, text blocks, audio, audio to video and back",

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers import transformer_ltx
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, Grid
+from .family import NORMED, Family, Grid
 
 
 class LTXVSAProcessor(FamilyAttnProcessor):
@@ -58,5 +58,6 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=LTXVSAProcessor,
     read_grid=read_grid,
+    needs=NORMED,
     checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.5"),
 )

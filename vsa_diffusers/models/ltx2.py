@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers import transformer_ltx2
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, Grid
+from .family import NORMED, Family, Grid
 
 _ROTATE = {
     "interleaved": transformer_ltx2.apply_interleaved_rotary_emb,
@@ -89,6 +89,7 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=LTX2VSAProcessor,
     read_grid=read_grid,
+    needs=(*NORMED, "rope_type"),
     checkpoints=("Lightricks/LTX-2", "diffusers/LTX-2.3-Diffusers", "Lightricks/LTX-2.5-Diffusers"),
     stays_dense="cross-attention, audio, audio to video and back; reference tokens attend densely",
 )

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.transformers import transformer_minimax_h3
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, Grid
+from .family import NORMED, Family, Grid
 
 
 class MiniMaxH3VSAProcessor(FamilyAttnProcessor):
@@ -65,6 +65,7 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn",
     processor=MiniMaxH3VSAProcessor,
     read_grid=read_grid,
+    needs=(*NORMED, "fused_projections"),
     checkpoints=("MiniMaxAI/MiniMax-H3",),
     stays_dense="token refiner; text, audio and reference tokens attend densely",
     foreign_gates=(

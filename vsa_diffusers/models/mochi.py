@@ -8,7 +8,7 @@ import torch
 from diffusers.models import attention_processor
 
 from .family import Family
-from .joint import JointVSAProcessor, square_patch_grid, text_of_text_mask
+from .joint import JOINT, JointVSAProcessor, square_patch_grid, text_of_text_mask
 
 
 class MochiVSAProcessor(JointVSAProcessor):
@@ -30,6 +30,7 @@ FAMILY = Family(
     modules=r"transformer_blocks\.\d+\.attn1",
     processor=MochiVSAProcessor,
     read_grid=square_patch_grid,
+    needs=JOINT,
     checkpoints=("genmo/mochi-1-preview",),
     stays_dense="text attends densely",
 )

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers import transformer_motif_video
 
 from .family import Family, Grid
-from .joint import JointVSAProcessor, square_patch_grid, text_of_key_mask
+from .joint import JOINT, JointVSAProcessor, square_patch_grid, text_of_key_mask
 
 
 class MotifVideoVSAProcessor(JointVSAProcessor):
@@ -83,6 +83,7 @@ FAMILY = Family(
     processor=MotifVideoVSAProcessor,
     processor_at=processor_at,
     read_grid=square_patch_grid,
+    needs=JOINT,
     checkpoints=("Motif-Technologies/Motif-Video-2B",),
     stays_dense="cross-attention; text and image tokens attend densely",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .family import Family, patchified_grid
+from .family import NORMED, Family, patchified_grid
 from .wan import WanVSAProcessor
 
 FAMILY = Family(
@@ -11,6 +11,7 @@ FAMILY = Family(
     modules=r"blocks\.\d+\.attn1",
     processor=WanVSAProcessor,
     read_grid=patchified_grid,
+    needs=(*NORMED, "fused_projections"),
     checkpoints=(
         "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
         "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",

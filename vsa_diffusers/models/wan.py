@@ -6,7 +6,7 @@ import torch
 from diffusers.models.transformers import transformer_wan
 
 from ..processor import FamilyAttnProcessor
-from .family import Family, patchified_grid
+from .family import NORMED, Family, patchified_grid
 
 
 class WanVSAProcessor(FamilyAttnProcessor):
@@ -51,6 +51,7 @@ FAMILY = Family(
     modules=r"(vace_)?blocks\.\d+\.attn1",
     processor=WanVSAProcessor,
     read_grid=patchified_grid,
+    needs=(*NORMED, "fused_projections"),
     checkpoints=(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
