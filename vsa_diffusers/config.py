@@ -329,7 +329,7 @@ def _check_keys(name: str, values: Mapping[str, Any], known: Sequence[str]) -> N
     unknown = sorted(set(values) - set(known), key=str)
     if unknown:
         alike = dict.fromkeys(match for key in unknown for match in difflib.get_close_matches(str(key), known, n=1))
-        hint = f"; did you mean {', '.join(map(repr, alike))}?" if alike else "."
+        hint = f"; perhaps {' and '.join(map(repr, alike))} is meant." if alike else "."
         raise ValueError(f"{name} has unknown keys {unknown}; known are {sorted(known)}{hint}")
 
 
