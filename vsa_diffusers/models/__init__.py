@@ -133,8 +133,8 @@ def register_transformer(
     """
     _check_transformer(transformer)
     _check_modules(modules)
-    _check_function("video_shape", video_shape, 2, "video_shape(transformer, inputs) that returns (T, H, W)")
-    _check_function("project", project, 2, "project(attn, hidden_states, ...) that returns query, key and value")
+    _check_function("video_shape", video_shape, "video_shape(transformer, inputs) that returns (T, H, W)")
+    _check_function("project", project, "project(attn, hidden_states, ...) that returns query, key and value", True)
     if processor is not None:
         _check_processor(processor)
     if project is not None and processor is not None:
@@ -165,14 +165,15 @@ def _check_transformer(transformer: Any) -> None:
 def _check_modules(modules: Any) -> None:
     if not isinstance(modules, str):
         raise TypeError(f"modules={modules!r} must be one pattern of module names, such as 'layers.*.attn'.")
-    if not all(re.fullmatch(r"[\w*]+", part) for part in modules.split(".")):
+    if not all(re.fullmatch(r"[^\s,\[\]]+", part) for part in modules.split(".")):
         raise ValueError(
             f"modules={modules!r} can match no module; name them as named_modules() does, with * for one part between "
             "dots, such as 'layers.*.attn'."
         )
 
 
-def _check_function(name: str, function: Any, arguments: int, what: str) -> None:
+def _check_function(name: str, function: Any, what: str, and_more: bool = False) -> None:
+    """Raise `TypeError` unless `function` is `None` or takes two arguments, `and_more` where it says so."""
     if function is None:
         return
     if not callable(function):
@@ -182,7 +183,7 @@ def _check_function(name: str, function: Any, arguments: int, what: str) -> None
     except ValueError:  # not every function tells its signature
         return
     try:
-        signature.bind_partial(*[None] * arguments)
+        (signature.bind_partial if and_more else signature.bind)(None, None)
     except TypeError:
         raise TypeError(f"{name}={function!r} takes {signature}; it must be a function {what}.") from None
 

@@ -13,7 +13,8 @@ from .family import Grid
 
 JOINT = ("processor", "heads", "to_q", "to_k", "to_v", "norm_q", "norm_k", "add_q_proj")
 """What joint attention modules have, and their processors use."""
-VIDEO_PROJECTIONS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+PROJECTIONS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+TEXT_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
 
 class JointVSAProcessor(FamilyAttnProcessor):
@@ -42,21 +43,30 @@ class JointVSAProcessor(FamilyAttnProcessor):
         shape = self.sparse_shape(hidden_states.shape[1], attention_mask if read_mask is None else None)
         if shape is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        query, key, value = self.project(attn, hidden_states, *VIDEO_PROJECTIONS)
+        if attn.add_q_proj is None:
+            # Joined before, as in the stock processors: a hook on the projection sees both streams at once.
+            query, key, value = self.project(attn, self.join(hidden_states, encoder_hidden_states), *PROJECTIONS)
+            (query, text_query), (key, text_key) = self.split(query, length), self.split(key, length)
+        else:
+            query, key, value = self.project(attn, hidden_states, *PROJECTIONS)
+            text_query, text_key, text_value = self.project(attn, encoder_hidden_states, *TEXT_PROJECTIONS)
+            value = self.join(value, text_value)
         if image_rotary_emb is not None:
             query, key = self.rotate(query, image_rotary_emb), self.rotate(key, image_rotary_emb)
-        if attn.add_q_proj is None:
-            names = VIDEO_PROJECTIONS
-        else:
-            names = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-        text = self.project(attn, encoder_hidden_states, *names)
-        order = -1 if self.text_first else 1
-        streams = [(query, key, value), text][::order]
-        query, key, value = (torch.cat(parts, 1) for parts in zip(*streams, strict=True))
+        query, key = self.join(query, text_query), self.join(key, text_key)
         around = (length, 0) if self.text_first else (0, length)
         output = self.attend(attn, shape, query, key, value, hidden_states, text=around, text_mask=text_mask).flatten(2)
-        lengths = [hidden_states.shape[1], length][::order]
-        return self.finish(attn, *output.split(lengths, 1)[::order])
+        return self.finish(attn, *self.split(output, length))
+
+    def join(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Both streams in one sequence."""
+        return torch.cat([text, video] if self.text_first else [video, text], 1)
+
+    def split(self, joined: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The video and the text stream, of which the latter has this length."""
+        end = length if self.text_first else joined.shape[1] - length
+        first, second = joined[:, :end], joined[:, end:]
+        return (second, first) if self.text_first else (first, second)
 
     def project(self, attn: torch.nn.Module, hidden: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
         """Query, key and value `[batch, sequence, heads, head_dim]`, normalised where `attn` has the norms."""
