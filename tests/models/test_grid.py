@@ -10,6 +10,7 @@ from torch import nn
 from tiny_models import RECIPES, run
 from vsa_diffusers import enable_vsa, register_transformer
 from vsa_diffusers.models import find_family
+from vsa_diffusers.running import UNREADABLE
 
 GRID = (5, 10, 12)
 by_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -34,9 +35,9 @@ def test_inputs_under_other_names_are_a_reason(recipe):
     model = recipe.build()
     shape, reason = grid(model, x=torch.randn(2, 4, *GRID), t=torch.tensor([700]))
     assert shape is None
-    assert "forward has no argument '" in reason
-    assert reason.endswith("but x, t")
-    assert grid(model)[1].endswith("but none")
+    assert "pass video_shape= (forward has no '" in reason
+    assert reason.endswith(", but x, t)")
+    assert grid(model)[1].endswith(", but no arguments)")
 
 
 @by_recipe
@@ -60,7 +61,7 @@ def test_a_config_without_what_the_family_has_is_a_reason(recipe):
 
     other = find_family(model).grid(Foreign(), inputs)
     # Where the inputs alone tell the grid, the config does not matter.
-    assert other == expected or (other[0] is None and other[1].startswith("AttributeError: "))
+    assert other == expected or (other[0] is None and "AttributeError: " in other[1])
 
 
 def test_a_grid_that_is_none_is_a_reason():
@@ -68,7 +69,30 @@ def test_a_grid_that_is_none_is_a_reason():
     for empty in ((0, 10, 12), (5, 1, 12), (5, 10, 1)):
         shape, reason = grid(model, hidden_states=torch.randn(2, 4, *empty))
         assert shape is None
-        assert reason.endswith("is not a grid (T, H, W) of tokens")
+        assert reason.endswith("is not a grid of tokens)")
+
+
+@pytest.mark.parametrize("same_name", [False, True])
+def test_a_forward_with_other_names_runs_dense_and_says_why(same_name, caplog):
+    recipe, model = wan()
+
+    class Renamed(type(model)):
+        def forward(self, latents, time, text):
+            return super().forward(latents, time, text, return_dict=False)
+
+    if same_name:
+        Renamed.__name__ = "WanTransformer3DModel"
+    model.__class__ = Renamed
+    inputs = recipe.inputs(GRID)
+    call = (inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])
+    with torch.no_grad():
+        dense = model(*call)[0]
+        enable_vsa(model, 0.3)
+        assert model(*call)[0].equal(dense)
+        reason = "pass video_shape= (forward has no 'hidden_states', but latents, time, text)."
+        assert f"blocks.0.attn1 runs dense: {UNREADABLE.partition(';')[0]}; {reason}" in caplog.text
+        enable_vsa(model, 0.3, video_shape=recipe.video_shape(GRID))
+        assert not torch.allclose(model(*call)[0], dense, atol=1e-4)
 
 
 class Tokens(nn.Module):
@@ -80,7 +104,7 @@ class Tokens(nn.Module):
 )
 def test_what_a_function_returns_must_be_a_grid(wrong):
     register_transformer(Tokens, "layers.*", lambda transformer, inputs: wrong)
-    assert grid(Tokens()) == (None, f"{wrong!r} is not a grid (T, H, W) of tokens")
+    assert grid(Tokens()) == (None, f"{UNREADABLE} ({wrong!r} is not a grid of tokens)")
 
 
 def test_a_grid_is_three_plain_integers():
@@ -90,7 +114,7 @@ def test_a_grid_is_three_plain_integers():
     assert [type(extent) for extent in shape] == [int] * 3
     assert reason is None
     register_transformer(Tokens, "layers.*")
-    assert grid(Tokens()) == (None, "the transformer's inputs do not tell it")
+    assert grid(Tokens()) == (None, UNREADABLE)
 
 
 def test_an_error_of_another_kind_is_not_hidden():
