@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .config import VSAConfig, make_config, module_configs
+from .layer_skip import register_processor
 from .models import attention_modules, attention_processor, dense_attention, find_family, require_family
 from .processor import FamilyAttnProcessor, dense_processor, settle_choices
 from .running import ForwardHooks, calling_transformer
@@ -37,6 +38,7 @@ class VSAAttnProcessor:
     def __init__(self, config: VSAConfig | None = None, **fields: Any):
         self.config = make_config(config, fields)
         _refuse(self.config, {"dense_steps": 0, "dense_layers": (), "modules": None}, "VSAAttnProcessor")
+        register_processor(type(self), lambda attn: (attention_processor(type(attn)) or FamilyAttnProcessor).streams)
         self._dense_settings: dict[str, Any] = {"_attention_backend": None, "_parallel_config": None}
         # Modules keep them; this object must not keep the modules.
         self._processors: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 
-def register_processor(processor: type, streams: Sequence[str]) -> None:
+def register_processor(processor: type, streams_of: Callable[[torch.nn.Module], Sequence[str]]) -> None:
     """Tell diffusers what a module with this processor returns when LayerSkip skips its attention.
 
     Args:
         processor: the class.
-        streams: the first arguments of the module's forward, which it returns as they are then.
+        streams_of: from the module, the first arguments of its forward, which it returns as they are then.
     """
     from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 
-    metadata = AttentionProcessorMetadata(skip_processor_output_fn=_skipped(streams))
+    metadata = AttentionProcessorMetadata(skip_processor_output_fn=_skipped(streams_of))
     AttentionProcessorRegistry.register(processor, metadata)
 
 
@@ -35,8 +35,9 @@ def why_scores_are_skipped() -> str | None:
     return "perturbed attention guidance takes its values instead of attention" if skips else None
 
 
-def _skipped(streams: Sequence[str]) -> Callable[..., Any]:
+def _skipped(streams_of: Callable[[torch.nn.Module], Sequence[str]]) -> Callable[..., Any]:
     def output(attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        streams = streams_of(attn)
         given = dict(zip(streams, args, strict=False)) | kwargs
         tensors = tuple(given.get(stream) for stream in streams)
         return tensors if len(tensors) > 1 else tensors[0]

@@ -14,7 +14,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 
 from oracle import relative_error
 from tiny_models import RECIPES, run
-from vsa_diffusers import disable_vsa, enable_vsa
+from vsa_diffusers import VSAAttnProcessor, disable_vsa, enable_vsa
 from vsa_diffusers.layer_skip import register_processor
 from vsa_diffusers.models import find_family
 
@@ -45,7 +45,7 @@ def build(recipe):
     model = recipe.build()
     family = find_family(model)
     for attn in family.video_modules(model).values():
-        register_processor(type(attn.processor), family.processor.streams)
+        register_processor(type(attn.processor), lambda attn: family.processor.streams)
     return model
 
 
@@ -96,6 +96,19 @@ def test_skipped_blocks_and_feed_forwards_are_skipped(recipe):
 @with_blocks
 def test_smoothed_energy_guidance_blurs_the_queries(recipe):
     assert_same_effect(recipe, blur)
+
+
+@pytest.mark.parametrize("name", ["wan", "skyreels-v2", "helios"])
+def test_one_processor_for_all_modules_is_skipped_like_the_stock_one(name):
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    for kind in (dict(skip_ff=False), dict(skip_attention=False, skip_attention_scores=True, skip_ff=False)):
+        model = build(recipe)
+        skip(model, **kind)
+        dense = run(model, recipe, GRID)
+        later = recipe.build()
+        later.set_attn_processor(VSAAttnProcessor(top_k_ratio=1.0))
+        skip(later, **kind)
+        torch.testing.assert_close(run(later, recipe, GRID), dense, atol=1e-4, rtol=0)
 
 
 def test_only_the_perturbed_layer_is_dense_and_says_why(caplog):

@@ -58,7 +58,7 @@ class Family:
     def processor_of(self, transformer: torch.nn.Module, name: str) -> type[FamilyAttnProcessor]:
         """The processor that serves the module of this name, made known to diffusers' LayerSkip."""
         processor = self.processor if self.processor_at is None else self.processor_at(transformer, name)
-        register_processor(processor, processor.streams)
+        register_processor(processor, lambda attn: processor.streams)
         return processor
 
     def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]:
