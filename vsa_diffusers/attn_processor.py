@@ -165,25 +165,25 @@ class VSAAttnProcessor:
         """Make the processors of all modules of a transformer that have this one."""
         family = require_family(transformer)
         video = family.video_modules(transformer)
-        hooks = ForwardHooks(transformer, family, leave=True)
+        hooks = ForwardHooks.set_by_hand(transformer, family)
         for name, attn in attention_modules(transformer).items():
             if attn.processor is not self:
                 continue
             processor = dense_attention(attn)
             if processor is None:
-                processor = _family_processor(attn).stock()
+                make = _family_processor(attn)
                 if name in video:
                     make = family.processor_of(transformer, name)
-                    config = settle_choices(self.config, attn, name)
-                    state = hooks.state_for(config, make.tiled_grid)
-                    processor = make(config, processor, state, name, strict=config.video_shape is not None)
-                    hooks.watch(name, attn, processor)
+                config = settle_choices(self.config, attn, name)
+                state = hooks.state_for(config, make.tiled_grid)
+                processor = make(config, make.stock(), state, name, strict=config.video_shape is not None)
+                processor.is_video = name in video
+                hooks.watch(name, attn, processor)
             self._put(attn, processor)
         parallel = getattr(transformer, "_parallel_config", None)
         if parallel is not None and self._parallel_config is None:
             self._parallel_config = parallel
         hooks.were_in_place = True
-        hooks.register_alone()
 
     def _put(self, attn: torch.nn.Module, processor: Any) -> None:
         if isinstance(processor, FamilyAttnProcessor):

@@ -7,13 +7,13 @@ import functools
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .config import VSAConfig, module_configs
+from .config import VSAConfig, module_configs, resolve_config
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
 from .processor import FamilyAttnProcessor, dense_processor, settle_choices
 from .running import ForwardHooks
@@ -60,7 +60,8 @@ def enable_vsa(
         modules: patterns of module names that become sparse; `None` means every video self-attention.
         top_k: number of key tiles to keep, instead of `top_k_ratio`.
         implementation: as in `video_sparse_attention`.
-        config: a `VSAConfig`, or a dict of patterns such as `VSA_DEFAULT`, instead of the arguments above.
+        config: a `VSAConfig`, or a dict of patterns such as `VSA_DEFAULT`; the arguments above fill in what it leaves
+            unset, and may not contradict it.
 
     Returns:
         `pipe` itself.
@@ -80,13 +81,7 @@ def enable_vsa(
         "top_k": top_k,
         "implementation": implementation,
     }
-    if config is None:
-        config = VSAConfig(**arguments)  # type: ignore[arg-type]
-    else:
-        defaults = {field.name: field.default for field in fields(VSAConfig)}
-        extra = [name for name, value in arguments.items() if value != defaults[name]]
-        if extra:
-            raise ValueError(f"config= was given together with {', '.join(extra)}; put them into the config.")
+    config = resolve_config(config, arguments)
     plans = [_Plan.make(transformer, family, config) for transformer, family in _transformers(pipe)]
     owner = None if isinstance(pipe, torch.nn.Module) else getattr(pipe, _OWNER, None) or uuid.uuid4().hex
     for plan in plans:

@@ -47,6 +47,7 @@ class FamilyAttnProcessor:
         self.name = name
         self.strict = strict
         self.owner: Any = None
+        self.is_video = True
         self._logged: set[str] = set()
 
     @classmethod
@@ -92,6 +93,8 @@ class FamilyAttnProcessor:
         Raises:
             ValueError: the user's own `video_shape` does not match the `sequence` tokens.
         """
+        if not self.is_video:
+            return None
         if not torch.compiler.is_compiling() and not self.state.is_active:
             self.state.catch_up(sequence)
         obstacle = obstacle or why_scores_are_skipped()

@@ -44,7 +44,7 @@ class Facts:
     block_size: Grid | None = None
     kept: int | None = None
     dense_step: bool = False
-    reason: str = "it was called without the transformer's hooks, which read the grid; call the transformer itself"
+    reason: str = "no hooks of the transformer ran that read the grid; call the transformer itself, with VSA enabled"
 
 
 NOTHING = Facts()
@@ -131,9 +131,20 @@ class ForwardHooks:
         self._pending: list[tuple[Facts, ...]] = []
         self._recalled = False
 
+    @classmethod
+    def set_by_hand(cls, transformer: torch.nn.Module, family: ReadsGrid) -> ForwardHooks:
+        """Those that processors set by hand share, one for each module perhaps; made and registered if need be."""
+        hooks = vars(transformer).get(_BY_HAND)
+        if hooks is None:
+            hooks = cls(transformer, family, leave=True)
+            hooks.register_alone()
+        return hooks
+
     def state_for(self, config: Any, tiled_grid: Callable[[Grid], Grid]) -> RunningForward:
         """The state that all processors share whose tiles are cut alike: see `FamilyAttnProcessor.tiled_grid`."""
-        return self._states.setdefault((config, tiled_grid), RunningForward(self, len(self._states)))
+        # One dense step equals all of them, 1 == 1.0, but is not the same.
+        key = (config, type(config.dense_steps), tiled_grid)
+        return self._states.setdefault(key, RunningForward(self, len(self._states)))
 
     def watch(self, name: str, attn: torch.nn.Module, processor: Any) -> None:
         """Tell this processor of a module, and notice if it is replaced."""
@@ -198,6 +209,8 @@ class ForwardHooks:
         Raises:
             RuntimeError: several forwards may be the one that is run again.
         """
+        if not self._handles:
+            return None
         if in_backward():
             return self._recall(sequence)
         call = calling_transformer(lambda module: module is self.transformer)

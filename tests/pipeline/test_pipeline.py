@@ -201,8 +201,8 @@ REFUSED = {
     "module pattern": (WAN.build, dict(modules=["nothing"]), ValueError, "'nothing', which matches no video"),
     "layer": (WAN.build, dict(dense_layers=[7]), ValueError, "dense_layers=(7,)"),
     "config and arguments": (
-        WAN.build, dict(config=VSAConfig(), dense_layers=(1,)), ValueError,
-        "config= was given together with dense_layers",
+        WAN.build, dict(config=VSAConfig(dense_layers=(0,)), dense_layers=(1,)), ValueError,
+        "dense_layers=(1,) contradicts dense_layers=(0,) of config",
     ),
 }  # fmt: skip
 

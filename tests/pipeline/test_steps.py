@@ -231,3 +231,15 @@ def test_a_loop_that_counts_something_else_is_not_taken_for_denoising():
 @pytest.mark.parametrize(("steps", "total", "expected"), [(0.1, 30, 3), (0.1, 31, 4), (3, 30, 3), (0.0, 30, 0)])
 def test_shares_of_the_steps_are_rounded_up(steps, total, expected):
     assert sum(Position(step, total).is_among_first(steps) for step in range(total)) == expected
+
+
+def test_patterns_may_have_dense_steps_of_their_own_and_beside_them():
+    pipe = enable_vsa(build(), config={"blocks.0.attn1": dict(top_k_ratio=0.3, dense_steps=1), "blocks.1.attn1": {}})
+    attn = [block.attn1 for block in pipe.transformer.blocks[:2]]
+    seen = [[], []]
+    for each, list_ in zip(attn, seen, strict=True):
+        each.register_forward_pre_hook(lambda attn, _, list_=list_: list_.append(attn.processor.state.dense_step))
+    call(pipe)
+    enable_vsa(pipe, config={"*": dict(top_k_ratio=0.3)}, dense_steps=2)
+    call(pipe)
+    assert seen == [[True, False, False, False, True, True, False, False], [False] * 4 + [True, True, False, False]]

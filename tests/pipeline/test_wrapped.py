@@ -148,3 +148,10 @@ def test_the_reasons_that_are_remembered_are_few(monkeypatch):
     for height in range(8, 60, 2):
         run(model, WAN, (1, height, 8))
     assert model.blocks[0].attn1.processor._logged == {"tokens"}
+
+
+def test_processors_of_their_own_for_each_module_share_the_hooks():
+    model, other = WAN.build(), enable_vsa(WAN.build(), 0.3)
+    model.set_attn_processor({name: VSAAttnProcessor(top_k_ratio=0.3) for name in model.attn_processors})
+    for _ in range(2):
+        assert run(model, WAN, GRID).equal(run(other, WAN, GRID))
