@@ -6,7 +6,8 @@ import pytest
 import torch
 from vsa_training import conventions
 from vsa_training.conventions import capture_inputs, check_conventions, decode, encode, scheduler_shift, to_layout
-from vsa_training.dataset import BatchOrder, Description, Sample, Shards, collate, split_shards, write_shard
+from vsa_training.dataset import BatchOrder, Sample, Shards, collate, split_shards, write_shard
+from vsa_training.description import Description
 from vsa_training.validation import predict
 from vsa_training.videos import find_clips, read_clip
 
