@@ -116,6 +116,7 @@ def precompute(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder} is not a directory; choose another one.")
     folder.mkdir(parents=True, exist_ok=True)
+    Description.check_same(folder, facts_of(pipe, options) | source_of(pipe, options))
     plan = shards_of(folder, clips, options)
     for path, chosen in plan.items():
         if path.exists():
@@ -127,7 +128,7 @@ def precompute(
         )
     first = sample_of(pipe, clips[0], options, check=True)
     description = description_of(pipe, first, options)
-    description.check_same(folder)
+    Description.check_same(folder, {"shift": description.shift})
     if process == 0:
         description.save(folder)
     mine = list(plan.items())[process::processes]
@@ -193,17 +194,19 @@ def description_of(pipe: diffusers.DiffusionPipeline, sample: Sample, options: O
     grid = family.read_grid(transformer, sample.conditions | {"hidden_states": hidden})
     tokens = grid[0] * grid[1] * grid[2] if grid else 0
     return Description(
-        pipeline=type(pipe).__name__,
-        transformer=type(transformer).__name__,
         channel_axis=axis,
         shift=scheduler_shift(pipe, tokens),
-        height=options.height,
-        width=options.width,
-        num_frames=options.num_frames,
-        fps=options.fps,
-        call=json.loads(options.pipeline_arguments),
         source=source_of(pipe, options),
+        **facts_of(pipe, options),
     )
+
+
+def facts_of(pipe: diffusers.DiffusionPipeline, options: Options) -> dict:
+    """Those fields of the description that are known before anything is encoded."""
+    sizes = {name: getattr(options, name) for name in ("height", "width", "num_frames", "fps")}
+    transformer = next(iter(supported_parts(pipe).values()))
+    names = {"pipeline": type(pipe).__name__, "transformer": type(transformer).__name__}
+    return names | sizes | {"call": json.loads(options.pipeline_arguments)}
 
 
 def source_of(pipe: diffusers.DiffusionPipeline, options: Options) -> dict:

@@ -79,10 +79,14 @@ def check_shard(path: Path, clips: list[str], captions: list[str]) -> None:
         ValueError: it is damaged, or of other clips.
     """
     header = _Header.read(path)
-    there = (header.clips, [entry["caption"] for entry in header.samples])
-    if there != (clips, captions):
+    if header.clips == clips and [entry["caption"] for entry in header.samples] != captions:
         raise ValueError(
-            f"{path} holds {header.clips} with their captions, where {clips} of data_dir are due now; remove it to "
+            f"{path} holds other captions of its clips than data_dir has now; remove it to make it anew, or choose "
+            "another output_dir."
+        )
+    if header.clips != clips:
+        raise ValueError(
+            f"{path} holds {header.clips}, where {clips} of data_dir are due now; remove it to "
             "make it anew, or choose another output_dir."
         )
 

@@ -64,8 +64,9 @@ class Description:
             raise ValueError(f"{path} has {', '.join(wrong + unknown)} missing, mistyped or unknown; make it anew.")
         return cls(**values)
 
-    def check_same(self, folder: Path) -> None:
-        """Whether shards like these may go into the folder.
+    @classmethod
+    def check_same(cls, folder: Path, facts: dict[str, Any]) -> None:
+        """Whether shards that are made with these facts, fields and parts of `source`, may go into the folder.
 
         Raises:
             ValueError: it has shards that were made otherwise.
@@ -74,11 +75,13 @@ class Description:
             if any(folder.glob("*.safetensors")):
                 raise ValueError(f"{folder} has shards but no {DATASET_NAME}; choose another output_dir.")
             return
-        there, wanted = (_flat(json.loads(json.dumps(asdict(each)))) for each in (Description.load(folder), self))
+        description = cls.load(folder)
+        there = asdict(description) | description.source
+        wanted = json.loads(json.dumps(facts))
         changed = [
-            f"{name}={there.get(name)} (now {wanted.get(name)})"
-            for name in sorted(there.keys() | wanted.keys())
-            if there.get(name) != wanted.get(name)
+            f"{name}={there.get(name)} (now {value})"
+            for name, value in sorted(wanted.items())
+            if there.get(name) != value
         ]
         if changed:
             raise ValueError(
@@ -91,9 +94,3 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "pipeline": (str,), "transformer": (str,), "channel_axis": (int,), "shift": (int, float), "height": (int,),
     "width": (int,), "num_frames": (int,), "fps": (int, float), "call": (dict,),
 }  # fmt: skip
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """What made the shards, in one level."""
-    source = values.pop("source")
-    return values | source

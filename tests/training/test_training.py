@@ -119,7 +119,7 @@ def interrupt(options: Options) -> None:
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [
-        (kill, dict(use_ema=True, gradient_accumulation_steps=2)),
+        (kill, dict(use_ema=True, gradient_accumulation_steps=2, optimizer="muon")),
         (interrupt, dict(rank=2, lora_dropout=0.2, lr_scheduler="cosine")),
     ],
     ids=["full, killed", "lora, interrupted"],
@@ -132,6 +132,8 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_happened(material, tmp_pat
     stop(options("stopped"))
     assert len(metrics(tmp_path / "stopped")) == 6
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint*")] == ["checkpoint-0000004"]
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
 
     resumed = train(options("stopped"))
     assert metrics(tmp_path / "stopped") == [pytest.approx(line, rel=1e-5) for line in metrics(tmp_path / "straight")]
@@ -250,11 +252,16 @@ on_processors = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("sharded", "rank"),
-    [(False, 0), pytest.param(True, 0, marks=on_processors), pytest.param(True, 4, marks=on_processors)],
+    ("sharded", "rank", "optimizer"),
+    [
+        (False, 0, "adamw"),
+        pytest.param(True, 0, "muon", marks=on_processors),
+        pytest.param(True, 4, "muon", marks=on_processors),
+    ],
 )
-def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_path, sharded, rank):
+def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_path, sharded, rank, optimizer):
     options = dict(train_batch_size=1, max_train_steps=5, validation_steps=2, use_ema=True, rank=rank)
+    options |= dict(optimizer=optimizer)
     train(training_options(material, tmp_path / "one", gradient_accumulation_steps=2, **options))
     train_two_processes(training_options(material, tmp_path / "two", **options), sharded=sharded)
     assert metrics(tmp_path / "two") == [pytest.approx(line, rel=1e-4) for line in metrics(tmp_path / "one")]
@@ -267,7 +274,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_pat
 
 @on_processors
 def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_path):
-    options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True)
+    options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True, optimizer="muon")
     train_two_processes(options, sharded=True)
     straight = metrics(tmp_path / "run")
     for left in ("checkpoint-0000006", "final"):
@@ -287,7 +294,7 @@ def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_pat
         (dict(validation_shards=3), "has 3 shards, and validation_shards=3 leaves none to train on"),
         (dict(lora_target="to_x", rank=1), "lora_target='to_x' names ['to_x'], but WanTransformer3DModel has no such"),
         (dict(data_dir="/nowhere"), "has no dataset.json; make the shards with precompute_latents.py"),
-        (dict(top_k_ratio=1.5), "target=1.5 must be in (0, 1]"),
+        (dict(top_k_ratio=1.5), "top_k_ratio=1.5 must be in (0, 1]"),
         (dict(dense_layers=[5]), "dense_layers=(5,) names layer 5, but there are 2 video"),
     ],
 )
