@@ -95,6 +95,12 @@ class Trainer:
             eps=options.adam_epsilon,
             weight_decay=options.adam_weight_decay,
         )
+        if self.accelerator.mixed_precision == "fp16" and len(optimizers) > 1:
+            # Accelerate would unscale the gradients of the second one twice.
+            raise ValueError(
+                f"optimizer={options.optimizer} is two optimisers, for which fp16 cannot scale gradients; take "
+                "mixed_precision=bf16, or optimizer=adamw."
+            )
         self.model, *self.optimizers = self.accelerator.prepare(self.transformer, *optimizers)
         self.rates = LearningRates(
             [each.optimizer for each in self.optimizers], options.lr_scheduler, options.max_train_steps,

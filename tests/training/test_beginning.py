@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_vsa
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers import HfArgumentParser
 from vsa_training.command_line import run_script
@@ -79,6 +80,12 @@ def test_the_recipe_of_the_training_page_is_the_default():
     assert (options.ramp_start, options.ramp_steps, options.max_train_steps) == (0, 0, 600)
     assert options.train_batch_size * options.gradient_accumulation_steps == 8
     assert (options.block_size, options.top_k_ratio) == ([4, 4, 4], 0.125)
+
+
+def test_the_training_page_shows_what_a_training_by_default_says(material, tmp_path, capsys):
+    Trainer(Options(str(material / "pipe"), str(material / "latents"), str(tmp_path)))
+    [shown] = re.findall(r"```\n(Trains .*?)```", PAGE, re.DOTALL)
+    assert capsys.readouterr().out.replace(str(tmp_path), "training") == shown
 
 
 @pytest.mark.parametrize(
@@ -161,6 +168,13 @@ def test_wrong_options_end_with_one_sentence_and_status_2(material, tmp_path, mo
     assert told.startswith("train_vsa.py: ")
     assert told.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_muon_is_not_trained_in_fp16(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ValueError, match="optimizer=muon is two optimisers, for which fp16 cannot scale gradients"):
+        Trainer(training_options(material, tmp_path, optimizer="muon"))
+    assert len(Trainer(training_options(material, tmp_path, optimizer="muon", rank=2)).optimizers) == 1
 
 
 def test_a_fault_of_the_script_keeps_its_traceback(monkeypatch):

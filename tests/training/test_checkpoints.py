@@ -143,9 +143,9 @@ def kill_again_and_again(material, run, kills) -> tuple[int, set[float]]:
 
 
 def test_a_checkpoint_that_is_saved_again_is_the_old_or_the_new_one_wherever_the_save_is_killed(material, run):
-    killed, found = kill_again_and_again(material, run, map(at_call, (3, 10, 12, 15, 16, 20, 25, 27, 29)))
-    assert killed == 9
-    assert 1 < len(found) < 10  # some saves got through, and others did not
+    killed, found = kill_again_and_again(material, run, map(at_call, (10, 12, 15, 16, 20, 27, 29)))
+    assert killed == 7
+    assert 1 < len(found) < 8  # some saves got through, and others did not
 
 
 def test_a_checkpoint_outlives_kills_at_random_moments(material, run):

@@ -240,6 +240,7 @@ def train_two_processes(options: Options, *, sharded: bool) -> None:
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script,
         str(ROOT / "examples" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",
+        "--dense_layers", "none",
     ]  # fmt: skip
     environment = ENVIRONMENT | (SHARDED if sharded else {})
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
