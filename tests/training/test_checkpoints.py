@@ -159,6 +159,7 @@ def test_a_checkpoint_outlives_hundreds_of_kills(material, run):
     rng = random.Random(1)
     kills = [*map(at_call, range(1, 41)), *(after(rng.uniform(0, 0.25)) for _ in range(200))]
     killed, found = kill_again_and_again(material, run, kills)
+    print(f"{killed} of {len(kills)} saves killed, {len(found)} checkpoints found")
     assert killed >= 120
     assert len(found) >= 20
 
