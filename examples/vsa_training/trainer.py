@@ -119,6 +119,8 @@ class Trainer:
         self.resumed = self.checkpoints.choose(options.resume_from_checkpoint)
         if self.resumed is not None:
             self.step = self.checkpoints.load(self.resumed, self._fingerprint())
+        # What cannot be written to is told now, not after the first step.
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.print(summary(self, counts))
         self.pipe: diffusers.DiffusionPipeline | None = None
 
@@ -179,8 +181,12 @@ class Trainer:
             self.ema.step(learning_parameters(self.model))
         self.step += 1
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        if not math.isfinite(loss):
-            raise RuntimeError(f"The loss is {loss} at step {self.step}; lower learning_rate or gate_learning_rate.")
+        # With fp16, gradients may overflow: the step is left out, and the scale falls.
+        if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
+            raise RuntimeError(
+                f"The loss is {loss}, the norm of the gradients {float(norm)} at step {self.step}; lower learning_rate "
+                "or gate_learning_rate, and go on from the last checkpoint."
+            )
         return {"loss": loss, "grad_norm": float(norm), "top_k_ratio": ratio} | rates
 
     def _loss(self, batch: Sample, turn: int) -> torch.Tensor:

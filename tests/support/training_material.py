@@ -42,12 +42,13 @@ def precompute(pipe, folder: Path, count: int | None = None, **changes) -> None:
     precompute_latents.precompute(pipe, clips[:count], options)
 
 
-def random_material(folder: Path, layers: int = 2, dtype: torch.dtype = torch.float32, shards: int = 3) -> Path:
+def random_material(folder: Path, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """A tiny transformer, and shards of random latents for it, with text embeddings of this dtype."""
     config = dict(RECIPES[0].build().config) | {"num_layers": layers}
     WanTransformer3DModel.from_config(config).save_pretrained(folder / "pipe" / "transformer")
     (folder / "latents").mkdir()
-    for shard in range(shards):
+    torch.manual_seed(seed)
+    for shard in range(3):
         samples = [
             Sample(torch.randn(1, 4, 4, 8, 8).half(), torch.ones(1), None, {"encoder_hidden_states": text}, "a ring")
             for text in torch.randn(2, 1, 8, 16).to(dtype)

@@ -177,6 +177,31 @@ def test_muon_is_not_trained_in_fp16(material, tmp_path, monkeypatch):
     assert len(Trainer(training_options(material, tmp_path, optimizer="muon", rank=2)).optimizers) == 1
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_training_before_it_is_saved(material, tmp_path, what):
+    class Poisoned(Trainer):
+        def _loss(self, batch, turn):
+            loss = super()._loss(batch, turn)
+            if self.step == 3 and what == "loss":
+                return loss * float("nan")
+            if self.step == 3:
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss
+
+    with pytest.raises(RuntimeError, match=r"at step 4; lower learning_rate .* go on from the last checkpoint"):
+        Poisoned(training_options(material, tmp_path, checkpointing_steps=2)).train()
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-0000002"]
+
+
+def test_an_output_folder_that_is_none_is_told_at_the_start(material, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    given = [f"--pretrained_model_name_or_path={material / 'pipe'}", f"--data_dir={material / 'latents'}"]
+    monkeypatch.setattr(sys, "argv", ["train_vsa.py", *given, f"--output_dir={tmp_path / 'file'}"])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(Options, train_vsa.begin, "")
+    assert f"File exists: '{tmp_path / 'file'}'" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_script_keeps_its_traceback(monkeypatch):
     def fail():
         raise ValueError("in the middle of the training")

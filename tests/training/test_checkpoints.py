@@ -329,8 +329,7 @@ def test_a_training_that_went_back_leaves_no_later_checkpoint(material, run, cap
 
 
 def test_other_clips_are_another_training(material, run, tmp_path):
-    torch.manual_seed(1)
-    random_material(tmp_path / "other")
+    random_material(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"training with other options: \{'training clips': "):
         resumed(material, run, data_dir=str(tmp_path / "other" / "latents"))
 

@@ -211,11 +211,13 @@ def test_validation_videos_are_written(material, tmp_path):
     assert names == ["step-0000004-0.mp4", "step-0000004-1.mp4"]
 
 
-def test_tensorboard_gets_the_metrics(material, tmp_path):
+def test_tensorboard_gets_the_metrics_of_every_step_once(material, tmp_path):
     pytest.importorskip("tensorboard", reason="runs with tensorboard installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(training_options(material, tmp_path, max_train_steps=4, report_to="tensorboard"))
+    options = training_options(material, tmp_path, max_train_steps=7, report_to="tensorboard")
+    interrupt(options)  # after step 6, and the last checkpoint is that of step 4
+    train(options)
     events = EventAccumulator(str(tmp_path / "logs" / "vsa")).Reload()
     losses = [event.value for event in events.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path)])
