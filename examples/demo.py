@@ -31,6 +31,7 @@ from rich.table import Table
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa, load_vsa
+from vsa_diffusers.files import replaced_file
 from vsa_diffusers.pipeline import enabled_config
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
@@ -118,7 +119,8 @@ def main(
     numbers |= {"dense_steps": dense_steps, "dense_layers": dense_layers}
     numbers["fine_tuned"] = None if tuned is None else tuned.config.to_dict()
     numbers["results"] = [asdict(result) for result in results]
-    (output / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    with replaced_file(output / "results.json") as partial:
+        partial.write_text(json.dumps(numbers, indent=2) + "\n")
     console.print(table_of(results, grid))
     if tuned is not None:
         console.print("The dense video is by the weights as they are; fine-tuned ones need not repeat it.")

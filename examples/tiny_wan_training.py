@@ -1,64 +1,23 @@
 """What every training stage needs: an optimiser, averaged weights, a time budget, and checkpoints without pickle."""
 
-import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from muon import Muon
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from vsa_training.checkpoint_checks import check_tensors
 
+from vsa_diffusers.files import opened_tensors, read_tensors, replaced_file
 
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates (Jordan et al. 2024), in AdamW's step size (Liu et al., arXiv 2502.16982).
-
-    For weights of two or more dimensions. It needs roughly half of AdamW's steps, and here steps are what is scarce.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is not None:
-                    by_shape[param.shape].append(param)
-            for params in by_shape.values():
-                self._step_equal_shapes(params, group)
-
-    def _step_equal_shapes(self, params: list[nn.Parameter], group: dict) -> None:
-        for param in params:
-            if not self.state[param]:
-                self.state[param]["momentum"] = torch.zeros_like(param)
-        momenta = [self.state[param]["momentum"] for param in params]
-        grads = [param.grad for param in params]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).flatten(2)
-        updates = orthogonalise(updates) * (0.2 * max(updates.shape[1:]) ** 0.5)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.view(-1, *params[0].shape).to(params[0].dtype)), alpha=-group["lr"])
-
-
-def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton-Schulz iteration towards the nearest (semi-)orthogonal matrix, `[n, rows, columns]`."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    transposed = x.shape[1] > x.shape[2]
-    if transposed:
-        x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if transposed else x
+STATE_NAME = "state.safetensors"
 
 
 class Optimizers:
@@ -138,7 +97,7 @@ class TrainingRun:
         self.step, self.spent = 0, 0.0
         self.call_seconds = math.inf if call_minutes is None else 60 * call_minutes
         self.save_every = save_every
-        if (folder / "state.json").exists():
+        if (folder / STATE_NAME).exists():
             self._load()
         self.started_at = self.last_tick = self.last_save = time.monotonic()
 
@@ -173,21 +132,32 @@ class TrainingRun:
         tensors = {f"module.{name}": value.detach() for name, value in self.module.named_parameters()}
         tensors |= {f"average.{name}": value for name, value in self.average.values.items()}
         tensors |= self.optimizers.tensors()
-        partial = self.folder / "state.partial"
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial)
-        partial.replace(self.folder / "state.safetensors")
-        (self.folder / "state.json").write_text(json.dumps({"step": self.step, "spent_seconds": round(self.spent, 1)}))
+        # In one file, so that weights never meet another save's step.
+        state = {"step": str(self.step), "spent_seconds": f"{self.spent:.1f}"}
+        with replaced_file(self.folder / STATE_NAME) as partial:
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, metadata=state)
         self.last_save = self.last_tick = time.monotonic()
 
     def _load(self) -> None:
-        tensors = load_file(self.folder / "state.safetensors")
+        path = self.folder / STATE_NAME
+        with opened_tensors(path) as file:
+            state = file.metadata() or {}
+        tensors = read_tensors(path)
+        expected = {
+            f"{kind}.{name}": (tuple(param.shape), param.dtype)
+            for name, param in self.module.named_parameters()
+            for kind in ("module", "average")
+        }
+        found = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+        check_tensors(path, expected, found)
+        if not {"step", "spent_seconds"} <= state.keys():
+            raise ValueError(f"{path} does not say how far it is; remove it, and begin anew.")
         with torch.no_grad():
             for name, param in self.module.named_parameters():
                 param.copy_(tensors[f"module.{name}"])
                 self.average.values[name].copy_(tensors[f"average.{name}"])
         self.optimizers.load(tensors)
-        state = json.loads((self.folder / "state.json").read_text())
-        self.step, self.spent = state["step"], state["spent_seconds"]
+        self.step, self.spent = int(state["step"]), float(state["spent_seconds"])
 
 
 def autocast(device: torch.device) -> torch.autocast:

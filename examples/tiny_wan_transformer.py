@@ -9,12 +9,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from procedural_video import sample_scene
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
+from vsa_training.identity import module_digest
 
 from tiny_wan_parts import TinyWan, normalise_latents
 from tiny_wan_training import TrainingRun, autocast, progress_bar
 from tiny_wan_vae import encode_scenes, without_past
+from vsa_diffusers.files import opened_tensors, read_tensors, replaced_file
 
 SHARD = 32
 CAPTION_DROPOUT = 0.1
@@ -51,24 +53,33 @@ class Phase:
 
 
 def encode_clips(folder: Path, vae: AutoencoderKLWan, clips: Clips, device: torch.device) -> None:
-    """Write normalised latents of every clip, in shards; those already there stay."""
+    """Write normalised latents of every clip, in shards; those already there stay.
+
+    Raises:
+        ValueError: a shard is damaged, or of another VAE.
+    """
     (folder / clips.name).mkdir(parents=True, exist_ok=True)
+    made_with = {"vae": module_digest(vae)}
     # Not an approximation: the slices that this leaves out are zero.
     vae = without_past(copy.deepcopy(vae)).to(device)
     for first in track(range(0, clips.count, SHARD), description=f"Latents {clips.name}"):
         shard = folder / clips.name / f"{first:06d}.safetensors"
-        if not shard.exists():
+        if shard.exists():
+            with opened_tensors(shard) as file:
+                there = file.metadata() or made_with
+            if there != made_with:
+                raise ValueError(f"{shard} was made with another VAE; remove it, or choose another folder.")
+        else:
             scenes = [clips.scene(index) for index in range(first, first + SHARD)]
             latents = encode_scenes(vae, scenes, clips.side, clips.frames, device)
-            partial = shard.with_suffix(".partial")
-            save_file({"latents": normalise_latents(vae, latents).half().cpu()}, partial)
-            partial.replace(shard)
+            with replaced_file(shard) as partial:
+                save_file({"latents": normalise_latents(vae, latents).half().cpu()}, partial, metadata=made_with)
 
 
 def load_clips(folder: Path, clips: Clips, device: torch.device) -> tuple[torch.Tensor, list[str]]:
     """Latents `[clips, channels, frames, height, width]` in fp16 and their captions."""
     shards = sorted((folder / clips.name).glob("*.safetensors"))
-    latents = torch.cat([load_file(shard)["latents"] for shard in shards]).to(device)
+    latents = torch.cat([read_tensors(shard)["latents"] for shard in shards]).to(device)
     return latents, [clips.scene(index).caption for index in range(len(latents))]
 
 

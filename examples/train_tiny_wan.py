@@ -7,6 +7,7 @@ to `--runs`, the finished pipeline to `--model`. Settings follow the hardware: s
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from tiny_wan_parts import RECOMMENDED, save_pipeline
 from tiny_wan_settings import Settings
 from tiny_wan_transformer import encode_clips, train_transformer
 from tiny_wan_vae import train_vae
+from vsa_diffusers.files import replaced_file
 
 MODEL_FOLDER = Path(__file__).parent / "tiny_wan"
 
@@ -52,7 +54,12 @@ def vae(
     )
     if finished is None:
         raise typer.Exit(_unfinished("vae"))
-    finished.save_pretrained(runs / "vae" / "finished")
+    # Whole or not there; a missing one is made again from the checkpoint, at no cost.
+    partial, final = runs / "vae" / "finished.partial", runs / "vae" / "finished"
+    shutil.rmtree(partial, ignore_errors=True)
+    finished.save_pretrained(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
 
 
 @app.command()
@@ -141,7 +148,8 @@ def evaluate(
         typer.echo("Written to no file; --output names one.")
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        with replaced_file(output) as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
 @app.command(name="all")

@@ -37,6 +37,7 @@ from vsa_training.tiny_evidence import (
 
 from tiny_wan_transformer import Clips
 from vsa_diffusers import save_vsa, set_top_k_ratio
+from vsa_diffusers.files import read_json, replaced_file
 from vsa_diffusers.tiles import check_block_size
 
 MODEL = Path(__file__).parent / "tiny_wan"
@@ -222,7 +223,12 @@ def open_results(path: Path, settings: dict, device: torch.device) -> dict:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if not path.exists():
         return {"settings": settings, "device": where, "torch": torch.__version__, "untrained": {}, "runs": {}}
-    results = json.loads(path.read_text())
+    try:
+        results = read_json(path)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error} Or choose another --output.") from error
+    if {"settings", "untrained", "runs"} - results.keys():
+        raise typer.BadParameter(f"{path} holds no results of this script; choose another --output.")
     defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
     settings, defaults = json.loads(json.dumps([settings, defaults]))  # a tuple comes back as a list
     recorded = defaults | results["settings"]
@@ -247,9 +253,8 @@ def measure_untrained(
 def write(folder: Path, results: dict) -> None:
     """Replace `results.json` at once, so that a kill leaves the old one or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(folder / "results.json")
+    with replaced_file(folder / "results.json") as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vsa_diffusers import enable_vsa, video_sparse_attention
+from vsa_diffusers.files import replaced_file
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 MODEL = Path(__file__).parent / "tiny_wan"
@@ -166,7 +167,8 @@ def main(
         table.add_row(name, *(f"{row[column]:.3f}" for column in columns))
     Console(width=150).print(table)
     if output is not None:
-        output.write_text(json.dumps(means, indent=2) + "\n")
+        with replaced_file(output) as partial:
+            partial.write_text(json.dumps(means, indent=2) + "\n")
 
 
 if __name__ == "__main__":

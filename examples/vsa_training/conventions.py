@@ -172,6 +172,51 @@ def _latent_statistics(vae: torch.nn.Module, latents: torch.Tensor) -> tuple[tor
     return per_channel("latents_mean", 0.0), per_channel("latents_std", 1.0), 1.0 if factor is None else factor
 
 
+@dataclass(frozen=True)
+class SizeUnits:
+    """Heights and widths are multiples of `height` and `width`, frames are one more than a multiple of `frames`."""
+
+    height: int
+    width: int
+    frames: int
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline) -> SizeUnits:
+        """From the factors of the pipeline's VAE, and the patches of its transformer."""
+        config = next(iter(supported_parts(pipe).values())).config
+        patch = config.get("patch_size") or 1
+        frames, *sides = patch if isinstance(patch, (list, tuple)) else (config.get("patch_size_t") or 1, patch, patch)
+        spatial = _first(pipe, ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"))
+        temporal = _first(pipe, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"))
+        return cls(spatial * sides[0], spatial * sides[-1], temporal * frames)
+
+    def check(self, pipe: DiffusionPipeline, height: int, width: int, num_frames: int) -> None:
+        """Raise `ValueError`, which names the nearest sizes that fit, if these are cut off somewhere on the way."""
+        sizes = (("height", height, self.height, 0), ("width", width, self.width, 0))
+        misfits = [
+            f"{name}={value} (nearest: {_nearest(value, unit, rest)})"
+            for name, value, unit, rest in (*sizes, ("num_frames", num_frames, self.frames, 1))
+            if value < 1 or value % unit != rest % unit
+        ]
+        if misfits:
+            raise ValueError(
+                f"{' and '.join(misfits)} does not fit {type(pipe).__name__}, whose sizes are multiples of "
+                f"{self.height} x {self.width} pixels and {self.frames}k + 1 frames."
+            )
+
+
+def _first(pipe: DiffusionPipeline, names: tuple[str, ...]) -> int:
+    return int(next((value for name in names if (value := getattr(pipe, name, None))), 1))
+
+
+def _nearest(value: int, unit: int, rest: int) -> str:
+    """The multiples of `unit` plus `rest` around a value, from the smallest that is a size."""
+    least = rest or unit
+    below = max(least, (value - rest) // unit * unit + rest)
+    above = max(least, below + unit if below <= value else below)
+    return f"{below} or {above}" if below < above else str(below)
+
+
 def scheduler_shift(pipe: DiffusionPipeline, tokens: int) -> float:
     """How far the pipeline's scheduler moves its noise levels towards noise, for a grid of so many tokens."""
     config = pipe.scheduler.config

@@ -4,62 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-DATASET_NAME = "dataset.json"
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the shards were made with: `dataset.json`.
-
-    Args:
-        pipeline, transformer: class names in diffusers.
-        channel_axis: of the noisy latents in the transformer's `hidden_states`.
-        shift: of the noise levels, as the pipeline's scheduler has it for this size.
-        height, width, num_frames: of the clips, in pixels and frames.
-        fps: frames per second.
-        call: further arguments of the pipeline's call.
-        format: of the files.
-    """
-
-    pipeline: str
-    transformer: str
-    channel_axis: int
-    shift: float
-    height: int
-    width: int
-    num_frames: int
-    fps: float
-    call: dict[str, Any] = field(default_factory=dict)
-    format: int = _FORMAT
-
-    def save(self, folder: Path) -> None:
-        """Write `dataset.json`."""
-        (folder / DATASET_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Description:
-        """Read `dataset.json`.
-
-        Raises:
-            ValueError: there is none, or it is of another version.
-        """
-        if not (folder / DATASET_NAME).exists():
-            raise ValueError(f"{folder} has no {DATASET_NAME}; make the shards with precompute_latents.py.")
-        values = json.loads((folder / DATASET_NAME).read_text())
-        if values.get("format") != _FORMAT:
-            raise ValueError(f"{folder / DATASET_NAME} has format {values.get('format')}, not {_FORMAT}; make it anew.")
-        return cls(**values)
+from vsa_diffusers.files import opened_tensors, replaced_file
 
 
 @dataclass
@@ -86,24 +42,79 @@ class Sample:
             return latents
         return torch.cat([latents, self.extra_channels.to(latents)], axis)
 
-    def to(self, device: torch.device) -> Sample:
-        """All tensors on `device`."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Sample:
+        """All tensors on `device`, floating-point ones in `dtype` if it is given."""
         tensors: dict[str, torch.Tensor] = {}
         tree = _take_apart(self, tensors)
-        return _put_together(tree, {name: tensor.to(device) for name, tensor in tensors.items()}, self.caption)
+        moved = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
+        }
+        return _put_together(tree, moved, self.caption)
 
 
-def write_shard(path: Path, samples: list[Sample]) -> None:
-    """Write samples as one safetensors file; a kill leaves the whole file or none."""
+def write_shard(path: Path, samples: list[Sample], clips: list[str] | None = None) -> None:
+    """Write samples as one safetensors file; a kill leaves the whole file or none.
+
+    Args:
+        path: the file.
+        samples: its content.
+        clips: names of the clips that they were made from.
+    """
     stored, trees = {}, []
     for index, sample in enumerate(samples):
         tensors: dict[str, torch.Tensor] = {}
         tree = _take_apart(sample, tensors)
-        trees.append({"tree": tree, "kind": _kind(tree, tensors), "caption": sample.caption})
-        stored |= {f"{index}/{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_suffix(".partial")
-    save_file(stored, partial, metadata={"samples": json.dumps(trees)})
-    partial.replace(path)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        entry = {"tree": tree, "kind": _kind(tree, tensors), "caption": sample.caption, "checksum": _checksum(tensors)}
+        trees.append(entry)
+        stored |= {f"{index}/{name}": tensor for name, tensor in tensors.items()}
+    with replaced_file(path) as partial:
+        save_file(stored, partial, metadata={"samples": json.dumps(trees), "clips": json.dumps(clips)})
+
+
+def check_shard(path: Path, clips: list[str], captions: list[str]) -> None:
+    """Whether a shard that is there is the one that would be written now.
+
+    Raises:
+        ValueError: it is damaged, or of other clips.
+    """
+    header = _Header.read(path)
+    if header.clips == clips and [entry["caption"] for entry in header.samples] != captions:
+        raise ValueError(
+            f"{path} holds other captions of its clips than data_dir has now; remove it to make it anew, or choose "
+            "another output_dir."
+        )
+    if header.clips != clips:
+        raise ValueError(
+            f"{path} holds {header.clips}, where {clips} of data_dir are due now; remove it to "
+            "make it anew, or choose another output_dir."
+        )
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a shard says of its content: the samples, the clips they are of, and the size of each one's latents."""
+
+    samples: list[dict[str, Any]]
+    clips: list[str] | None
+    sizes: list[tuple[int, ...]]
+
+    @classmethod
+    def read(cls, path: Path) -> _Header:
+        """Raise `ValueError`, which names the shard, if it is damaged or none."""
+        mend = "remove it, and run precompute_latents.py again to make it anew"
+        try:
+            with opened_tensors(path) as shard:
+                names, metadata = set(shard.keys()), shard.metadata() or {}
+                samples, clips = (json.loads(metadata.get(name, "null")) for name in ("samples", "clips"))
+                promised = {f"{place}/{name}" for place, entry in enumerate(samples) for name in _names(entry["tree"])}
+                sizes = [tuple(shard.get_slice(f"{place}/sample.clean").get_shape()) for place in range(len(samples))]
+                complete = promised == names and all({"kind", "caption"} <= entry.keys() for entry in samples)
+        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged or no shard ({error}); {mend}.") from error
+        if not complete or not samples:
+            raise ValueError(f"{path} lacks tensors of its samples; {mend}.")
+        return cls(samples, clips, sizes)
 
 
 class Shards:
@@ -111,23 +122,46 @@ class Shards:
 
     Args:
         files: the shards; see `split_shards`.
+
+    Raises:
+        ValueError: one is damaged, or holds latents of another size than the first one.
     """
 
     def __init__(self, files: list[Path]):
         self._entries: list[tuple[Path, int, dict[str, Any]]] = []
+        self.size: tuple[int, ...] | None = None
         for file in files:
-            with safe_open(file, framework="pt") as shard:
-                samples = json.loads(shard.metadata()["samples"])
-            self._entries += [(file, index, entry) for index, entry in enumerate(samples)]
+            header = _Header.read(file)
+            for size in header.sizes:
+                self.size = self.size or size
+                if size != self.size:
+                    raise ValueError(
+                        f"{file} holds latents of {size}, but {files[0]} of {self.size}; they were made for other "
+                        "sizes, so make one of them anew with precompute_latents.py."
+                    )
+            self._entries += [(file, index, entry) for index, entry in enumerate(header.samples)]
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Sample:
         file, place, entry = self._entries[index]
-        with safe_open(file, framework="pt") as shard:
+        with opened_tensors(file) as shard:
             tensors = {name: shard.get_tensor(f"{place}/{name}") for name in _names(entry["tree"])}
+        # Shards of earlier versions have no checksums.
+        if entry.get("checksum", _checksum(tensors)) != _checksum(tensors):
+            raise ValueError(
+                f"{file} is damaged: sample {place} is not what was written; remove it, and run precompute_latents.py "
+                "again to make it anew."
+            )
         return _put_together(entry["tree"], tensors, entry["caption"])
+
+    def digest(self) -> str:
+        """Equal for the same samples in the same order, as far as their sizes, captions and checksums tell."""
+        digest = hashlib.sha256()
+        for _, _, entry in self._entries:
+            digest.update(json.dumps([entry["kind"], entry["caption"], entry.get("checksum")]).encode())
+        return digest.hexdigest()[:16]
 
     def kinds(self) -> dict[str, list[int]]:
         """Indices of samples that can be in one batch: of equal sizes and equal constants."""
@@ -263,6 +297,16 @@ def _names(tree: Any) -> Iterator[str]:
 
 def _is_batched(tensor: torch.Tensor) -> bool:
     return tensor.ndim > 0 and tensor.shape[0] == 1
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    """CRC-32 over the tensors' names and values."""
+    checksum = 0
+    for name in sorted(tensors):
+        # Viewed as bytes: numpy has no bfloat16.
+        values = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(values.numpy(), zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def _kind(tree: Any, tensors: dict[str, torch.Tensor]) -> str:

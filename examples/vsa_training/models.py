@@ -8,13 +8,15 @@ import torch
 from vsa_diffusers import VSAConfig, add_gate_compress, enable_vsa
 from vsa_diffusers.models import require_family
 
-from .dataset import Description
+from .command_line import check_pretrained
+from .description import Description
 from .options import Options
-from .parameters import choose_trainable, is_gate
+from .parameters import block_prefixes, choose_trainable, is_gate, is_lora
 
 
 def load_transformer(options: Options, description: Description) -> torch.nn.Module:
     """The pretrained transformer, in fp32."""
+    check_pretrained(options.pretrained_model_name_or_path, options.subfolder)
     return getattr(diffusers, description.transformer).from_pretrained(
         options.pretrained_model_name_or_path, subfolder=options.subfolder, torch_dtype=torch.float32
     )
@@ -38,13 +40,18 @@ def prepare_transformer(transformer: torch.nn.Module, options: Options) -> None:
     if options.rank:
         add_lora(transformer, options)
         for name, parameter in transformer.named_parameters():
-            parameter.requires_grad_("lora_" in name or is_gate(name))
+            parameter.requires_grad_(is_lora(name) or is_gate(name))
     else:
         choose_trainable(transformer, options.trainable)
     modules = require_family(transformer).video_modules(transformer)
     enable_vsa(transformer, config=vsa_config(options))
     # Gates of dense layers take no part, which distributed training does not allow of trainable parameters.
     names = list(modules)
+    if len({layer % len(names) for layer in options.dense_layers}) == len(names):
+        raise ValueError(
+            f"dense_layers={options.dense_layers} leaves none of the {len(names)} video self-attention layers of "
+            f"{type(transformer).__name__} sparse; name fewer, or none."
+        )
     for layer in options.dense_layers:
         for name, parameter in modules[names[layer]].named_parameters():
             if is_gate(f"{names[layer]}.{name}"):
@@ -86,15 +93,12 @@ def lora_targets(transformer: torch.nn.Module, target: str) -> list[str]:
                 f"lora_target={target!r} names {missing}, but {type(transformer).__name__} has no such layer."
             )
         return names
-    modules = list(require_family(transformer).video_modules(transformer))
-    # The blocks, wherever the family keeps them: the first part of a video self-attention's name.
-    prefixes = modules if target == "attention" else {name.split(".")[0] for name in modules}
+    modules = require_family(transformer).video_modules(transformer)
+    prefixes = tuple(f"{name}." for name in modules) if target == "attention" else block_prefixes(transformer)
     return [
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and not is_gate(f"{name}.weight")
-        and any(name.startswith(f"{prefix}.") for prefix in prefixes)
+        if isinstance(module, torch.nn.Linear) and not is_gate(f"{name}.weight") and name.startswith(prefixes)
     ]
 
 

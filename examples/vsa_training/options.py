@@ -1,8 +1,15 @@
-"""The options of `train_vsa.py`, under the names that diffusers' own training scripts use."""
+"""The options of `train_vsa.py`, under the names that diffusers' own training scripts use.
+
+The defaults are the recipe that docs/training.md recommends, with what it measured.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .learning_rates import SCHEDULES
 
 
 def _option(default, text: str, **metadata):
@@ -19,14 +26,14 @@ class Options:
     subfolder: str = _option("transformer", "Which of the pipeline's transformers to train, such as transformer_2.")
 
     top_k_ratio: float = _option(0.125, "Share of key tiles kept in the end.")
-    combine: str = _option("gate", "How the branches become one output.", choices=["gate", "merge", "sparse"])
+    combine: str = _option("merge", "How the branches become one output.", choices=["gate", "merge", "sparse"])
     selection: str = _option("auto", "What key tiles are scored by.", choices=["auto", "mean", "quarters"])
     block_size: list[int] = field(
         default_factory=lambda: [4, 4, 4], metadata={"help": "Tokens per tile along time, height and width."}
     )
-    dense_layers: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Video self-attention layers that stay dense; negative ones from the end."},
+    dense_layers: list[str] = field(
+        default_factory=lambda: ["0", "-1"],
+        metadata={"help": "Video self-attention layers that stay dense; negative ones from the end; none for none."},
     )
     ramp_start: int = _option(0, "Steps that stay dense before the ratio falls.")
     ramp_steps: int = _option(0, "Steps in which the ratio falls from 1 to the target.")
@@ -42,16 +49,21 @@ class Options:
         "that peft understands, such as to_q,to_k.",
     )
 
-    max_train_steps: int = _option(1000, "Optimiser steps.")
+    max_train_steps: int = _option(600, "Optimiser steps; more than a finished training had make it longer.")
     train_batch_size: int = _option(1, "Clips per step, on each process.")
-    gradient_accumulation_steps: int = _option(1, "Batches per optimiser step.")
-    learning_rate: float = _option(1e-5, "Of everything but gates.")
+    gradient_accumulation_steps: int = _option(8, "Batches per optimiser step.")
+    optimizer: str = _option(
+        "muon", "muon, for the matrices of the blocks, with AdamW for the rest; or AdamW.", choices=["muon", "adamw"]
+    )
+    learning_rate: float = _option(2e-4, "Of everything but gates.")
     gate_learning_rate: float = _option(1e-3, "Of gates, which begin at zero.")
-    lr_scheduler: str = _option("constant_with_warmup", "A name that diffusers' get_scheduler knows.")
-    lr_warmup_steps: int = _option(100, "Steps in which the learning rates rise.")
+    lr_scheduler: str = _option("cosine", "One of diffusers' schedules.", choices=list(SCHEDULES))
+    lr_warmup_steps: int | None = _option(
+        None, "Steps in which the learning rates rise; a twentieth of all steps if not given."
+    )
     adam_beta1: float = _option(0.9, "Of AdamW.")
     adam_beta2: float = _option(0.99, "Of AdamW.")
-    adam_weight_decay: float = _option(0.0, "Of AdamW.")
+    adam_weight_decay: float = _option(0.0, "Of AdamW, and of Muon.")
     adam_epsilon: float = _option(1e-8, "Of AdamW.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = _option(False, "Average the weights, and validate and save the average.")
@@ -69,7 +81,9 @@ class Options:
     min_sigma: float = _option(0.0, "Lowest noise level to train, such as 0.875 for the first of two experts.")
     max_sigma: float = _option(1.0, "Highest noise level to train.")
 
-    mixed_precision: str | None = _option(None, "no, fp16 or bf16; accelerate's own setting if not given.")
+    mixed_precision: str | None = _option(
+        None, "Accelerate's own setting if not given.", choices=["no", "fp16", "bf16"]
+    )
     result_dtype: str = _option("float32", "Of the result.", choices=["float32", "bfloat16", "float16"])
     gradient_checkpointing: bool = _option(False, "Recompute blocks in the backward pass, to save memory.")
     find_unused_parameters: bool = _option(False, "For models some of whose parameters take no part in a step.")
@@ -93,11 +107,18 @@ class Options:
     tracker_project_name: str = _option("vsa", "The project's name there.")
 
     def __post_init__(self) -> None:
-        positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
-                    "validation_steps", "validation_sigmas", "ramp_stages")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        self.dense_layers = _layers(self.dense_layers)
+        for names, (check, what) in _BOUNDS.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not check(value):
+                    raise ValueError(f"{name}={value!r} must be {what}.")
+        if len(self.block_size) != 3:
+            raise ValueError(f"block_size={self.block_size} must be three numbers, such as 4 4 4.")
+        for each in fields(self):
+            choices, name, value = each.metadata.get("choices"), each.name, getattr(self, each.name)
+            if choices is not None and value is not None and value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
         if not 0 <= self.min_sigma < self.max_sigma <= 1:
             raise ValueError(f"min_sigma={self.min_sigma} and max_sigma={self.max_sigma} must be in 0 to 1, in order.")
         if self.rank and self.trainable != "all":
@@ -109,3 +130,44 @@ class Options:
                 f"ramp_start={self.ramp_start} and ramp_steps={self.ramp_steps} end after "
                 f"max_train_steps={self.max_train_steps}; the target ratio would never be trained."
             )
+        if self.warmup_steps >= self.max_train_steps and self.lr_scheduler != "constant":
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} must be less than max_train_steps={self.max_train_steps}."
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """`lr_warmup_steps`, or its default."""
+        return self.max_train_steps // 20 if self.lr_warmup_steps is None else self.lr_warmup_steps
+
+
+def _layers(given: list[Any]) -> list[int]:
+    if list(given) == ["none"]:
+        return []
+    try:
+        return [int(layer) for layer in given]
+    except ValueError as error:
+        raise ValueError(f"dense_layers={given} must be whole numbers, such as 0 -1, or none.") from error
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+# What options must be, by the check for it; `None` is allowed where it is the default.
+_BOUNDS: dict[tuple[str, ...], tuple[Any, str]] = {
+    (
+        "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps",
+        "validation_sigmas", "ramp_stages", "checkpoints_total_limit", "num_inference_steps",
+    ): (lambda value: value >= 1, "at least 1"),
+    (
+        "ramp_start", "ramp_steps", "rank", "lr_warmup_steps", "validation_shards", "dataloader_num_workers", "seed",
+    ): (lambda value: value >= 0, "0 or more"),
+    ("learning_rate", "gate_learning_rate", "adam_epsilon", "max_grad_norm", "lora_alpha", "shift", "logit_std"): (
+        lambda value: _finite(value) and value > 0, "a positive number",
+    ),
+    ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout"): (lambda value: 0 <= value < 1, "in 0 to 1, 1 left out"),
+    ("adam_weight_decay",): (lambda value: _finite(value) and value >= 0, "0 or more"),
+    ("logit_mean", "mode_scale", "guidance_scale"): (_finite, "a finite number"),
+    ("top_k_ratio",): (lambda value: 0 < value <= 1, "in (0, 1], the share of key tiles kept, such as 0.125"),
+}  # fmt: skip

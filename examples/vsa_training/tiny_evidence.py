@@ -15,14 +15,14 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from procedural_video import sample_scene
 
 from tiny_wan_parts import normalise_latents
-from tiny_wan_training import Muon, autocast
+from tiny_wan_training import autocast
 from tiny_wan_transformer import CAPTION_DROPOUT, SHARD, Clips, encode_clips, load_clips
 from tiny_wan_vae import encode_scenes
 from vsa_diffusers import add_gate_compress, disable_vsa, enable_vsa, set_top_k_ratio
 
 from .merge_gate import add_gates_to_merge
 from .objective import add_noise, logit_normal_quantiles, velocity_error
-from .parameters import choose_trainable, is_gate, parameter_groups
+from .parameters import choose_trainable, make_optimizers
 from .sparsity import SparsityRamp
 
 
@@ -210,7 +210,7 @@ def fine_tune(
             block.compile()
     choose_trainable(model.train(), "all" if variant == "dense" and recipe.trainable == "gates" else recipe.trainable)
     ramp = SparsityRamp(ratio, steps=round(recipe.ramp * recipe.steps))
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe.optimizer, recipe.lr, recipe.gate_lr)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(each, lambda step: _warm_cosine(step, recipe.steps)) for each in optimizers
     ]
@@ -231,33 +231,6 @@ def fine_tune(
             on_step(step + 1, loss.item())
     curve = [part.mean().item() for part in torch.stack(losses).split(max(1, recipe.steps // 20))]
     return {"seconds": round(time.monotonic() - started, 2), "curve": curve}
-
-
-def make_optimizers(model: WanTransformer3DModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for gates and the rest.
-
-    Raises:
-        ValueError: `recipe.optimizer` is something else.
-    """
-    if recipe.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer={recipe.optimizer!r} is unknown; choose 'adamw' or 'muon'.")
-    inner: list[torch.nn.Parameter] = []
-    if recipe.optimizer == "muon":
-        inner = [
-            parameter
-            for name, parameter in model.blocks.named_parameters()
-            if parameter.requires_grad and parameter.ndim == 2 and not is_gate(name)
-        ]
-    mine = {id(parameter) for parameter in inner}
-    groups = [
-        group | {"params": [parameter for parameter in group["params"] if id(parameter) not in mine]}
-        for group in parameter_groups(model, recipe.lr, recipe.gate_lr)
-    ]
-    optimizers: list[torch.optim.Optimizer] = [Muon(inner, recipe.lr)] if inner else []
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0))
-    return optimizers
 
 
 def _batch(material: Material, recipe: Recipe, seed: int, step: int) -> tuple[torch.Tensor, ...]:

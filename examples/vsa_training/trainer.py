@@ -6,7 +6,6 @@ the seed: a training that goes on from a checkpoint sees just what it would have
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,6 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,20 +23,24 @@ from vsa_diffusers import save_vsa, set_top_k_ratio
 
 from .averages import averages_in_place, learning_parameters
 from .checkpoints import Checkpoints, whole_state_dict
-from .dataset import BatchOrder, Description, Sample, Shards, collate, split_shards
+from .dataset import BatchOrder, Sample, Shards, collate, split_shards
+from .description import Description
+from .learning_rates import LearningRates
+from .metrics import MetricsLog
 from .models import load_transformer, prepare_transformer, shrink_frozen, vsa_config
 from .objective import add_noise, logit_normal_quantiles, shift_sigmas, velocity_error
 from .options import Options
-from .parameters import is_gate, parameter_groups
+from .parameters import make_optimizers
 from .sparsity import SparsityRamp
+from .summary import counts_of, summary
 from .validation import log_videos, predict, validation_loss, validation_videos
 
 # Options that may differ when a training goes on: they do not decide what is learnt until then.
 FREE_OPTIONS = (
     "checkpointing_steps", "checkpoints_total_limit", "data_dir", "dataloader_num_workers", "find_unused_parameters",
-    "gradient_checkpointing", "guidance_scale", "num_inference_steps", "output_dir", "pretrained_model_name_or_path",
-    "report_to", "result_dtype", "resume_from_checkpoint", "tracker_project_name", "validation_prompts",
-    "validation_sigmas", "validation_steps",
+    "gradient_checkpointing", "guidance_scale", "lr_warmup_steps", "max_train_steps", "num_inference_steps",
+    "output_dir", "pretrained_model_name_or_path", "report_to", "result_dtype", "resume_from_checkpoint",
+    "tracker_project_name", "validation_prompts", "validation_sigmas", "validation_steps",
 )  # fmt: skip
 
 
@@ -82,30 +84,44 @@ class Trainer:
         frozen_stay = options.rank or options.trainable == "gates"
         if self.accelerator.mixed_precision == "bf16" and frozen_stay and not sharded:
             shrink_frozen(self.transformer, torch.bfloat16)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.transformer, options.learning_rate, options.gate_learning_rate),
+        # Of a sharded model, parameters know only a process's part.
+        counts = counts_of(self.transformer)
+        optimizers = make_optimizers(
+            self.transformer,
+            options.optimizer,
+            options.learning_rate,
+            options.gate_learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
-            weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
+            weight_decay=options.adam_weight_decay,
         )
-        self.group_names = ["lr", "gate_lr"] if len(optimizer.param_groups) == 2 else [self._only_group()]
-        self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
-        self.scheduler = get_scheduler(
-            options.lr_scheduler,
-            self.optimizer.optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=options.max_train_steps,
-        )
+        if self.accelerator.mixed_precision == "fp16" and len(optimizers) > 1:
+            # Accelerate would unscale the gradients of the second one twice.
+            raise ValueError(
+                f"optimizer={options.optimizer} is two optimisers, for which fp16 cannot scale gradients; take "
+                "mixed_precision=bf16, or optimizer=adamw."
+            )
+        self.model, *self.optimizers = self.accelerator.prepare(self.transformer, *optimizers)
+        self.rates = LearningRates(
+            [each.optimizer for each in self.optimizers], options.lr_scheduler, options.max_train_steps,
+            options.warmup_steps,
+        )  # fmt: skip
         self.ema = (
             EMAModel(learning_parameters(self.model), decay=options.ema_decay, use_ema_warmup=True)
             if options.use_ema
             else None
         )
         self.checkpoints = Checkpoints(
-            self.folder, self.accelerator, self.model, self.optimizer, self.scheduler, self.ema,
+            self.folder, self.accelerator, self.model, self.transformer, self.optimizers, self.rates, self.ema,
             options.checkpoints_total_limit,
         )  # fmt: skip
         self.step = 0
+        self.resumed = self.checkpoints.choose(options.resume_from_checkpoint)
+        if self.resumed is not None:
+            self.step = self.checkpoints.load(self.resumed, self._fingerprint())
+        # What cannot be written to is told now, not after the first step.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.print(summary(self, counts))
         self.pipe: diffusers.DiffusionPipeline | None = None
 
     def train(self) -> Path:
@@ -114,11 +130,13 @@ class Trainer:
         Returns:
             The folder that `load_vsa` reads.
         """
-        resumed = self.checkpoints.choose(self.options.resume_from_checkpoint)
-        if resumed is not None:
-            self.step = self.checkpoints.load(resumed, self._fingerprint())
-        self.accelerator.init_trackers(self.options.tracker_project_name, config=_flat(asdict(self.options)))
-        self._open_log()
+        # What tensorboard was told of steps that will be done again is taken back.
+        again = {"tensorboard": {"purge_step": self.step + 1}}
+        self.accelerator.init_trackers(self.options.tracker_project_name, _flat(asdict(self.options)), again)
+        if self.accelerator.is_main_process:
+            self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
+            if self.log.torn:
+                self.accelerator.print(f"{self.log.path} had {self.log.torn} lines that are no records: cut.")
         bar = tqdm(
             initial=self.step,
             total=self.options.max_train_steps,
@@ -148,26 +166,31 @@ class Trainer:
         losses = []
         for turn in range(self.options.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.model):
-                loss = self._loss(next(batches).to(self.accelerator.device), turn)
+                loss = self._loss(next(batches).to(self.accelerator.device, torch.float32), turn)
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(learning_parameters(self.model), self.options.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        rates = dict(zip(self.group_names, self.scheduler.get_last_lr(), strict=True))
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        rates = self.rates.current()
         if not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
+            self.rates.step()
         if self.ema is not None:
             self.ema.step(learning_parameters(self.model))
         self.step += 1
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        if not math.isfinite(loss):
-            raise RuntimeError(f"The loss is {loss} at step {self.step}; lower learning_rate or gate_learning_rate.")
+        # With fp16, gradients may overflow: the step is left out, and the scale falls.
+        if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
+            raise RuntimeError(
+                f"The loss is {loss}, the norm of the gradients {float(norm)} at step {self.step}; lower learning_rate "
+                "or gate_learning_rate, and go on from the last checkpoint."
+            )
         return {"loss": loss, "grad_norm": float(norm), "top_k_ratio": ratio} | rates
 
     def _loss(self, batch: Sample, turn: int) -> torch.Tensor:
-        accelerator, clean = self.accelerator, batch.clean.float()
+        accelerator, clean = self.accelerator, batch.clean
         place = (self.step * self.options.gradient_accumulation_steps + turn) * accelerator.num_processes
         # Also seeds dropout.
         torch.manual_seed((self.options.seed << 40) + place + accelerator.process_index)
@@ -272,26 +295,17 @@ class Trainer:
     def _fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a training to go on."""
         options = {name: value for name, value in asdict(self.options).items() if name not in FREE_OPTIONS}
-        return options | {"processes": self.accelerator.num_processes}
-
-    def _open_log(self) -> None:
-        """`metrics.jsonl`, without lines of steps that will be done again."""
-        self.log_file = self.folder / "metrics.jsonl"
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            self.log_file.write_text("".join(f"{line}\n" for line in kept))
+        return options | {
+            "processes": self.accelerator.num_processes,
+            # As accelerate was configured, where the option leaves it to that.
+            "mixed_precision": str(self.accelerator.mixed_precision),
+            "training clips": self.shards.digest(),
+        }
 
     def _log(self, report: dict[str, float]) -> None:
         self.accelerator.log(report, step=self.step)
         if self.accelerator.is_main_process:
-            with self.log_file.open("a") as log:
-                log.write(json.dumps({"step": self.step} | report) + "\n")
-
-    def _only_group(self) -> str:
-        learning = [name for name, parameter in self.transformer.named_parameters() if parameter.requires_grad]
-        return "gate_lr" if all(map(is_gate, learning)) else "lr"
+            self.log.append({"step": self.step} | report)
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from vsa_diffusers.files import replaced_file
+
 from .dataset import Sample, Shards, collate
 from .objective import add_noise, velocity_error
 
@@ -36,8 +38,8 @@ def validation_loss(
     for turn in range(rounds):
         index = turn * accelerator.num_processes + accelerator.process_index
         sample = held_out[index % len(held_out)]
-        batch = collate([sample] * len(sigmas)).to(accelerator.device)
-        clean = batch.clean.float()
+        batch = collate([sample] * len(sigmas)).to(accelerator.device, torch.float32)
+        clean = batch.clean
         generator = torch.Generator().manual_seed(index)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         sigmas = sigmas.to(clean)
@@ -70,7 +72,10 @@ def log_videos(
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"step-{step:07d}-{place}.mp4" for place in range(len(videos))]
     for file, video in zip(files, videos, strict=True):
-        imageio.imwrite(file, video, plugin="FFMPEG", fps=fps, macro_block_size=1)
+        # Encoded first: FFMPEG goes by the file's name, and the one beside it has another ending.
+        encoded = imageio.imwrite("<bytes>", video, plugin="FFMPEG", extension=".mp4", fps=fps, macro_block_size=1)
+        with replaced_file(file) as partial:
+            partial.write_bytes(encoded)
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             import wandb

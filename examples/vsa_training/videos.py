@@ -30,14 +30,16 @@ def find_clips(folder: Path, num_frames: int, fps: float, clips_per_video: int) 
     """Every clip in the folder's videos, in the order of their names.
 
     Raises:
-        ValueError: there are no videos, or one has no caption or is too short.
+        ValueError: there are no videos, or one has no caption, is too short, or cannot be read.
     """
+    if not folder.is_dir():
+        raise ValueError(f"data_dir={folder}: no such directory; give the folder with the videos.")
     captions = read_captions(folder)
     if not captions:
         raise ValueError(f"data_dir={folder} holds no videos ({', '.join(SUFFIXES)}).")
     clips = []
     for path, caption in captions.items():
-        seconds = imageio.immeta(path, plugin="FFMPEG")["duration"]
+        seconds = _facts(path)["duration"]
         # Containers round their duration, and the last frame lasts, too.
         whole = math.floor((seconds * fps + 1.5) / num_frames)
         if whole < 1:
@@ -53,7 +55,8 @@ def read_captions(folder: Path) -> dict[Path, str]:
     """From each video to its caption: out of `metadata.jsonl`, or of a text file of the video's name."""
     metadata = folder / METADATA_NAME
     if metadata.exists():
-        rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
+        lines = metadata.read_bytes().splitlines()
+        rows = [_row(line, f"{metadata}, line {place}") for place, line in enumerate(lines, 1) if line.strip()]
         return {folder / row["file_name"]: _caption(row, metadata) for row in rows}
     captions = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
@@ -66,16 +69,35 @@ def read_captions(folder: Path) -> dict[Path, str]:
     return captions
 
 
+def _row(line: bytes, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); write one object a line.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise ValueError(f'{where} has no "file_name"; write {{"file_name": "a.mp4", "text": "..."}}.')
+    return row
+
+
+def _facts(path: Path) -> dict:
+    """Duration and frames per second, among others."""
+    try:
+        return imageio.immeta(path, plugin="FFMPEG")
+    except Exception as error:
+        # Whatever FFMPEG's plugin raises: OSError, IndexError, RuntimeError.
+        raise ValueError(f"{path} cannot be read as a video ({error}); mend it or leave it out.") from error
+
+
 def _caption(row: dict, metadata: Path) -> str:
     for key in CAPTION_KEYS:
-        if key in row:
+        if isinstance(row.get(key), str):
             return row[key]
     raise ValueError(f"{metadata} has no {' or '.join(CAPTION_KEYS)} for {row.get('file_name')}.")
 
 
 def read_clip(clip: Clip, num_frames: int, fps: float, height: int, width: int) -> torch.Tensor:
     """Frames `[1, 3, num_frames, height, width]` in -1 to 1: sampled in time, scaled, cropped in the middle."""
-    own_fps = imageio.immeta(clip.path, plugin="FFMPEG")["fps"]
+    own_fps = _facts(clip.path)["fps"]
     first = clip.number * num_frames
     wanted = [round((first + place) * own_fps / fps) for place in range(num_frames)]
     frames = _frames(clip.path, wanted)

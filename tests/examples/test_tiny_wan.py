@@ -10,6 +10,7 @@ import imageio.v3 as imageio
 import pytest
 import torch
 from diffusers import WanPipeline
+from muon import Muon, orthogonalise
 from procedural_video import descriptions, render, sample_scene
 from torch import nn
 from train_tiny_wan import app
@@ -19,7 +20,7 @@ import tiny_wan_parts
 from tiny_wan_evaluation import evaluate_pipeline, generate, held_out_captions
 from tiny_wan_parts import TinyWan, build_vae, normalise_latents, save_pipeline
 from tiny_wan_settings import Settings
-from tiny_wan_training import Muon, TrainingRun, orthogonalise
+from tiny_wan_training import TrainingRun
 from tiny_wan_transformer import (
     Clips,
     Phase,

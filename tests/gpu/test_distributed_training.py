@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from vsa_training.dataset import Description, Sample, write_shard
+from vsa_training.dataset import Sample, write_shard
+from vsa_training.description import Description
 
 from tiny_models import RECIPES
 from vsa_diffusers import load_vsa
@@ -53,6 +54,7 @@ def train(material: Path, output: Path, spread: str, *more: str) -> list[dict]:
         "--dynamo_backend=no", "--main_process_port=0", *SPREAD[spread], str(ROOT / "examples" / "train_vsa.py"),
         f"--pretrained_model_name_or_path={material / 'pipe'}", f"--data_dir={material / 'latents'}",
         f"--output_dir={output}", "--max_train_steps=8", "--lr_warmup_steps=2", "--learning_rate=1e-3",
+        "--lr_scheduler=constant_with_warmup", "--optimizer=adamw", "--combine=gate", "--dense_layers=none",
         "--ramp_steps=4", "--top_k_ratio=0.3", "--use_ema", "--checkpointing_steps=4", "--validation_steps=4",
         f"--gradient_accumulation_steps={2 if spread == 'one' else 1}", *more,
     ]  # fmt: skip

@@ -119,7 +119,7 @@ def interrupt(options: Options) -> None:
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [
-        (kill, dict(use_ema=True, gradient_accumulation_steps=2)),
+        (kill, dict(use_ema=True, gradient_accumulation_steps=2, optimizer="muon")),
         (interrupt, dict(rank=2, lora_dropout=0.2, lr_scheduler="cosine")),
     ],
     ids=["full, killed", "lora, interrupted"],
@@ -132,6 +132,8 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_happened(material, tmp_pat
     stop(options("stopped"))
     assert len(metrics(tmp_path / "stopped")) == 6
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint*")] == ["checkpoint-0000004"]
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
 
     resumed = train(options("stopped"))
     assert metrics(tmp_path / "stopped") == [pytest.approx(line, rel=1e-5) for line in metrics(tmp_path / "straight")]
@@ -209,11 +211,13 @@ def test_validation_videos_are_written(material, tmp_path):
     assert names == ["step-0000004-0.mp4", "step-0000004-1.mp4"]
 
 
-def test_tensorboard_gets_the_metrics(material, tmp_path):
+def test_tensorboard_gets_the_metrics_of_every_step_once(material, tmp_path):
     pytest.importorskip("tensorboard", reason="runs with tensorboard installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(training_options(material, tmp_path, max_train_steps=4, report_to="tensorboard"))
+    options = training_options(material, tmp_path, max_train_steps=7, report_to="tensorboard")
+    interrupt(options)  # after step 6, and the last checkpoint is that of step 4
+    train(options)
     events = EventAccumulator(str(tmp_path / "logs" / "vsa")).Reload()
     losses = [event.value for event in events.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path)])
@@ -238,6 +242,7 @@ def train_two_processes(options: Options, *, sharded: bool) -> None:
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script,
         str(ROOT / "examples" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",
+        "--dense_layers", "none",
     ]  # fmt: skip
     environment = ENVIRONMENT | (SHARDED if sharded else {})
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -250,11 +255,16 @@ on_processors = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("sharded", "rank"),
-    [(False, 0), pytest.param(True, 0, marks=on_processors), pytest.param(True, 4, marks=on_processors)],
+    ("sharded", "rank", "optimizer"),
+    [
+        (False, 0, "adamw"),
+        pytest.param(True, 0, "muon", marks=on_processors),
+        pytest.param(True, 4, "muon", marks=on_processors),
+    ],
 )
-def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_path, sharded, rank):
+def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_path, sharded, rank, optimizer):
     options = dict(train_batch_size=1, max_train_steps=5, validation_steps=2, use_ema=True, rank=rank)
+    options |= dict(optimizer=optimizer)
     train(training_options(material, tmp_path / "one", gradient_accumulation_steps=2, **options))
     train_two_processes(training_options(material, tmp_path / "two", **options), sharded=sharded)
     assert metrics(tmp_path / "two") == [pytest.approx(line, rel=1e-4) for line in metrics(tmp_path / "one")]
@@ -267,7 +277,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_pat
 
 @on_processors
 def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_path):
-    options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True)
+    options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True, optimizer="muon")
     train_two_processes(options, sharded=True)
     straight = metrics(tmp_path / "run")
     for left in ("checkpoint-0000006", "final"):
@@ -287,7 +297,7 @@ def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_pat
         (dict(validation_shards=3), "has 3 shards, and validation_shards=3 leaves none to train on"),
         (dict(lora_target="to_x", rank=1), "lora_target='to_x' names ['to_x'], but WanTransformer3DModel has no such"),
         (dict(data_dir="/nowhere"), "has no dataset.json; make the shards with precompute_latents.py"),
-        (dict(top_k_ratio=1.5), "target=1.5 must be in (0, 1]"),
+        (dict(top_k_ratio=1.5), "top_k_ratio=1.5 must be in (0, 1]"),
         (dict(dense_layers=[5]), "dense_layers=(5,) names layer 5, but there are 2 video"),
     ],
 )
