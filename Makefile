@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
-FAST := tests/op tests/docs tests/bench
+FAST := tests/op tests/models tests/pipeline tests/docs tests/bench --ignore-glob='*/test_pipelines_*.py'
 
 .PHONY: demo test test-fast test-all lint format bench docs package clean
 
@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# The op, its configuration and the pages: under two minutes on two cores.
+# Without kernels, training, examples and whole pipelines: under two minutes on two cores.
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) $(FAST)
 

@@ -318,6 +318,7 @@ print((peak_bytes() - before) / sum(x.nbytes for x in inputs))
     assert 0 < float(out.stdout) < 2
 
 
+@pytest.mark.perf
 def test_ratio_02_beats_dense_at_4096_tokens():
     script = """
 import time, torch, torch.nn.functional as F
