@@ -3,19 +3,34 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
+FAST := tests/op tests/models tests/pipeline tests/docs tests/bench --ignore-glob='*/test_pipelines_*.py'
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-fast test-all lint format bench docs package clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# Without kernels, training, examples and whole pipelines: under two minutes on two cores.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) $(FAST)
+
+# What takes long, too; then what compares times, with nothing beside it.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not perf"
+	$(BIN)/python -m pytest -m perf
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 bench: $(INSTALLED)
 	$(BIN)/python -m vsa_diffusers.bench
@@ -24,8 +39,15 @@ docs: $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
+# Both distributions in dist/, and their metadata checked.
+package: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) demo_output site
+	rm -rf $(VENV) demo_output site dist build
 
 # torch comes first, by its exact version: left to the resolver it may be another build.
 $(INSTALLED): pyproject.toml constraints.txt

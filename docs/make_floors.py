@@ -1,4 +1,4 @@
-"""Print the tables of floors, of wasted work and of gradients in performance.md: pure arithmetic, no GPU.
+"""Print the tables of floors, of wasted work and of gradients in `docs/lab/floors.md`: pure arithmetic, no GPU.
 
 python docs/make_floors.py
 """

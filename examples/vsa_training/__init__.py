@@ -1,1 +1,1 @@
-"""What `train_vsa.py`, `precompute_latents.py` and `vsa_evidence.py` share."""
+"""What `train_vsa.py` and `precompute_latents.py` share."""

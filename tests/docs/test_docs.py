@@ -8,13 +8,15 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import yaml
 
 from tiny_text_pipeline import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
-]
+DOCS = ROOT / "docs"
+PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))] if "```python" in page.read_text()]
+FOLDERS = ("docs", "examples", "vsa_diffusers", ".github")
+EVERY_PAGE = [*sorted(ROOT.glob("*.md")), *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 # Small sizes, and the CPU, for what the pages write for a GPU.
 SMALLER = {'"cuda"': '"cpu"', "height=480": "height=64", "width=832": "width=96",
            "num_frames=81": "num_frames=17", "num_inference_steps=30": "num_inference_steps=2"}  # fmt: skip
@@ -33,17 +35,61 @@ def test_the_python_blocks_of_a_page_run_in_order(page, monkeypatch, tmp_path):
         exec(compile(block, page.name, "exec"), names)
 
 
-def test_the_floors_in_the_performance_page_are_current():
-    script = ROOT / "docs" / "make_floors.py"
-    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout.split("\n")
-    rows = [line for line in printed if line]
-    page = (ROOT / "docs" / "performance.md").read_text()
+def printed_by(script: str) -> list[str]:
+    """The lines of one of the scripts that make tables, without the empty ones between them."""
+    command = [sys.executable, DOCS / script]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    return [line for line in printed if line]
+
+
+def test_the_floors_in_the_lab_notes_are_current():
+    rows = printed_by("make_floors.py")
+    page = (DOCS / "lab" / "floors.md").read_text()
     assert len(rows) == 21
     assert not [row for row in rows if row not in page]
 
 
-def test_pages_name_no_file_that_is_missing():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-        for target in re.findall(r"\]\(([^)#:]+)\)", prose):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def test_the_performance_page_shows_what_was_measured():
+    rows = printed_by("make_performance.py")
+    page = (DOCS / "performance.md").read_text()
+    assert len(rows) == 15
+    assert not [row for row in rows if row not in page]
+
+
+def test_the_performance_page_stays_short_enough_to_be_read():
+    assert len((DOCS / "performance.md").read_text().splitlines()) <= 150
+
+
+def test_every_lab_note_is_in_the_index():
+    index = (DOCS / "lab" / "README.md").read_text()
+    assert not [page.name for page in DOCS.glob("lab/*.md") if f"]({page.name})" not in index and page.stem != "README"]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may point to: headings as GitHub and MkDocs both make them, for plain ones."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_links_to_what_is_there(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", prose):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"links to {target}"
+        assert not anchor or anchor in anchors(linked), f"links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_scripts_tests_and_measurements_that_are_there(page):
+    text = page.read_text()
+    named = re.findall(r"\b(?:docs|examples|tests)/[\w/\-.]*\w", text)
+    named += [f"docs/measurements/{name}" for name in re.findall(r"`(h[12]00-[\w.\-]+)`", text)]
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_site_leaves_out_what_is_for_maintainers():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = {path.name for path in DOCS.iterdir()} - {path for entry in site["nav"] for path in entry.values()}
+    assert pages == {"images", "lab", "measurements", *(path.name for path in DOCS.glob("make_*.py"))}
+    assert set(site["exclude_docs"].split()) == {"lab/", "measurements/", "make_*.py"}

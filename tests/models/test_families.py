@@ -7,7 +7,7 @@ import torch
 
 from oracle import relative_error
 from tiny_models import RECIPES, call, run
-from vsa_diffusers import VSAAttnProcessor, add_gate_compress, disable_vsa, enable_vsa, video_sparse_attention
+from vsa_diffusers import add_gate_compress, disable_vsa, enable_vsa, video_sparse_attention
 from vsa_diffusers.models import attention_modules, find_family
 from vsa_diffusers.processor import FamilyAttnProcessor
 
@@ -87,60 +87,6 @@ def test_disable_gives_back_identical_outputs_and_keys(recipe):
     assert {name: module.processor for name, module in attention_modules(model).items()} == processors
     assert not model._forward_pre_hooks
     assert list(model.state_dict()) == keys
-
-
-def set_processors(model, processors):
-    """`set_attn_processor` with a dict, for transformers that lack the method too."""
-    for name, processor in processors.items():
-        model.get_submodule(name.removesuffix(".processor")).processor = processor
-
-
-def test_one_processor_instance_serves_all_attention_modules(recipe):
-    if "legacy" in recipe.tags:
-        return  # diffusers' class Attention serves many families: its processor cannot be chosen by class
-    if "surplus" in recipe.tags:
-        return  # a fixed video shape cannot tell surplus tokens from audio: such calls need enable_vsa
-    model = recipe.build()
-    dense = run(model, recipe, GRID)
-    enable_vsa(model, 0.3)
-    sparse = run(model, recipe, GRID)
-    disable_vsa(model)
-    for ratio, expected, tolerance in ((1.0, dense, 1e-4), (0.3, sparse, 1e-5)):
-        processor = VSAAttnProcessor(top_k_ratio=ratio, video_shape=recipe.video_shape(GRID))
-        set_processors(model, dict.fromkeys(attention_modules(model), processor))
-        torch.testing.assert_close(run(model, recipe, GRID), expected, atol=tolerance, rtol=0)
-
-
-def test_processors_can_be_set_module_by_module(recipe):
-    if "legacy" in recipe.tags or "surplus" in recipe.tags:
-        return
-    model = recipe.build()
-    enable_vsa(model, 0.3)
-    sparse = run(model, recipe, GRID)
-    disable_vsa(model)
-    shape = recipe.video_shape(GRID)
-    for attn in find_family(model).video_modules(model).values():
-        attn.processor = VSAAttnProcessor(top_k_ratio=0.3, video_shape=shape)
-    torch.testing.assert_close(run(model, recipe, GRID), sparse, atol=1e-5, rtol=0)
-
-
-def test_for_transformer_makes_processors_for_every_family(recipe):
-    model = recipe.build()
-    stock = {f"{name}.processor": module.processor for name, module in attention_modules(model).items()}
-    dense = run(model, recipe, GRID)
-    enable_vsa(model, 0.3)
-    sparse = run(model, recipe, GRID)
-    shape = recipe.video_shape(GRID)
-    for ratio, expected, tolerance in ((0.3, sparse, 1e-5), (1.0, dense, 1e-4)):
-        processors = VSAAttnProcessor.for_transformer(model, top_k_ratio=ratio, video_shape=shape)
-        disable_vsa(model)
-        assert processors.keys() == stock.keys()
-        assert sum(processors[name] is not stock[name] for name in stock) == recipe.sparse
-        set_processors(model, processors)
-        torch.testing.assert_close(run(model, recipe, GRID), expected, atol=tolerance, rtol=0)
-    if hasattr(model, "set_attn_processor"):
-        model.set_attn_processor(VSAAttnProcessor.for_transformer(model, top_k_ratio=0.3, video_shape=shape))
-        torch.testing.assert_close(run(model, recipe, GRID), sparse, atol=1e-5, rtol=0)
 
 
 def test_zero_gates_add_nothing_and_trained_gates_are_used(recipe):

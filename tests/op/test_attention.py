@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oracle import SCORES, reference, relative_error
 from vsa_diffusers import video_sparse_attention
@@ -58,8 +59,7 @@ def test_output_equals_the_oracle(shape, block, combine, ratio, context, masked,
         mask = torch.rand(batch, before + after, generator=torch.Generator().manual_seed(seed)) < 0.6
     gate = gate if combine == "gate" else None
     top_k = num_selected_tiles(TileGrid(shape, block).num_tiles, ratio)
-    if not clear_choice(query, key, shape, block, top_k, before, selection):
-        return
+    assume(clear_choice(query, key, shape, block, top_k, before, selection))
     actual = video_sparse_attention(
         query, key, value, shape, top_k_ratio=ratio, block_size=block, gate=gate, combine=combine,
         context_tokens=context, context_mask=mask, selection=selection,
@@ -188,17 +188,37 @@ def test_registration_passes_opcheck(combine):
     torch.library.opcheck(torch.ops.vsa_diffusers.attention.default, (query, key, value, gate, mask, *numbers))
 
 
-def test_calls_without_gradients_skip_the_dispatcher_only_where_they_may():
+class Seen(TorchDispatchMode):
+    """Collects the operators that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_plain_call_skips_the_dispatcher_and_gives_what_the_operator_gives(gradients):
     query, key, value, _ = make_inputs((8, 8, 8))
-    with torch.no_grad():
+    query.requires_grad_(gradients)
+    with torch.profiler.profile() as profile:
         direct = video_sparse_attention(query, key, value, (8, 8, 8), combine="merge")
-    through = video_sparse_attention(query.requires_grad_(), key, value, (8, 8, 8), combine="merge")
-    assert through.requires_grad
-    assert torch.equal(direct, through)
+    assert "vsa_diffusers::attention" not in {event.name for event in profile.events()}
+    with Seen() as seen:
+        through = video_sparse_attention(query, key, value, (8, 8, 8), combine="merge")
+    assert "vsa_diffusers::attention" in seen.names
+    assert direct.requires_grad == through.requires_grad == gradients
+    assert direct.equal(through)
+
+
+def test_a_call_under_fake_tensors_goes_through_the_dispatcher():
     with FakeTensorMode():
         fake = video_sparse_attention(*(torch.empty(1, 512, 2, 32) for _ in range(3)), (8, 8, 8), combine="merge")
     assert isinstance(fake, FakeTensor)
-    assert fake.shape == query.shape
+    assert fake.shape == (1, 512, 2, 32)
 
 
 @pytest.mark.parametrize("selection", ["mean", "quarters"])
@@ -298,6 +318,7 @@ print((peak_bytes() - before) / sum(x.nbytes for x in inputs))
     assert 0 < float(out.stdout) < 2
 
 
+@pytest.mark.perf
 def test_ratio_02_beats_dense_at_4096_tokens():
     script = """
 import time, torch, torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The rules that `examples/vsa_selection.py` compares."""
+"""The rules that `examples/research/vsa_selection.py` compares."""
 
 import pytest
 import torch

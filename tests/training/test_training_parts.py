@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from merge_gate import add_gates_to_merge, coarse_branch
 from transformers import HfArgumentParser
 from typer.testing import CliRunner
 from vsa_evidence import app, plan
 from vsa_training.averages import averages_in_place
-from vsa_training.merge_gate import add_gates_to_merge, coarse_branch
 from vsa_training.objective import add_noise, logit_normal_quantiles, shift_sigmas, velocity_error
 from vsa_training.options import Options
 from vsa_training.parameters import choose_trainable, is_gate, parameter_groups

@@ -1,6 +1,6 @@
 """What sparsity costs the tiny Wan model, and how much of it fine-tuning wins back.
 
-    python examples/vsa_evidence.py --latents runs/latents --minutes 9
+    PYTHONPATH=examples python examples/research/vsa_evidence.py --latents runs/latents --minutes 9
 
 Measures the validation loss against the ratio: of the model as it is, and after fine-tuning it with VSA (gate, merge,
 each with tiles scored by means or by quarters, and merge with a gate) or dense for as many steps, on the same clips,
@@ -22,10 +22,11 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import WanPipeline
+from evidence_report import draw, summarise, table_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from vsa_training.evidence_report import draw, summarise, table_of
-from vsa_training.tiny_evidence import (
+
+from tiny_evidence import (
     VARIANTS,
     Material,
     Recipe,
@@ -34,13 +35,12 @@ from vsa_training.tiny_evidence import (
     losses_by_ratio,
     prepare,
 )
-
 from tiny_wan_transformer import Clips
 from vsa_diffusers import save_vsa, set_top_k_ratio
 from vsa_diffusers.files import read_json, replaced_file
 from vsa_diffusers.tiles import check_block_size
 
-MODEL = Path(__file__).parent / "tiny_wan"
+MODEL = Path(__file__).parents[1] / "tiny_wan"
 UNFINISHED = 75
 
 app = typer.Typer(add_completion=False)

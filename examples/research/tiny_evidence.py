@@ -12,18 +12,17 @@ from pathlib import Path
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from merge_gate import add_gates_to_merge
 from procedural_video import sample_scene
+from vsa_training.objective import add_noise, logit_normal_quantiles, velocity_error
+from vsa_training.parameters import choose_trainable, make_optimizers
+from vsa_training.sparsity import SparsityRamp
 
 from tiny_wan_parts import normalise_latents
 from tiny_wan_training import autocast
 from tiny_wan_transformer import CAPTION_DROPOUT, SHARD, Clips, encode_clips, load_clips
 from tiny_wan_vae import encode_scenes
 from vsa_diffusers import add_gate_compress, disable_vsa, enable_vsa, set_top_k_ratio
-
-from .merge_gate import add_gates_to_merge
-from .objective import add_noise, logit_normal_quantiles, velocity_error
-from .parameters import choose_trainable, make_optimizers
-from .sparsity import SparsityRamp
 
 
 @dataclass(frozen=True)

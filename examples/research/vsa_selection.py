@@ -1,6 +1,6 @@
 """Compare ways to choose the key tiles, on the query, key and value of the tiny Wan model as it denoises.
 
-    python examples/vsa_selection.py
+    python examples/research/vsa_selection.py
 
 For every layer and head at a few denoising steps, each rule keeps the same number of key tiles per query tile. The
 table shows the mean relative error of the output against dense attention, of `combine="merge"` and of "sparse".
@@ -24,7 +24,7 @@ from vsa_diffusers import enable_vsa, video_sparse_attention
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
-MODEL = Path(__file__).parent / "tiny_wan"
+MODEL = Path(__file__).parents[1] / "tiny_wan"
 Parts = tuple[int, int, int]
 Calls = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 

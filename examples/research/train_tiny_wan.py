@@ -1,6 +1,6 @@
 """Train, save and judge the tiny Wan model on procedural video.
 
-    python examples/train_tiny_wan.py all
+    python examples/research/train_tiny_wan.py all
 
 Each stage (`vae`, `latents`, `transformer`, `evaluate`) goes on where its last call stopped. Checkpoints and latents go
 to `--runs`, the finished pipeline to `--model`. Settings follow the hardware: see `tiny_wan_settings.py`.
@@ -22,7 +22,7 @@ from tiny_wan_transformer import encode_clips, train_transformer
 from tiny_wan_vae import train_vae
 from vsa_diffusers.files import replaced_file
 
-MODEL_FOLDER = Path(__file__).parent / "tiny_wan"
+MODEL_FOLDER = Path(__file__).parents[1] / "tiny_wan"
 
 Runs = Annotated[Path, typer.Option(help="Folder for checkpoints and latents.")]
 Model = Annotated[Path, typer.Option(help="Folder for the finished pipeline.")]

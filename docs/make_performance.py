@@ -1,0 +1,82 @@
+"""Print the rows of performance.md that `docs/measurements` holds as JSON, so that the page says what was measured.
+
+python docs/make_performance.py
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+MEASUREMENTS = Path(__file__).parent / "measurements"
+VIDEOS = {
+    "ltx2-512p": ("LTX-2, 512x768, 121 frames", 6_144),
+    "cogvideox-480p": ("CogVideoX-5B, 480x720, 49 frames, batch 2", 17_550),
+    "wan1.3b-480p": ("Wan 2.1 1.3B, 480x832, 81 frames", 32_760),
+    "wan5b-720p": ("Wan 2.2 5B, 704x1280, 121 frames", 27_280),
+    "ltx2-1080p": ("LTX-2, 1088x1920, 121 frames", 32_640),
+    "wan14b-720p": ("Wan 2.1 14B, 720x1280, 81 frames", 75_600),
+    "hunyuan-720p": ("HunyuanVideo, 720x1280, 129 frames", 118_800),
+}
+# Whether the kernels of a file are those of today; a star marks the rows of the others.
+PRESENT = {"h100-output-box": True}
+RATIOS = (0.5, 0.2, 0.1)
+
+
+def layer() -> Iterator[str]:
+    """One layer, by means: dense milliseconds, and times as fast with a gate and in merge."""
+    for shape, (video, tokens) in VIDEOS.items():
+        name = next(name for name in ("h100-output-box", "h100-forward") if rows(name, shape))
+        speedups = [
+            speedup(name, shape, f"triton {combine}", ratio) for combine in ("gate", "merge") for ratio in RATIOS
+        ]
+        yield line(starred(name, video), f"{tokens:,}".replace(",", " "), dense(name, shape), *speedups)
+
+
+def quarters() -> Iterator[str]:
+    """One layer in merge, by quarters: times as fast with blocks of (4, 4, 4) and with the automatic block."""
+    for shape, (video, _) in VIDEOS.items():
+        if rows("h100-quarters", shape):
+            fixed = [speedup("h100-quarters", shape, "triton merge", ratio) for ratio in RATIOS]
+            automatic = ["the same block", "", ""]
+            if rows("h100-quarters-auto", shape):
+                automatic = [speedup("h100-quarters-auto", shape, "triton merge", ratio) for ratio in RATIOS]
+            yield line(starred("h100-quarters", video), *fixed, *automatic)
+
+
+def training() -> Iterator[str]:
+    """One layer forward and backward, with a gate."""
+    for shape, (video, _) in VIDEOS.items():
+        if rows("h100-backward", shape):
+            speedups = [speedup("h100-backward", shape, "triton gate", ratio) for ratio in RATIOS]
+            yield line(starred("h100-backward", video), dense("h100-backward", shape), *speedups)
+
+
+def rows(name: str, shape: str) -> list[dict]:
+    """What one file has of one shape."""
+    return [row for row in json.loads((MEASUREMENTS / f"{name}.json").read_text())["rows"] if row["shape"] == shape]
+
+
+def dense(name: str, shape: str) -> str:
+    """Milliseconds of the faster dense backend."""
+    fastest = min(row["ms"] for row in rows(name, shape) if row["what"].startswith("dense"))
+    return f"{fastest:.3g}" if fastest < 1000 else f"{fastest:.0f}"
+
+
+def speedup(name: str, shape: str, what: str, ratio: float) -> str:
+    """Times as fast as dense."""
+    [row] = [row for row in rows(name, shape) if (row["what"], row["ratio"]) == (what, ratio)]
+    return f"{row['speedup']:.2f}"
+
+
+def starred(name: str, video: str) -> str:
+    """The video, with a star if the kernels have changed since."""
+    return video if PRESENT.get(name) else f"* {video}"
+
+
+def line(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |".replace("  ", " ")
+
+
+if __name__ == "__main__":
+    print(*layer(), "", *quarters(), "", *training(), sep="\n")
