@@ -1,0 +1,212 @@
+"""Files that are written whole or not at all, and read with errors that name them."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+PathLike = str | os.PathLike[str]
+
+_LARGEST_JSON = 64 * 2**20  # bytes; the index of a model in a thousand shards has one
+_PARTIAL = ".partial"
+_SECONDS_TO_LOCK = 10
+_MEND = "save or download it again"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class MissingDirectoryError(FileNotFoundError, ValueError):
+    """There is no such directory, or no such repository."""
+
+
+@contextmanager
+def replaced_file(path: PathLike) -> Iterator[Path]:
+    """Yield a file name beside `path` to write to; when the block ends, that file takes the place of `path`, synced.
+
+    After any error `path` is what it was, and nothing is left beside it. What a killed process left there, a
+    later call removes.
+
+    Raises:
+        ValueError: `path` is a directory, or something else that is not a file.
+    """
+    path = Path(path).resolve()
+    if path.exists():
+        check_regular(path)
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
+        with locked(abandoned, wait=False) as got:
+            # A new one may be another process's, which is about to lock it.
+            if got and time.time() - abandoned.stat().st_mtime > _SECONDS_TO_LOCK:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    # A folder, since a file that a writer renames into place would lose the lock.
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+    try:
+        with locked(beside):
+            partial = beside / path.name
+            mode = stat.S_IMODE((path if path.exists() else _made(beside / "mode")).stat().st_mode)
+            yield partial
+            partial.chmod(mode)  # safetensors leaves files that nobody else may read
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_json(path: PathLike, what: type = dict) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        what: the type that its content has to be of.
+
+    Raises:
+        ValueError: it is not a file, too large, not JSON in UTF-8, nested too deeply, or with NaN or infinity, or its
+            content is of another type.
+    """
+    path = Path(path)
+    if check_regular(path).stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a JSON file of its kind; {_MEND}.")
+    return parse_json(path.read_bytes(), path, what)
+
+
+def parse_json(content: bytes, path: Path, what: type = dict) -> Any:
+    """What `read_json` returns, where the file was read already."""
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}); {_MEND}.") from error
+    if not isinstance(value, what):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__} instead of a {what.__name__}; {_MEND}.")
+    return value
+
+
+@contextmanager
+def opened_tensors(path: PathLike) -> Iterator[Any]:
+    """`safetensors.safe_open`, whose errors name the file.
+
+    Raises:
+        ValueError: it is not a file, or not a whole safetensors file.
+    """
+    try:
+        with safe_open(check_regular(Path(path)), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); {_MEND}.") from error
+
+
+def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises what `opened_tensors` raises."""
+    with opened_tensors(path) as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (safe_open is not a dict)
+
+
+def check_regular(path: Path) -> Path:
+    """The path itself, if it is a file; opening a FIFO or a device could hang.
+
+    Raises:
+        ValueError: it is something else.
+        FileNotFoundError: there is nothing.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file but a {_kind_of_file(path)}; {_MEND}.")
+    return path
+
+
+def check_name(name: str, source: Path) -> str:
+    """The name itself, if it stays inside of the directory that it is relative to.
+
+    Raises:
+        ValueError: it leaves the directory; `source`, which holds it, is named.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or name.startswith("/") or ".." in parts or any(sign in name for sign in "\\:\0"):
+        raise ValueError(f"{source} names {name!r}, which is no file inside of its folder; {_MEND}.")
+    return name
+
+
+def local_directory(path_or_repo: PathLike, patterns: list[str]) -> Path:
+    """A local directory or file as it is, or the files of a repository on the Hugging Face Hub, downloaded.
+
+    A string such as "name/name" that is not a local path is a repository; everything else is local.
+
+    Raises:
+        MissingDirectoryError: there is neither.
+    """
+    path = Path(path_or_repo)
+    if path.exists():
+        return path
+    if not isinstance(path_or_repo, str) or not _HUB_NAME.fullmatch(path_or_repo):
+        raise MissingDirectoryError(f"path_or_repo={str(path_or_repo)!r}: no such directory; check the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_repo, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise MissingDirectoryError(
+            f"path_or_repo={path_or_repo!r}: no such directory, and the Hugging Face Hub did not give a repository of "
+            f"that name ({error}); check the path, or the name and the connection."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write a file or folder out, so that it survives a loss of power."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the folder's lock, which ends with the process; yields whether it was got.
+
+    Where file systems have no locks, a waiting caller goes on without.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield wait
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        got = wait
+        with suppress(OSError):  # held by another, or a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            got = True
+        yield got
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _kind_of_file(path: Path) -> str:
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _made(path: Path) -> Path:
+    path.touch()
+    return path
