@@ -171,6 +171,13 @@ def read_directory(path: PathLike, manifest: str, read: Callable[[SavedDirectory
     raise ValueError(f"{path} is being written to all the time; read it when that has ended.")
 
 
+def current_file(path: Path, manifest: str, name: str) -> Path:
+    """Where a file is of a directory that may have such a manifest; it need not exist."""
+    staging = _staging_of(path, manifest)
+    staged = staging / "files" / name if staging else path / name
+    return staged if staged.exists() else path / name
+
+
 def _stage(
     path: Path, staging: Path, manifest: str, facts: Mapping[str, Any], owned: Callable[[Mapping[str, Any]], list[str]]
 ) -> tuple[Path, bytes]:
