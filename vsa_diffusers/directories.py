@@ -37,7 +37,7 @@ def replaced_directory(
     path: PathLike,
     manifest: str,
     facts: Mapping[str, Any] | None = None,
-    owned: Callable[[Mapping[str, Any]], list[str]] = lambda old: [],
+    owned: Callable[[SavedDirectory], list[str]] = lambda old: [],
 ) -> Iterator[Path]:
     """Yield an empty folder to write to; when the block ends, its files take the place of those saved before.
 
@@ -49,7 +49,7 @@ def replaced_directory(
         path: the directory; it is created if need be.
         manifest: name of the JSON file that names all others.
         facts: what else the manifest says.
-        owned: the files that an old manifest stands for which does not name them itself.
+        owned: names of the files that were saved with an old manifest that does not name them.
 
     Raises:
         ValueError: `path` is a file, or a directory lies where a file would.
@@ -116,6 +116,10 @@ class SavedDirectory:
         """The files that the manifest names; none if it was written by a version that did not name them."""
         return list(self.facts.get("files", {}))
 
+    def has(self, name: str) -> bool:
+        """Whether the manifest names this file, or, where it names none, whether it is there."""
+        return name in self.names if self.names else (self.path / name).exists()
+
     def place(self, name: str) -> Path:
         """Where a file would be."""
         staged = self.staging / "files" / name
@@ -130,7 +134,8 @@ class SavedDirectory:
         file = self.place(check_name(name, self.manifest))
         if not file.exists() or (self.names and name not in self.names):
             raise ValueError(
-                f"{self.path} lacks {name}, which {self.manifest.name} promises; save or download it again."
+                f"{(self.path / name).parent} lacks {file.name}, which {self.manifest.name} promises; save or download it "
+                "again."
             )
         return check_regular(file)
 
@@ -179,7 +184,7 @@ def current_file(path: Path, manifest: str, name: str) -> Path:
 
 
 def _stage(
-    path: Path, staging: Path, manifest: str, facts: Mapping[str, Any], owned: Callable[[Mapping[str, Any]], list[str]]
+    path: Path, staging: Path, manifest: str, facts: Mapping[str, Any], owned: Callable[[SavedDirectory], list[str]]
 ) -> tuple[Path, bytes]:
     """Sync what was written, and put it where the new manifest will look for it; return that place and the manifest."""
     root = staging / "files"
@@ -195,7 +200,7 @@ def _stage(
         # What cannot be read names nothing: its files are left alone, but for those of the same names.
         with suppress(ValueError):
             saved = SavedDirectory.read(path, manifest)
-            old = saved.names or [check_name(name, saved.manifest) for name in owned(saved.facts)]
+            old = saved.names or [check_name(name, saved.manifest) for name in owned(saved)]
     obsolete = sorted(set(old) - files.keys() - {manifest})
     (staging / _OBSOLETE).write_text(json.dumps(obsolete))
     mode = stat.S_IMODE((staging / _OBSOLETE).stat().st_mode)

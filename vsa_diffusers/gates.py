@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +18,9 @@ from .models import require_family
 from .undo import unchanged_on_error
 
 GATES_NAME = "vsa_gates.safetensors"
+
+Gates = dict[str, dict[str, torch.Tensor]]
+"""Weight and bias by the attention module's name."""
 
 
 def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
@@ -113,24 +115,26 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
     """
     found = fitting_gates(transformer, path_or_repo)
     with unchanged_on_error(transformer) as keep:
-        add_gate_compress(transformer)
-        gates = {name: transformer.get_submodule(f"{name}.{GATE}") for name in found}
-        for gate in gates.values():
-            keep(gate.parameters())
-        for name, gate in gates.items():
-            gate.load_state_dict(found[name])
-            mark_trained(gate, any(bool(tensor.any()) for tensor in found[name].values()))
+        set_gates(transformer, found, keep)
     return list(found)
 
 
-def fitting_gates(
-    transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str]
-) -> dict[str, dict[str, torch.Tensor]]:
+def set_gates(transformer: torch.nn.Module, found: Gates, keep: Callable[[Iterable[torch.Tensor]], None]) -> None:
+    """Write what `fitting_gates` found, adding gates where they are missing; `keep` gets what is overwritten."""
+    add_gate_compress(transformer)
+    for name, tensors in found.items():
+        gate = transformer.get_submodule(f"{name}.{GATE}")
+        keep(gate.parameters())
+        gate.load_state_dict(tensors)
+        mark_trained(gate, any(bool(tensor.any()) for tensor in tensors.values()))
+
+
+def fitting_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str]) -> Gates:
     """What `load_gates` would load: weight and bias by the attention module's name. Raises what it raises."""
     family = require_family(transformer)
     modules = family.video_modules(transformer)
     names = {alias: name for name in modules for alias in (name, name.rpartition(".")[0])}
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    found: Gates = {}
     unknown = []
     for key, tensor in _read_gates(path_or_repo):
         owner, _, parameter = key.partition(f".{GATE}.")
@@ -216,20 +220,21 @@ def _files(path_or_repo: str | os.PathLike[str]) -> list[Path]:
             return [file]
     folders = [folder for folder in (path, path / "transformer") if folder.is_dir()]
     for index in (file for folder in folders for file in folder.glob("*.safetensors.index.json")):
-        return sorted({index.parent / file for key, file in weight_map(index).items() if f".{GATE}." in key})
+        files = sorted({file for key, file in weight_map(index).items() if f".{GATE}." in key})
+        for file in files:
+            if not (index.parent / file).exists():
+                raise ValueError(f"{index.parent} lacks {file}, which {index.name} names; save or download it again.")
+        return [index.parent / file for file in files]
     return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 
-def weight_map(index: Path) -> Mapping[str, Any]:
+def weight_map(index: Path) -> dict[str, str]:
     """Which file holds each key, by the index of a sharded checkpoint.
 
     Raises:
-        ValueError: it is no such index, names files outside of its folder, or such as are missing.
+        ValueError: it is no such index, or names files outside of its folder.
     """
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise ValueError(f'{index} has no "weight_map", so it is no index of shards; save or download it again.')
-    for file in sorted({check_name(file, index) for file in files.values()}):
-        if not (index.parent / file).exists():
-            raise ValueError(f"{index.parent} lacks {file}, which {index.name} names; save or download it again.")
-    return files
+    return {key: check_name(file, index) for key, file in files.items()}
