@@ -134,8 +134,8 @@ class SavedDirectory:
         file = self.place(check_name(name, self.manifest))
         if not file.exists() or (self.names and name not in self.names):
             raise ValueError(
-                f"{(self.path / name).parent} lacks {file.name}, which {self.manifest.name} promises; save or download it "
-                "again."
+                f"{(self.path / name).parent} lacks {file.name}, which {self.manifest.name} promises; save or download "
+                "it again."
             )
         return check_regular(file)
 

@@ -21,9 +21,10 @@ def is_trained(attn: torch.nn.Module) -> bool | None:
     gate = getattr(attn, GATE, None)
     if gate is None:
         return None
-    parameters = list(gate.parameters())
-    if all(map(_is_readable, parameters)):
-        trained = any(bool(parameter.detach().any()) for parameter in parameters)
+    parameters = dict(gate.named_parameters())
+    whole = any(name.endswith("weight") for name in parameters)  # quantised ones may be buffers, or packed
+    if whole and all(map(_is_readable, parameters.values())):
+        trained = any(bool(parameter.detach().any()) for parameter in parameters.values())
     elif (output := _output(gate)) is not None:
         trained = bool(output.any())
     elif hasattr(gate, _TRAINED):
@@ -74,11 +75,13 @@ def _is_readable(parameter: torch.Tensor) -> bool:
 
 def _output(gate: torch.nn.Module) -> torch.Tensor | None:
     """What the gate makes of a fixed input, or `None` if it has no values; hooks bring those that are offloaded."""
-    floating = [p for p in gate.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
-    reference = floating[-1] if floating else next(gate.parameters())
-    dtype = reference.dtype if floating else torch.get_default_dtype()
-    hidden = torch.rand(1, int(gate.in_features), generator=torch.Generator().manual_seed(0))
-    device = torch.device("cpu") if reference.is_meta and hasattr(gate, "_hf_hook") else reference.device
+    features = getattr(gate, "in_features", None)
+    if features is None:
+        return None
+    held = [*gate.parameters(), *gate.buffers()]
+    dtype = next((t.dtype for t in reversed(held) if t.is_floating_point() and t.dtype.itemsize > 1), None)
+    device = torch.device("cpu") if not held or hasattr(gate, "_hf_hook") else held[0].device
+    hidden = torch.rand(1, features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = gate(hidden.to(device, dtype))
+        output = gate(hidden.to(device, dtype or torch.get_default_dtype()))
     return None if output.is_meta else output

@@ -220,11 +220,11 @@ def _files(path_or_repo: str | os.PathLike[str]) -> list[Path]:
             return [file]
     folders = [folder for folder in (path, path / "transformer") if folder.is_dir()]
     for index in (file for folder in folders for file in folder.glob("*.safetensors.index.json")):
-        files = sorted({file for key, file in weight_map(index).items() if f".{GATE}." in key})
-        for file in files:
-            if not (index.parent / file).exists():
-                raise ValueError(f"{index.parent} lacks {file}, which {index.name} names; save or download it again.")
-        return [index.parent / file for file in files]
+        shards = sorted({index.parent / shard for key, shard in weight_map(index).items() if f".{GATE}." in key})
+        for shard in shards:
+            if not shard.exists():
+                raise ValueError(f"{shard} is missing, which {index.name} names; save or download it again.")
+        return shards
     return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 

@@ -22,11 +22,12 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."  # what `load_lora_weights` of diffusers' pipelines expects
 
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+_INITS = (None, "gaussian", "eva", "orthogonal")
 # What the weights tell, and what matters before training or to nobody.
 _IGNORED = (
     *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("inference_mode", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("inference_mode", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
 )
 
@@ -45,11 +46,17 @@ def lora_config(values: Mapping[str, Any], ranks: Mapping[str, int], source: str
     from peft import LoraConfig
 
     defaults = LoraConfig().to_dict()
-    known = ("lora_alpha", "lora_dropout", "alpha_pattern", *_SWITCHES, *_IGNORED)
+    known = ("lora_alpha", "lora_dropout", "alpha_pattern", "init_lora_weights", *_SWITCHES, *_IGNORED)
     foreign = [name for name, value in values.items() if name not in known and value and value != defaults.get(name)]
     if foreign or values.get("peft_type", "LORA") != "LORA":
         told = ", ".join(f"{name}={values[name]!r}"[:80] for name in foreign or ["peft_type"])
         raise ValueError(f"{source} has {told}, which load_vsa cannot bring back; fuse the adapter into the weights.")
+    begun = values.get("init_lora_weights", True)
+    if not isinstance(begun, bool) and begun not in _INITS:
+        raise ValueError(
+            f"{source} has init_lora_weights={begun!r}, which changes the weights beside the adapter, so that it does "
+            "not suit the stock ones; fuse the adapter into the weights."
+        )
     alphas = values.get("alpha_pattern") or {}
     numbers = {"lora_alpha": values.get("lora_alpha", 8), "lora_dropout": values.get("lora_dropout", 0.0)}
     if not isinstance(alphas, dict) or not all(re.fullmatch(r"\^?[\w.]+", name) for name in alphas):
