@@ -276,6 +276,11 @@ class _Load:
             raise ValueError(f"{kind} has parameters without values, as offloading leaves them; load_vsa comes before.")
         load = cls(transformer, {}, {})
         if facts["contents"] == "full":
+            if adapters := getattr(transformer, "peft_config", {}):
+                raise ValueError(
+                    f"{folder} holds all weights, but {kind} has the adapter {list(adapters)}; remove it with "
+                    "unload_lora()."
+                )
             targets = _without_gates(transformer)
             load.weights = _fitting(folder, targets, _weight_files(saved, name))
         if facts["contents"] == "lora":
