@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import PathLike, check_name, check_regular, locked, parse_json, read_json, replaced_file, sync
+from .files import PathLike, check_name, check_regular, locked, parse_json, read_json, sync
 
 Result = TypeVar("Result")
 
 _STAGING = ".saving-"
 _OBSOLETE = "obsolete.json"
+_MANIFEST = "manifest.json"
 _ATTEMPTS = 100
 
 
@@ -66,9 +67,9 @@ def replaced_directory(
             try:
                 (staging / "files").mkdir(parents=True)
                 yield staging / "files"
-                staging, content = _stage(path, staging, manifest, facts or {}, owned)
-                with replaced_file(path / manifest) as partial:
-                    partial.write_bytes(content)
+                staging = _stage(path, staging, manifest, facts or {}, owned)
+                os.replace(staging / _MANIFEST, path / manifest)
+                sync(path)
                 _finish(path, manifest)
             except BaseException:
                 # Where the new manifest got its place, the files in staging are the saved ones.
@@ -113,12 +114,17 @@ class SavedDirectory:
 
     @property
     def names(self) -> list[str]:
-        """The files that the manifest names; none if it was written by a version that did not name them."""
+        """The files that the manifest names."""
         return list(self.facts.get("files", {}))
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the manifest was written by a version that names the files."""
+        return "files" in self.facts
 
     def has(self, name: str) -> bool:
         """Whether the manifest names this file, or, where it names none, whether it is there."""
-        return name in self.names if self.names else (self.path / name).exists()
+        return name in self.names if self.names_files else (self.path / name).exists()
 
     def place(self, name: str) -> Path:
         """Where a file would be."""
@@ -132,7 +138,7 @@ class SavedDirectory:
             ValueError: it is missing, or not a file.
         """
         file = self.place(check_name(name, self.manifest))
-        if not file.exists() or (self.names and name not in self.names):
+        if not file.exists() or (self.names_files and name not in self.names):
             raise ValueError(
                 f"{(self.path / name).parent} lacks {file.name}, which {self.manifest.name} promises; save or download "
                 "it again."
@@ -185,8 +191,8 @@ def current_file(path: Path, manifest: str, name: str) -> Path:
 
 def _stage(
     path: Path, staging: Path, manifest: str, facts: Mapping[str, Any], owned: Callable[[SavedDirectory], list[str]]
-) -> tuple[Path, bytes]:
-    """Sync what was written, and put it where the new manifest will look for it; return that place and the manifest."""
+) -> Path:
+    """Sync what was written, and put it where the new manifest will look for it; return that place."""
     root = staging / "files"
     files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
     for name in files:
@@ -200,11 +206,12 @@ def _stage(
         # What cannot be read names nothing: its files are left alone, but for those of the same names.
         with suppress(ValueError):
             saved = SavedDirectory.read(path, manifest)
-            old = saved.names or [check_name(name, saved.manifest) for name in owned(saved)]
+            old = saved.names if saved.names_files else [check_name(name, saved.manifest) for name in owned(saved)]
     obsolete = sorted(set(old) - files.keys() - {manifest})
     (staging / _OBSOLETE).write_text(json.dumps(obsolete))
+    (staging / _MANIFEST).write_bytes(content)
     mode = stat.S_IMODE((staging / _OBSOLETE).stat().st_mode)
-    for each in (*files.values(), staging / _OBSOLETE):
+    for each in (*files.values(), staging / _OBSOLETE, staging / _MANIFEST):
         each.chmod(mode)  # safetensors leaves files that nobody else may read
         sync(each)
     for folder in (root, *(each for each in root.rglob("*") if each.is_dir()), staging):
@@ -213,7 +220,7 @@ def _stage(
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
     sync(path)
-    return final, content
+    return final
 
 
 def _finish(path: Path, manifest: str) -> None:

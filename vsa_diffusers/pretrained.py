@@ -27,7 +27,7 @@ from .files import check_name, check_values, local_directory, opened_tensors
 from .gate_state import GATE, is_plain
 from .gates import GATES_NAME, Gates, fitting_gates, set_gates, weight_map
 from .models import attention_modules, require_family
-from .pipeline import PipelineOrTransformer, enable_vsa, enabled_config, supported_parts
+from .pipeline import PipelineOrTransformer, enable_vsa, enabled_config, supported_parts, vsa_unchanged_on_error
 from .undo import unchanged_on_error
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -123,7 +123,8 @@ def load_vsa(
             "load_gates reads other checkpoints with gates."
         )
     config, loads = read_directory(path, INDEX_NAME, lambda saved: _plan(pipe, saved, changes))
-    with unchanged_on_error(*(load.transformer for load in loads)) as keep:
+    transformers = [load.transformer for load in loads]
+    with unchanged_on_error(*transformers, beside=pipe) as keep, vsa_unchanged_on_error(transformers):
         for load in loads:
             load.extend(keep)
         enable_vsa(pipe, config=config)

@@ -13,15 +13,19 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextmanager
-def unchanged_on_error(*roots: torch.nn.Module) -> Iterator[Callable[[Iterable[torch.Tensor]], None]]:
-    """Undo, after any error in the block, what it did to these modules: children, processors, hooks, all attributes.
+def unchanged_on_error(*roots: torch.nn.Module, beside: Any = None) -> Iterator[Callable[[Iterable[torch.Tensor]], None]]:
+    """Undo, after any error in the block, what it did to these modules and to the attributes of `beside`.
 
+    That is children, parameters, adapters and attributes. Hooks are left to whoever holds their handles.
     Yields a function to call with tensors before they are overwritten, which keeps copies of them on the CPU.
     """
     modules = {id(module): module for root in roots for module in root.modules()}.values()
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    attributes = [(vars(each), dict(vars(each))) for each in (*modules, *([] if beside is None else [beside]))]
     containers = [
-        (value, value.copy()) for _, known in attributes for value in known.values() if type(value) in _CONTAINERS
+        (value, value.copy())
+        for _, known in attributes
+        for name, value in known.items()
+        if type(value) in _CONTAINERS and "_hooks" not in name
     ]
     learns = [(parameter, parameter.requires_grad) for root in roots for parameter in root.parameters()]
     values: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -33,7 +37,6 @@ def unchanged_on_error(*roots: torch.nn.Module) -> Iterator[Callable[[Iterable[t
     try:
         yield keep
     except BaseException:
-        # In place, since handles of hooks hold on to the containers themselves.
         for container, known in (*attributes, *containers):
             _restore(container, known)
         for parameter, learning in learns:
