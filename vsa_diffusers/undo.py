@@ -13,7 +13,9 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextmanager
-def unchanged_on_error(*roots: torch.nn.Module, beside: Any = None) -> Iterator[Callable[[Iterable[torch.Tensor]], None]]:
+def unchanged_on_error(
+    *roots: torch.nn.Module, beside: Any = None
+) -> Iterator[Callable[[Iterable[torch.Tensor]], None]]:
     """Undo, after any error in the block, what it did to these modules and to the attributes of `beside`.
 
     That is children, parameters, adapters and attributes. Hooks are left to whoever holds their handles.

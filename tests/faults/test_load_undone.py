@@ -57,7 +57,6 @@ def saved(tmp_path_factory):
     [
         (dict(dense_layers=(99,)), "names layer 99"),
         (dict(modules=("nothing.*",)), "matches no video self-attention"),
-        (dict(dense_steps=2), "dense_steps=2"),
         (dict(ratio=1), "unknown keys"),
     ],
 )

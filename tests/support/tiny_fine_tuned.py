@@ -32,7 +32,7 @@ def everything(model, video=True):
         "processors": {
             name: id(module.processor) for name, module in model.named_modules() if hasattr(module, "processor")
         },
-        "hooks": list(model._forward_pre_hooks),
+        "hooks": [*model._forward_pre_hooks.values(), *model._forward_hooks.values()],
         "adapters": {name: repr(config) for name, config in getattr(model, "peft_config", {}).items()},
         "active": getattr(model, "active_adapters", list)() if getattr(model, "peft_config", None) else [],
         "learns": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
