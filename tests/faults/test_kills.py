@@ -102,6 +102,7 @@ def test_killed_before_any_change_of_the_file_system_a_directory_is_the_old_or_t
         ended = killed_at(operation, lambda old=old: write(1 - old))
         found.append("old" if read() == old else "new")
         operation += 1
+    print(f"{operation} calls of a save of a directory")
     assert len(found) > 30
     assert {"old", "new"} <= set(found)
     write(0)
@@ -142,6 +143,7 @@ def test_killed_before_any_change_a_single_file_is_the_old_or_the_new(folder, ge
         ended = killed_at(operation, lambda old=old: write(1 - old))
         found.add("old" if read() == old else "new")
         operation += 1
+    print(f"{operation} calls of a save of {what}")
     assert found == {"old", "new"}
 
 
