@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .attention import COMBINES, IMPLEMENTATIONS, check_auto_block_size, check_choice
+from .directories import current_file
+from .files import local_directory, read_json, replaced_file
 from .selection import SELECTIONS
 from .tiles import check_block_size, check_top_k, check_video_shape
 
 CONFIG_NAME = "vsa_config.json"
+INDEX_NAME = "vsa_index.json"
 
 VSA_DEFAULT: dict[str, Any] = {
     "sparse_cfg": {
@@ -131,19 +134,32 @@ class VSAConfig:
         return cls(**values)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `vsa_config.json` into `directory`, which is created if need be."""
+        """Write `vsa_config.json` into `directory`, which is created if need be, as a whole or not at all."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with replaced_file(Path(directory) / CONFIG_NAME) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str]) -> VSAConfig:
-        """Read `vsa_config.json` from a directory, or from a repository on the Hugging Face Hub."""
-        path = Path(path_or_repo) / CONFIG_NAME
-        if not Path(path_or_repo).exists():
-            from huggingface_hub import hf_hub_download
+        """Read `vsa_config.json` from a directory, or from a repository on the Hugging Face Hub.
 
-            path = Path(hf_hub_download(str(path_or_repo), CONFIG_NAME))
-        return cls.from_dict(json.loads(path.read_text()))
+        Raises:
+            ValueError: there is no such directory or file, or it holds something else than a `VSAConfig`.
+        """
+        directory = local_directory(path_or_repo, [CONFIG_NAME, INDEX_NAME])
+        path = current_file(directory, INDEX_NAME, CONFIG_NAME)
+        if not path.exists():
+            raise ValueError(f"{directory} lacks {CONFIG_NAME}; VSAConfig.save_pretrained writes it.")
+        return cls.from_file(path)
+
+    @classmethod
+    def from_file(cls, path: Path) -> VSAConfig:
+        """Read such a file; errors name it."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no VSAConfig: {error}") from error
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import PathLike, check_name, check_regular, locked, parse_json, read_json, replaced_file, sync
+from .files import PathLike, check_name, check_regular, locked, parse_json, read_json, sync
 
 Result = TypeVar("Result")
 
 _STAGING = ".saving-"
 _OBSOLETE = "obsolete.json"
+_MANIFEST = "manifest.json"
 _ATTEMPTS = 100
 
 
@@ -37,7 +38,7 @@ def replaced_directory(
     path: PathLike,
     manifest: str,
     facts: Mapping[str, Any] | None = None,
-    owned: Callable[[Mapping[str, Any]], list[str]] = lambda old: [],
+    owned: Callable[[SavedDirectory], list[str]] = lambda old: [],
 ) -> Iterator[Path]:
     """Yield an empty folder to write to; when the block ends, its files take the place of those saved before.
 
@@ -49,7 +50,7 @@ def replaced_directory(
         path: the directory; it is created if need be.
         manifest: name of the JSON file that names all others.
         facts: what else the manifest says.
-        owned: the files that an old manifest stands for which does not name them itself.
+        owned: names of the files that were saved with an old manifest that does not name them.
 
     Raises:
         ValueError: `path` is a file, or a directory lies where a file would.
@@ -66,9 +67,9 @@ def replaced_directory(
             try:
                 (staging / "files").mkdir(parents=True)
                 yield staging / "files"
-                staging, content = _stage(path, staging, manifest, facts or {}, owned)
-                with replaced_file(path / manifest) as partial:
-                    partial.write_bytes(content)
+                staging = _stage(path, staging, manifest, facts or {}, owned)
+                os.replace(staging / _MANIFEST, path / manifest)
+                sync(path)
                 _finish(path, manifest)
             except BaseException:
                 # Where the new manifest got its place, the files in staging are the saved ones.
@@ -113,8 +114,17 @@ class SavedDirectory:
 
     @property
     def names(self) -> list[str]:
-        """The files that the manifest names; none if it was written by a version that did not name them."""
+        """The files that the manifest names."""
         return list(self.facts.get("files", {}))
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the manifest was written by a version that names the files."""
+        return "files" in self.facts
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest names this file, or, where it names none, whether it is there."""
+        return name in self.names if self.names_files else (self.path / name).exists()
 
     def place(self, name: str) -> Path:
         """Where a file would be."""
@@ -128,9 +138,10 @@ class SavedDirectory:
             ValueError: it is missing, or not a file.
         """
         file = self.place(check_name(name, self.manifest))
-        if not file.exists() or (self.names and name not in self.names):
+        if not file.exists() or (self.names_files and name not in self.names):
             raise ValueError(
-                f"{self.path} lacks {name}, which {self.manifest.name} promises; save or download it again."
+                f"{(self.path / name).parent} lacks {file.name}, which {self.manifest.name} promises; save or download "
+                "it again."
             )
         return check_regular(file)
 
@@ -171,10 +182,17 @@ def read_directory(path: PathLike, manifest: str, read: Callable[[SavedDirectory
     raise ValueError(f"{path} is being written to all the time; read it when that has ended.")
 
 
+def current_file(path: Path, manifest: str, name: str) -> Path:
+    """Where a file is of a directory that may have such a manifest; it need not exist."""
+    staging = _staging_of(path, manifest)
+    staged = staging / "files" / name if staging else path / name
+    return staged if staged.exists() else path / name
+
+
 def _stage(
-    path: Path, staging: Path, manifest: str, facts: Mapping[str, Any], owned: Callable[[Mapping[str, Any]], list[str]]
-) -> tuple[Path, bytes]:
-    """Sync what was written, and put it where the new manifest will look for it; return that place and the manifest."""
+    path: Path, staging: Path, manifest: str, facts: Mapping[str, Any], owned: Callable[[SavedDirectory], list[str]]
+) -> Path:
+    """Sync what was written, and put it where the new manifest will look for it; return that place."""
     root = staging / "files"
     files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()}
     for name in files:
@@ -188,11 +206,12 @@ def _stage(
         # What cannot be read names nothing: its files are left alone, but for those of the same names.
         with suppress(ValueError):
             saved = SavedDirectory.read(path, manifest)
-            old = saved.names or [check_name(name, saved.manifest) for name in owned(saved.facts)]
+            old = saved.names if saved.names_files else [check_name(name, saved.manifest) for name in owned(saved)]
     obsolete = sorted(set(old) - files.keys() - {manifest})
     (staging / _OBSOLETE).write_text(json.dumps(obsolete))
+    (staging / _MANIFEST).write_bytes(content)
     mode = stat.S_IMODE((staging / _OBSOLETE).stat().st_mode)
-    for each in (*files.values(), staging / _OBSOLETE):
+    for each in (*files.values(), staging / _OBSOLETE, staging / _MANIFEST):
         each.chmod(mode)  # safetensors leaves files that nobody else may read
         sync(each)
     for folder in (root, *(each for each in root.rglob("*") if each.is_dir()), staging):
@@ -201,7 +220,7 @@ def _stage(
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
     sync(path)
-    return final, content
+    return final
 
 
 def _finish(path: Path, manifest: str) -> None:

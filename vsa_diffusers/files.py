@@ -45,7 +45,7 @@ def replaced_file(path: PathLike) -> Iterator[Path]:
     if path.exists():
         check_regular(path)
     for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
-        with locked(abandoned, wait=False) as got:
+        with suppress(FileNotFoundError), locked(abandoned, wait=False) as got:
             # A new one may be another process's, which is about to lock it.
             if got and time.time() - abandoned.stat().st_mtime > _SECONDS_TO_LOCK:
                 shutil.rmtree(abandoned, ignore_errors=True)
@@ -110,6 +110,27 @@ def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises what `opened_tensors` raises."""
     with opened_tensors(path) as tensors:
         return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (safe_open is not a dict)
+
+
+def check_values(key: str, tensor: torch.Tensor, source: str, dtype: torch.dtype | None = None) -> None:
+    """Raise `ValueError` with key and source, unless these are finite floating-point numbers that `dtype` can hold."""
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{key} in {source} is {_named(tensor.dtype)} instead of floating point; convert or save it again."
+        )
+    values = tensor.detach()
+    if values.dtype.itemsize == 1:
+        values = values.float()
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{key} in {source} holds NaN or infinity; go back to weights from before that happened.")
+    if dtype is None or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max or not tensor.numel():
+        return
+    largest = float(values.abs().max())
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{key} in {source} has values up to {largest:.3g}, but {_named(dtype)} holds at most "
+            f"{torch.finfo(dtype).max:.3g}; use bfloat16 or float32."
+        )
 
 
 def check_regular(path: Path) -> Path:
@@ -199,6 +220,10 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON number")
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind_of_file(path: Path) -> str:

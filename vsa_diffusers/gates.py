@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .config import INDEX_NAME
+from .directories import current_file
+from .files import check_name, check_values, local_directory, opened_tensors, read_json, replaced_file
+from .gate_state import GATE, is_plain, mark_trained
 from .models import require_family
+from .undo import unchanged_on_error
 
 GATES_NAME = "vsa_gates.safetensors"
-GATE = "to_gate_compress"
+
+Gates = dict[str, dict[str, torch.Tensor]]
+"""Weight and bias by the attention module's name."""
 
 
 def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
@@ -32,24 +37,31 @@ def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
         Names of the modules that got a gate.
 
     Raises:
-        ValueError: the transformer is not supported.
+        ValueError: the transformer is not supported, or its parameters are offloaded.
     """
     added = []
     family = require_family(transformer)
-    for name, attn in family.video_modules(transformer).items():
-        if getattr(attn, GATE, None) is None:
-            reference = next(p for p in attn.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
-            like = attn.get_submodule(family.query_projection)
-            gate = torch.nn.Linear(like.in_features, like.out_features, device=reference.device, dtype=reference.dtype)
-            torch.nn.init.zeros_(gate.weight)
-            torch.nn.init.zeros_(gate.bias)
-            attn.add_module(GATE, gate.requires_grad_(like.weight.requires_grad).train(attn.training))
-            added.append(name)
+    missing = {
+        name: attn for name, attn in family.video_modules(transformer).items() if getattr(attn, GATE, None) is None
+    }
+    references = {name: _reference(name, attn) for name, attn in missing.items()}
+    for name, attn in missing.items():
+        reference = references[name]
+        like = attn.get_submodule(family.query_projection)
+        gate = torch.nn.Linear(like.in_features, like.out_features, device=reference.device, dtype=reference.dtype)
+        torch.nn.init.zeros_(gate.weight)
+        torch.nn.init.zeros_(gate.bias)
+        learns = any(parameter.requires_grad for parameter in like.parameters())
+        attn.add_module(GATE, gate.requires_grad_(learns).train(attn.training))
+        mark_trained(gate, False)
+        added.append(name)
     return added
 
 
 def save_gates(transformer: torch.nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the gates as safetensors, with keys such as `blocks.0.attn1.to_gate_compress.weight`.
+
+    The file is replaced as a whole: after any error, or a kill, it is what it was.
 
     Args:
         transformer: a supported video transformer with gates.
@@ -59,22 +71,27 @@ def save_gates(transformer: torch.nn.Module, path: str | os.PathLike[str]) -> Pa
         The file that was written.
 
     Raises:
-        ValueError: there are no gates.
+        ValueError: there are no gates, or they cannot be read here (offloaded, quantised or spread over processes), or
+            are not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, attn in require_family(transformer).video_modules(transformer).items():
         gate = getattr(attn, GATE, None)
         if gate is not None:
+            _check_plain(f"{name}.{GATE}", gate, "saved")
             tensors |= {f"{name}.{GATE}.{key}": value.contiguous() for key, value in gate.state_dict().items()}
     if not tensors:
         raise ValueError(
             f"{type(transformer).__name__} has no gates to save; add_gate_compress(transformer) adds new ones."
         )
+    for key, tensor in tensors.items():
+        check_values(key, tensor, type(transformer).__name__)
     file = Path(path)
     if file.suffix != ".safetensors":
         file = file / GATES_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt"})
+    with replaced_file(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     return file
 
 
@@ -85,37 +102,47 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
     file or sharded), and FastVideo's, which keeps each gate on the block instead of on its attention.
 
     Args:
-        transformer: a supported video transformer.
+        transformer: a supported video transformer. Load gates before offloading or quantising it.
         path_or_repo: a `.safetensors` file, a directory, or a repository on the Hugging Face Hub.
 
     Returns:
         Names of the modules whose gates were loaded.
 
     Raises:
-        ValueError: no gates found, gates for modules that do not exist, missing ones, or sizes that do not fit; nothing
-            was changed then.
+        ValueError: no gates found, gates for modules that do not exist, missing ones, sizes that do not fit, values
+            that are no finite floating-point numbers or that the gates' dtype cannot hold, or gates that cannot be
+            written (offloaded or quantised). After any error nothing is changed.
     """
     found = fitting_gates(transformer, path_or_repo)
-    add_gate_compress(transformer)
-    for name, tensors in found.items():
-        transformer.get_submodule(f"{name}.{GATE}").load_state_dict(tensors)
+    with unchanged_on_error(transformer) as keep:
+        set_gates(transformer, found, keep)
     return list(found)
 
 
-def fitting_gates(
-    transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str]
-) -> dict[str, dict[str, torch.Tensor]]:
+def set_gates(transformer: torch.nn.Module, found: Gates, keep: Callable[[Iterable[torch.Tensor]], None]) -> None:
+    """Write what `fitting_gates` found, adding gates where they are missing; `keep` gets what is overwritten."""
+    add_gate_compress(transformer)
+    for name, tensors in found.items():
+        gate = transformer.get_submodule(f"{name}.{GATE}")
+        keep(gate.parameters())
+        gate.load_state_dict(tensors)
+        mark_trained(gate, any(bool(tensor.any()) for tensor in tensors.values()))
+
+
+def fitting_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str]) -> Gates:
     """What `load_gates` would load: weight and bias by the attention module's name. Raises what it raises."""
     family = require_family(transformer)
     modules = family.video_modules(transformer)
     names = {alias: name for name in modules for alias in (name, name.rpartition(".")[0])}
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    found: Gates = {}
     unknown = []
     for key, tensor in _read_gates(path_or_repo):
         owner, _, parameter = key.partition(f".{GATE}.")
         owner = re.sub(r"^(model\.diffusion_model\.|transformer\.|model\.)", "", owner)
         if owner in names and parameter in ("weight", "bias"):
-            found.setdefault(names[owner], {})[parameter] = tensor
+            if parameter in found.setdefault(names[owner], {}):
+                raise ValueError(f"{str(path_or_repo)!r} holds {key} twice, under two names; keep one of them.")
+            found[names[owner]][parameter] = tensor
         else:
             unknown.append(key)
     if unknown or not found:
@@ -137,12 +164,46 @@ def fitting_gates(
         if shapes != expected:
             message = f"{name}.{GATE} in {str(path_or_repo)!r} has shapes {shapes}, but needs {expected}."
             raise ValueError(f"{message} {family.foreign_gates}".strip())
+        gate = getattr(modules[name], GATE, None)
+        if gate is not None:
+            _check_plain(f"{name}.{GATE}", gate, "loaded")
+        like = _reference(name, modules[name]) if gate is None else gate.weight
+        for key, tensor in tensors.items():
+            check_values(f"{name}.{GATE}.{key}", tensor, str(path_or_repo), like.dtype)
     return found
+
+
+def _check_plain(name: str, gate: torch.nn.Module, what: str) -> None:
+    parameters = dict(gate.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError(
+            f"{name} has no values here, as offloading leaves it, and cannot be {what}; do so before "
+            "enable_sequential_cpu_offload, or after pipe.remove_all_hooks()."
+        )
+    if parameters.keys() != {"weight", "bias"} or not all(map(is_plain, parameters.values())):
+        kinds = sorted({type(parameter).__name__ for parameter in parameters.values()})
+        raise ValueError(
+            f"{name} is a {type(gate).__name__} of {', '.join(kinds)} instead of a Linear with a weight and a bias, "
+            f"and cannot be {what}; do so before quantising, sharding or wrapping it."
+        )
+
+
+def _reference(name: str, attn: torch.nn.Module) -> torch.Tensor:
+    """A parameter in whose dtype and on whose device the gate computes."""
+    for parameter in attn.parameters():
+        if parameter.is_meta and any(hasattr(module, "_hf_hook") for module in attn.modules()):
+            raise ValueError(
+                f"{name} is offloaded, and a gate added now would never get values; add or load gates before "
+                "enable_sequential_cpu_offload."
+            )
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            return parameter
+    raise ValueError(f"{name} has no floating-point parameters to take a dtype from; add gates before quantising.")
 
 
 def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, torch.Tensor]]:
     for file in _files(path_or_repo):
-        with safe_open(file, framework="pt") as tensors:
+        with opened_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
                 if f".{GATE}." in key:
                     yield key, tensors.get_tensor(key)
@@ -150,17 +211,30 @@ def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, tor
 
 def _files(path_or_repo: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files that may hold gates: the gates' own file if there is one, else all of the checkpoint."""
-    path = Path(path_or_repo)
-    if path.is_file():
+    path = local_directory(path_or_repo, ["*.safetensors", "*.safetensors.index.json", INDEX_NAME])
+    if not path.is_dir():
         return [path]
-    if not path.exists():
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(str(path_or_repo), allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
-    if (path / GATES_NAME).exists():
-        return [path / GATES_NAME]
+    for name in (GATES_NAME, f"transformer/{GATES_NAME}"):
+        file = current_file(path, INDEX_NAME, name)
+        if file.exists():
+            return [file]
     folders = [folder for folder in (path, path / "transformer") if folder.is_dir()]
     for index in (file for folder in folders for file in folder.glob("*.safetensors.index.json")):
-        weights = json.loads(index.read_text())["weight_map"]
-        return sorted({index.parent / file for key, file in weights.items() if f".{GATE}." in key})
+        shards = sorted({index.parent / shard for key, shard in weight_map(index).items() if f".{GATE}." in key})
+        for shard in shards:
+            if not shard.exists():
+                raise ValueError(f"{shard} is missing, which {index.name} names; save or download it again.")
+        return shards
     return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each key, by the index of a sharded checkpoint.
+
+    Raises:
+        ValueError: it is no such index, or names files outside of its folder.
+    """
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f'{index} has no "weight_map", so it is no index of shards; save or download it again.')
+    return {key: check_name(file, index) for key, file in files.items()}

@@ -86,7 +86,7 @@ def enable_vsa(
     owner = None if isinstance(pipe, torch.nn.Module) else getattr(pipe, _OWNER, None) or uuid.uuid4().hex
     for plan in plans:
         plan.check_sharing(owner)
-    with _all_or_nothing([plan.transformer for plan in plans]):
+    with vsa_unchanged_on_error([plan.transformer for plan in plans]):
         for plan in plans:
             _remove(plan.transformer)
             plan.install(owner)
@@ -267,7 +267,7 @@ def _remove(transformer: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
+def vsa_unchanged_on_error(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Whatever interrupts the block, a keyboard included, leaves the transformers as they were."""
     before = [getattr(transformer, _INSTALLATION, None) for transformer in transformers]
     try:

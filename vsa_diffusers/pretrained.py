@@ -1,7 +1,7 @@
 """`save_vsa` and `load_vsa`: what training changed, as a directory that brings it back on a stock pipeline.
 
 vsa_config.json                                  the VSAConfig
-vsa_index.json                                   which components there are, and what is saved of each
+vsa_index.json                                   which components there are, what is saved of each, and all other files
 <component>/vsa_gates.safetensors                gates, if there are some
 <component>/diffusion_pytorch_model.safetensors  all other weights, perhaps in shards ("full")
 <component>/pytorch_lora_weights.safetensors     or a LoRA, and its adapter_config.json ("lora")
@@ -10,29 +10,30 @@ vsa_index.json                                   which components there are, and
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from . import lora
 from .attention import check_choice
-from .config import CONFIG_NAME, VSAConfig, make_config
-from .gates import GATE, GATES_NAME, fitting_gates, load_gates
-from .pipeline import PipelineOrTransformer, enable_vsa, enabled_config, supported_parts
+from .config import CONFIG_NAME, INDEX_NAME, VSAConfig, make_config, module_configs
+from .directories import SavedDirectory, read_directory, replaced_directory
+from .files import check_name, check_values, local_directory, opened_tensors
+from .gate_state import GATE, is_plain
+from .gates import GATES_NAME, Gates, fitting_gates, set_gates, weight_map
+from .models import attention_modules, require_family
+from .pipeline import PipelineOrTransformer, enable_vsa, enabled_config, supported_parts, vsa_unchanged_on_error
+from .undo import unchanged_on_error
 
-INDEX_NAME = "vsa_index.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-LORA_NAME = "pytorch_lora_weights.safetensors"
-LORA_PREFIX = "transformer."  # what `load_lora_weights` of diffusers' pipelines expects
-ADAPTER = "vsa"
 CONTENTS = ("full", "lora", "gates")
 _FORMAT = 1
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -49,13 +50,16 @@ def save_vsa(
 ) -> Path:
     """Write what `load_vsa` needs to bring a fine-tuned model back: weights or a LoRA, gates, and the config.
 
+    What an earlier `save_vsa` wrote into the directory is replaced as a whole: after an error, a kill or with the disk
+    full, `load_vsa` finds either the old or the new. Both need room until then.
+
     Args:
         pipe: a pipeline (every video transformer in it), or a transformer.
-        directory: is created if need be; files of these names in it are replaced.
+        directory: is created if need be; files of these names in it are replaced, all others stay.
         contents: `"full"`: all weights. `"lora"`: those of the peft adapter. `"gates"`: the gates alone. `"auto"`:
             "lora" where there is an adapter, else "full". Gates are saved always.
         config: saved with them; `None` takes the one that VSA was enabled with.
-        dtype: floating-point tensors are saved in this; `None` keeps theirs.
+        dtype: floating-point tensors are saved in this, of 16 bits or more; `None` keeps theirs.
         state_dict: a transformer's whole state dict, where its own is spread over several processes.
         max_shard_size: of the files with all weights, as in `save_pretrained`.
 
@@ -63,26 +67,29 @@ def save_vsa(
         The directory.
 
     Raises:
-        ValueError: there is nothing of that kind to save, VSA is not enabled and no config was given, or it was enabled
-            with the pattern form.
+        ValueError: there is nothing of that kind to save; weights are not finite, do not fit into `dtype`, or are not
+            here as numbers (offloaded, quantised or spread over processes); VSA is not enabled and no config was given,
+            or it was enabled with the pattern form.
     """
     parts = supported_parts(pipe)
     if state_dict is not None and len(parts) > 1:
         raise ValueError(f"state_dict= is one transformer's, but pipe has {', '.join(parts)}; pass one transformer.")
     check_choice("contents", contents, ("auto", *CONTENTS))
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype} cannot hold weights; use torch.bfloat16, float16, float32 or float64.")
     config = config or _config_of(parts)
     saves = [
         _Save.make(name, part, part.state_dict() if state_dict is None else state_dict, contents)
         for name, part in parts.items()
     ]
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     for save in saves:
-        save.write(path / save.name, dtype, max_shard_size)
-    index = {"format": _FORMAT, "components": {save.name: save.description() for save in saves}}
-    (path / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    config.save_pretrained(path)
-    return path
+        save.check(dtype)
+    facts = {"format": _FORMAT, "components": {save.name: save.description() for save in saves}}
+    with replaced_directory(directory, INDEX_NAME, facts, _owned) as folder:
+        for save in saves:
+            save.write(folder / save.name, dtype, max_shard_size)
+        config.save_pretrained(folder)
+    return Path(directory)
 
 
 def load_vsa(
@@ -94,6 +101,7 @@ def load_vsa(
         load_vsa(pipe, "my_training/final")
 
     Load before offloading, compiling or quantising. A LoRA becomes the adapter "vsa".
+    While weights are replaced, main memory holds a copy of the old ones.
 
     Args:
         pipe: a pipeline with the video transformers that were saved, or the transformer if there was one.
@@ -104,27 +112,25 @@ def load_vsa(
         `pipe` itself.
 
     Raises:
-        ValueError: not such a directory, other components or another class than were saved, missing or unexpected keys,
-            or sizes that do not fit; no weight was changed then.
+        ValueError: not such a directory, damaged or edited files, other components or another class than were saved,
+            missing or unexpected keys, sizes or values that do not fit, or a config that does not. After any error
+            weights, gates, adapters and VSA are what they were.
     """
-    path = _local(path_or_repo)
-    index = _read_index(path)
-    config = make_config(VSAConfig.from_pretrained(path), changes)
-    parts = supported_parts(pipe)
-    saved = index["components"]
-    if isinstance(pipe, torch.nn.Module) and len(saved) == 1:
-        parts = dict(zip(saved, parts.values(), strict=True))
-    if parts.keys() != saved.keys():
+    path = local_directory(path_or_repo, ["*.json", "*.safetensors"])
+    if not (path / INDEX_NAME).exists():
         raise ValueError(
-            f"{str(path_or_repo)!r} holds {', '.join(saved)}, but pipe has {', '.join(parts)}; pass the pipeline that "
-            "it was trained for, or one transformer if only one was saved."
+            f"path_or_repo={str(path)!r} lacks {INDEX_NAME} or {CONFIG_NAME}, so save_vsa did not write it; "
+            "load_gates reads other checkpoints with gates."
         )
-    loads = [_Load(part, path / name, saved[name]) for name, part in parts.items()]
-    for load in loads:
-        load.check()
-    for load in loads:
-        load.apply()
-    return enable_vsa(pipe, config=config)
+    config, loads = read_directory(path, INDEX_NAME, lambda saved: _plan(pipe, saved, changes))
+    transformers = [load.transformer for load in loads]
+    with unchanged_on_error(*transformers, beside=pipe) as keep, vsa_unchanged_on_error(transformers):
+        for load in loads:
+            load.extend(keep)
+        enable_vsa(pipe, config=config)
+        for load in loads:
+            load.replace(keep)
+    return pipe
 
 
 @dataclass
@@ -162,20 +168,36 @@ class _Save:
 
             [(adapter_name, adapter)] = adapters.items()
             weights = get_peft_model_state_dict(transformer, dict(state_dict), adapter_name=adapter_name)
+            weights = {lora.LORA_PREFIX + key: tensor for key, tensor in weights.items()}
         return cls(name, transformer, contents, gates, weights, adapter)
+
+    def check(self, dtype: torch.dtype | None) -> None:
+        """Raise `ValueError` unless all of it can be written, and read again."""
+        kind = _kind(self.transformer)
+        parameters = {key for key, _ in self.transformer.named_parameters()}
+        for key, tensor in {**self.gates, **self.weights}.items():
+            if tensor.dtype.is_floating_point:
+                if not is_plain(tensor):
+                    raise ValueError(
+                        f"{key} of {kind} is a {type(tensor).__name__} on {tensor.device}, whose values are not here "
+                        "as numbers; save before offloading or quantising, or pass a gathered state_dict=."
+                    )
+                check_values(key, tensor, kind, dtype)
+            elif key in parameters or self.contents == "lora" or tensor.is_meta:
+                check_values(key, tensor, kind)
+        if self.contents == "lora":
+            shapes = {key: tuple(tensor.shape) for key, tensor in self.weights.items()}
+            lora.lora_config(self.adapter.to_dict(), lora.lora_ranks(shapes, kind), f"the adapter of {kind}")
 
     def description(self) -> dict[str, Any]:
         return {"class": _kind(self.transformer), "contents": self.contents, "gates": bool(self.gates)}
 
     def write(self, folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
-        folder.mkdir(exist_ok=True)
-        for old in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-            old.unlink()
+        folder.mkdir()
         if self.gates:
             save_file(_ready(self.gates, dtype), folder / GATES_NAME, metadata={"format": "pt"})
         if self.contents == "lora":
-            weights = {LORA_PREFIX + key: tensor for key, tensor in self.weights.items()}
-            save_file(_ready(weights, dtype), folder / LORA_NAME, metadata={"format": "pt"})
+            save_file(_ready(self.weights, dtype), folder / lora.LORA_NAME, metadata={"format": "pt"})
             self.adapter.save_pretrained(folder)
         if self.contents == "full":
             from huggingface_hub import save_torch_state_dict
@@ -186,70 +208,169 @@ class _Save:
             save_torch_state_dict(weights, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
 
 
+def _plan(pipe: Any, saved: SavedDirectory, changes: Mapping[str, Any]) -> tuple[VSAConfig, list[_Load]]:
+    """Everything that loading will do, from files that fit; nothing is changed."""
+    components = _components(saved)
+    if not saved.has(CONFIG_NAME):
+        raise ValueError(f"{saved.path} lacks {CONFIG_NAME}, so save_vsa did not write it; save or download it again.")
+    config = make_config(VSAConfig.from_file(saved.file(CONFIG_NAME)), changes)
+    parts = supported_parts(pipe)
+    if isinstance(pipe, torch.nn.Module) and len(components) == 1:
+        parts = dict(zip(components, parts.values(), strict=True))
+    if parts.keys() != components.keys():
+        raise ValueError(
+            f"{str(saved.path)!r} holds {', '.join(components)}, but pipe has {', '.join(parts)}; pass the pipeline "
+            "that it was trained for, or one transformer if only one was saved."
+        )
+    for part in parts.values():
+        modules = require_family(part).video_modules(part)
+        module_configs(config, list(modules), [name for name in attention_modules(part) if name not in modules])
+    return config, [_Load.make(part, saved, name, components[name]) for name, part in parts.items()]
+
+
+def _components(saved: SavedDirectory) -> dict[str, dict[str, Any]]:
+    """What the index says of each component, if it is an index."""
+    if saved.facts.get("format") != _FORMAT:
+        raise ValueError(
+            f"{saved.manifest} has format {saved.facts.get('format')!r}, but this version reads {_FORMAT}; save it "
+            "again, or install the version that wrote it."
+        )
+    components = saved.facts.get("components")
+    known = {"class": str, "contents": str, "gates": bool}
+    if (
+        not isinstance(components, dict)
+        or not components
+        or not all(isinstance(each, dict) for each in components.values())
+        or not all(isinstance(each.get(key), kind) for each in components.values() for key, kind in known.items())
+    ):
+        raise ValueError(
+            f'{saved.manifest} has no "components" with class, contents and gates; save or download it again.'
+        )
+    for name, each in components.items():
+        check_name(name, saved.manifest)
+        if each["contents"] not in CONTENTS:
+            raise ValueError(
+                f"{saved.manifest} has contents {each['contents']!r} for {name}, but there are {', '.join(CONTENTS)}; "
+                "save it again, or install the version that wrote it."
+            )
+    return components
+
+
 @dataclass
 class _Load:
-    """One transformer, and the folder that holds what was saved of it."""
+    """What will be loaded into one transformer."""
 
     transformer: torch.nn.Module
-    folder: Path
-    description: Mapping[str, Any]
+    weights: Tensors
+    gates: Gates
+    lora_config: Any = None
+    lora_weights: Tensors | None = None
 
-    def check(self) -> None:
+    @classmethod
+    def make(cls, transformer: torch.nn.Module, saved: SavedDirectory, name: str, facts: Mapping[str, Any]) -> _Load:
         """Raise `ValueError` unless everything in the folder fits the transformer."""
-        kind = _kind(self.transformer)
-        if kind != self.description["class"]:
-            raise ValueError(f"{self.folder} was saved from {self.description['class']}, but pipe has {kind}.")
-        if any(parameter.is_meta for parameter in self.transformer.parameters()):
+        kind = _kind(transformer)
+        folder = saved.path / name
+        if kind != facts["class"]:
+            raise ValueError(f"{folder} was saved from {facts['class']}, but pipe has {kind}; load it on that class.")
+        if any(parameter.is_meta for parameter in transformer.parameters()):
             raise ValueError(f"{kind} has parameters without values, as offloading leaves them; load_vsa comes before.")
-        if self.description["contents"] == "full":
-            expected = {key: tuple(value.shape) for key, value in _without_gates(self.transformer).items()}
-            _compare(self.folder, expected, _shapes(self._weight_files()))
-        if self.description["contents"] == "lora":
-            self._check_lora()
-        if self.description["gates"]:
-            fitting_gates(self.transformer, self._existing(GATES_NAME))
+        load = cls(transformer, {}, {})
+        if facts["contents"] == "full":
+            if adapters := getattr(transformer, "peft_config", {}):
+                raise ValueError(
+                    f"{folder} holds all weights, but {kind} has the adapter {list(adapters)}; remove it with "
+                    "unload_lora()."
+                )
+            targets = _without_gates(transformer)
+            load.weights = _fitting(folder, targets, _weight_files(saved, name))
+        if facts["contents"] == "lora":
+            load._plan_lora(saved, name, folder)
+        if facts["gates"]:
+            load.gates = fitting_gates(transformer, saved.file(f"{name}/{GATES_NAME}"))
+        return load
 
-    def apply(self) -> None:
-        if self.description["contents"] == "full":
-            for file in self._weight_files():
-                self.transformer.load_state_dict(load_file(file), strict=False)
-        if self.description["contents"] == "lora":
-            _add_lora(self.transformer, self._lora_config())
-            _set_lora(self.transformer, load_file(self.folder / LORA_NAME))
-        if self.description["gates"]:
-            load_gates(self.transformer, self.folder / GATES_NAME)
+    def extend(self, keep: Callable[[Iterable[torch.Tensor]], None]) -> None:
+        """Add what the transformer lacks: adapter and gates, with their values."""
+        if self.lora_weights is not None:
+            lora.add_lora(self.transformer, self.lora_config)
+            lora.set_lora(self.transformer, self.lora_weights)
+        if self.gates:
+            set_gates(self.transformer, self.gates, keep)
 
-    def _check_lora(self) -> None:
-        if ADAPTER in getattr(self.transformer, "peft_config", {}):
+    def replace(self, keep: Callable[[Iterable[torch.Tensor]], None]) -> None:
+        """Give the transformer its weights."""
+        if self.weights:
+            keep(_without_gates(self.transformer).values())
+            self.transformer.load_state_dict(self.weights, strict=False)
+
+    def _plan_lora(self, saved: SavedDirectory, name: str, folder: Path) -> None:
+        if lora.ADAPTER in getattr(self.transformer, "peft_config", {}):
             raise ValueError(
-                f'{type(self.transformer).__name__} already has an adapter "{ADAPTER}"; remove it with '
-                f'delete_adapters("{ADAPTER}") before loading another.'
+                f'{type(self.transformer).__name__} already has an adapter "{lora.ADAPTER}"; remove it with '
+                f'delete_adapters("{lora.ADAPTER}") before loading another.'
             )
         from peft import get_peft_model_state_dict
 
+        file = saved.file(f"{name}/{lora.LORA_NAME}")
+        with opened_tensors(file) as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        ranks = lora.lora_ranks(shapes, str(file))
+        modules = dict(self.transformer.named_modules())
+        unknown = [key for key in ranks if key not in modules]
+        if unknown:
+            raise ValueError(f"{folder} does not fit the transformer: it adapts {unknown[:3]}, which it lacks.")
+        self.lora_config = lora.read_lora_config(saved.file(f"{name}/{lora.CONFIG_NAME}"), ranks)
         skeleton = _skeleton(self.transformer)
-        _add_lora(skeleton, self._lora_config())
-        state = get_peft_model_state_dict(skeleton, adapter_name=ADAPTER)
-        expected = {LORA_PREFIX + key: tuple(tensor.shape) for key, tensor in state.items()}
-        _compare(self.folder, expected, _shapes([self._existing(LORA_NAME)]))
+        lora.add_lora(skeleton, self.lora_config)
+        state = get_peft_model_state_dict(skeleton, adapter_name=lora.ADAPTER)
+        targets = {lora.LORA_PREFIX + key: tensor for key, tensor in state.items()}
+        self.lora_weights = _fitting(folder, targets, [file])
 
-    def _lora_config(self) -> Any:
-        from peft import LoraConfig
 
-        self._existing("adapter_config.json")
-        return LoraConfig.from_pretrained(str(self.folder))
+def _fitting(folder: Path, targets: Tensors, files: list[Path]) -> dict[str, torch.Tensor]:
+    """The tensors in the files, which have the targets' names, sizes and kinds."""
+    tensors: dict[str, torch.Tensor] = {}
+    source: dict[str, Path] = {}
+    for file in files:
+        with opened_tensors(file) as opened:
+            for key in opened.keys():  # noqa: SIM118 (safe_open is not a dict)
+                if key in tensors:
+                    raise ValueError(f"{file} holds {key}, as {source[key]} does; save or download it again.")
+                tensors[key], source[key] = opened.get_tensor(key), file
+    _compare(folder, targets, tensors)
+    for key, tensor in tensors.items():
+        target = targets[key]
+        if not target.dtype.is_floating_point and tensor.dtype == target.dtype:
+            continue
+        if type(target) not in (torch.Tensor, torch.nn.Parameter) or not target.dtype.is_floating_point:
+            raise ValueError(
+                f"{key} is {tensor.dtype} in {source[key]}, but a {type(target).__name__} of {target.dtype} in the "
+                "transformer; load it before quantising."
+            )
+        check_values(key, tensor, str(source[key]), target.dtype)
+    return tensors
 
-    def _weight_files(self) -> list[Path]:
-        index = self.folder / f"{WEIGHTS_NAME}.index.json"
-        if not index.exists():
-            return [self._existing(WEIGHTS_NAME)]
-        return [self._existing(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
-    def _existing(self, name: str) -> Path:
-        file = self.folder / name
-        if not file.exists():
-            raise ValueError(f"{self.folder} lacks {name}, which {INDEX_NAME} promises; save or download it again.")
-        return file
+def _weight_files(saved: SavedDirectory, name: str) -> list[Path]:
+    index = f"{name}/{WEIGHTS_NAME}.index.json"
+    if not saved.has(index):
+        return [saved.file(f"{name}/{WEIGHTS_NAME}")]
+    return [saved.file(f"{name}/{shard}") for shard in sorted(set(weight_map(saved.file(index)).values()))]
+
+
+def _owned(old: SavedDirectory) -> list[str]:
+    """What `save_vsa` wrote while its index did not name the files."""
+    owned = [CONFIG_NAME]
+    for name, each in _components(old).items():
+        files = [GATES_NAME] if each["gates"] else []
+        if each["contents"] == "lora":
+            files += [lora.LORA_NAME, lora.CONFIG_NAME]
+        if each["contents"] == "full":
+            files += [WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json"]
+            owned += [file.relative_to(old.path).as_posix() for file in _weight_files(old, name)]
+        owned += [f"{name}/{file}" for file in files]
+    return owned
 
 
 def _config_of(parts: Mapping[str, torch.nn.Module]) -> VSAConfig:
@@ -260,27 +381,6 @@ def _config_of(parts: Mapping[str, torch.nn.Module]) -> VSAConfig:
             "say; pass config=VSAConfig(...)."
         )
     return configs[0]
-
-
-def _local(path_or_repo: str | os.PathLike[str]) -> Path:
-    path = Path(path_or_repo)
-    if path.exists():
-        return path
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(path_or_repo), allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    if not (path / INDEX_NAME).exists() or not (path / CONFIG_NAME).exists():
-        raise ValueError(
-            f"path_or_repo={str(path)!r} lacks {INDEX_NAME} or {CONFIG_NAME}, so save_vsa did not write it; "
-            "load_gates reads other checkpoints with gates."
-        )
-    index = json.loads((path / INDEX_NAME).read_text())
-    if index["format"] != _FORMAT:
-        raise ValueError(f"{path / INDEX_NAME} has format {index['format']}, but this version reads {_FORMAT}.")
-    return index
 
 
 def _is_gate(key: str) -> bool:
@@ -306,21 +406,14 @@ def _kind(transformer: torch.nn.Module) -> str:
     return next(cls.__name__ for cls in type(transformer).__mro__ if not cls.__module__.startswith("torch.distributed"))
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                shapes[key] = tuple(tensors.get_slice(key).get_shape())
-    return shapes
-
-
-def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(folder: Path, expected: Tensors, found: Tensors) -> None:
     problems = {
         "missing keys": sorted(expected.keys() - found.keys()),
         "unexpected keys": sorted(found.keys() - expected.keys()),
         "other sizes": [
-            f"{key}: {found[key]}, needs {shape}" for key, shape in expected.items() if found.get(key, shape) != shape
+            f"{key}: {tuple(found[key].shape)}, needs {tuple(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in found and found[key].shape != tensor.shape
         ],
     }
     told = [f"{len(keys)} {what}: {keys[:3]}" for what, keys in problems.items() if keys]
@@ -335,19 +428,3 @@ def _skeleton(transformer: torch.nn.Module) -> torch.nn.Module:
         for parameter in transformer.parameters()
     }
     return copy.deepcopy(transformer, memo)
-
-
-def _add_lora(transformer: torch.nn.Module, config: Any) -> None:
-    if hasattr(transformer, "add_adapter"):
-        transformer.add_adapter(config, adapter_name=ADAPTER)
-    else:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(config, transformer, ADAPTER)
-
-
-def _set_lora(transformer: torch.nn.Module, tensors: Tensors) -> None:
-    from peft import set_peft_model_state_dict
-
-    weights = {key.removeprefix(LORA_PREFIX): tensor for key, tensor in tensors.items()}
-    set_peft_model_state_dict(transformer, weights, adapter_name=ADAPTER)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .attention import video_sparse_attention
 from .config import VSAConfig
+from .gate_state import is_trained
 from .layer_skip import why_scores_are_skipped
 from .running import RunningForward
 
@@ -222,8 +223,7 @@ def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
         )
     combine, selection = config.combine, config.selection
     if combine == "auto":
-        trained = gate is not None and any(bool(p.detach().any()) for p in gate.parameters())
-        combine = "gate" if trained else "merge"
+        combine = "gate" if is_trained(attn) else "merge"
     if selection == "auto":
         selection = "quarters" if combine == "merge" else "mean"
     return replace(config, combine=combine, selection=selection)

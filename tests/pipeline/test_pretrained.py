@@ -5,33 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
+from tiny_fine_tuned import GRID, WAN, fine_tuned
 from tiny_models import RECIPES, run
 from tiny_pipelines_video import TEXT, PipelineRecipe, embeddings, wan, wan22
 from tiny_text_pipeline import tiny_pipeline
-from vsa_diffusers import VSAConfig, add_gate_compress, enable_vsa, load_vsa, save_vsa
+from vsa_diffusers import VSAConfig, enable_vsa, load_gates, load_vsa, save_vsa
 from vsa_diffusers.pipeline import enabled_config
 
-WAN = RECIPES[0]
-GRID = (5, 10, 12)
 CALL = dict(prompt="a red ring", height=64, width=96, num_frames=9, num_inference_steps=2, output_type="pt")
-
-
-def fine_tuned(model, lora=False, gates=True):
-    """As training would leave it: every parameter that learns is another one."""
-    torch.manual_seed(3)
-    if gates:
-        add_gate_compress(model)
-    if lora:
-        model.add_adapter(LoraConfig(r=2, target_modules=["attn1.to_q", "attn1.to_out.0"], lora_alpha=6))
-    for name, parameter in model.named_parameters():
-        if not lora or "lora_" in name or "to_gate_compress" in name:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return enable_vsa(model, 0.3, block_size=(2, 2, 2), combine="gate" if gates else "merge", dense_layers=(0,))
 
 
 @pytest.mark.parametrize(
@@ -228,3 +216,166 @@ def test_what_cannot_be_saved_is_told(tmp_path):
         save_vsa(pattern, tmp_path)
     assert list(tmp_path.iterdir()) == []
     save_vsa(pattern, tmp_path, config=VSAConfig(top_k_ratio=0.3))
+
+
+def test_only_what_save_vsa_wrote_is_replaced_or_removed(tmp_path):
+    model = fine_tuned(WAN.build())
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="60KB")
+    theirs = {file: file.read_bytes() for file in (tmp_path / "transformer").iterdir()}
+    assert len(theirs) > 3
+    save_vsa(model, tmp_path, contents="gates")
+    assert {file: file.read_bytes() for file in theirs} == theirs
+    save_vsa(fine_tuned(WAN.build(), lora=True, gates=False), tmp_path)
+    assert {file: file.read_bytes() for file in theirs} == theirs
+    assert not (tmp_path / "transformer" / "vsa_gates.safetensors").exists()
+
+
+KINDS = {"full": {}, "shards": dict(max_shard_size="60KB"), "lora": {}, "gates": dict(contents="gates")}
+
+
+@pytest.mark.parametrize("second", KINDS)
+def test_saving_over_any_other_kind_leaves_what_saving_afresh_does(tmp_path, second):
+    models = {kind: fine_tuned(WAN.build(), lora=kind == "lora", seed=len(kind)) for kind in KINDS}
+    alone = save_vsa(models[second], tmp_path / "alone", **KINDS[second])
+    expected = run(load_vsa(WAN.build(), alone), WAN, GRID)
+    for first, options in KINDS.items():
+        again = save_vsa(models[first], tmp_path / first, **options)
+        save_vsa(models[second], again, **KINDS[second])
+        files = [sorted(str(file.relative_to(each)) for file in each.rglob("*")) for each in (again, alone)]
+        assert files[0] == files[1]
+        assert run(load_vsa(WAN.build(), again), WAN, GRID).equal(expected)
+
+
+def as_the_version_before_wrote_it(folder):
+    index = json.loads((folder / "vsa_index.json").read_text())
+    (folder / "vsa_index.json").write_text(json.dumps({key: index[key] for key in ("format", "components")}, indent=2))
+
+
+def test_directories_whose_index_names_no_files_load_and_are_replaced(tmp_path):
+    for name, size in (("whole", "5GB"), ("shards", "60KB")):
+        model = fine_tuned(WAN.build())
+        save_vsa(model, tmp_path / name, max_shard_size=size)
+        as_the_version_before_wrote_it(tmp_path / name)
+        assert run(load_vsa(WAN.build(), tmp_path / name), WAN, GRID).equal(run(model, WAN, GRID))
+        save_vsa(fine_tuned(WAN.build(), lora=True, gates=False), tmp_path / name)
+        assert sorted(file.name for file in (tmp_path / name / "transformer").iterdir()) == [
+            "adapter_config.json",
+            "pytorch_lora_weights.safetensors",
+        ]
+
+
+def test_the_directory_in_the_repository_loads():
+    folder = Path(__file__).parents[2] / "examples"
+    transformer = WanTransformer3DModel.from_pretrained(folder / "tiny_wan" / "transformer")
+    assert enabled_config(load_vsa(transformer, folder / "tiny_wan_vsa")).top_k_ratio == 0.125
+
+
+def test_a_mixture_of_two_saves_is_refused(tmp_path):
+    for name, options in (("one", {}), ("other", dict(seed=5))):
+        save_vsa(fine_tuned(WAN.build(), **options), tmp_path / name, config=VSAConfig(0.1 if options else 0.2))
+    for file in (
+        "vsa_config.json",
+        "transformer/vsa_gates.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ):
+        original = (tmp_path / "one" / file).read_bytes()
+        (tmp_path / "one" / file).write_bytes((tmp_path / "other" / file).read_bytes())
+        with pytest.raises(ValueError, match=f"{Path(file).name} is not the file that vsa_index.json was saved with"):
+            load_vsa(WAN.build(), tmp_path / "one")
+        (tmp_path / "one" / file).write_bytes(original)
+    load_vsa(WAN.build(), tmp_path / "one")
+
+
+@pytest.mark.parametrize("where", ["weight", "gate", "lora"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_weights_that_could_not_be_loaded_are_not_saved_and_the_old_stay(tmp_path, where, value):
+    name = {"weight": TEXT_BIAS, "gate": GATE_KEY, "lora": "blocks.0.attn1.to_q.lora_A.default.weight"}[where]
+    model = fine_tuned(WAN.build(), lora=where == "lora")
+    save_vsa(model, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    model.get_parameter(name).data.view(-1)[1] = value
+    key = name.replace(".default", "")
+    with pytest.raises(ValueError, match=f"{key} .*(holds NaN or infinity|has values up to 1e.06, but float16 holds)"):
+        save_vsa(model, tmp_path, dtype=torch.float16)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dtype_that_cannot_hold_weights_is_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"dtype={dtype} cannot hold weights"):
+        save_vsa(fine_tuned(WAN.build()), tmp_path / "new", dtype=dtype)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(64, dtype=torch.int64), "is int64 instead of floating point"),
+        (torch.ones(64, dtype=torch.bool), "is bool instead of floating point"),
+        (torch.ones(64, dtype=torch.complex64), "is complex64 instead of floating point"),
+        (torch.full((64,), float("nan")), "holds NaN or infinity"),
+        (torch.full((64,), -float("inf")), "holds NaN or infinity"),
+        (torch.full((64,), 1e6), "has values up to 1e\\+06, but float16 holds"),
+    ],
+)
+def test_values_that_no_weight_can_have_are_refused_by_key(tmp_path, value, message):
+    save_vsa(fine_tuned(WAN.build()), tmp_path)
+    edit(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", lambda t: t.update({TEXT_BIAS: value}))
+    model = WAN.build().to(torch.float16)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{TEXT_BIAS} in .*diffusion_pytorch_model.safetensors {message}"):
+        load_vsa(model, tmp_path)
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_what_is_not_here_as_numbers_is_not_saved(tmp_path):
+    model = accelerate.cpu_offload(fine_tuned(WAN.build()), torch.device("cpu"))
+    with pytest.raises(ValueError, match="on meta, whose values are not here as numbers; save before offloading"):
+        save_vsa(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lora_comes_back_by_its_weights_and_not_by_patterns(tmp_path):
+    model = WAN.build()
+    config = LoraConfig(
+        r=4, lora_alpha=6, rank_pattern={"blocks.0.attn1.to_k": 2}, alpha_pattern={"blocks.1.attn1.to_k": 3},
+        target_modules=r".*attn1\.to_(q|k)|proj_out", use_rslora=True, init_lora_weights=False,
+    )  # fmt: skip
+    model.add_adapter(config)
+    save_vsa(enable_vsa(model, 0.3), tmp_path)
+    fresh = load_vsa(WAN.build(), tmp_path)
+    assert run(fresh, WAN, GRID).equal(run(model, WAN, GRID))
+    scalings = [
+        [m.scaling[name] for m in each.modules() if hasattr(m, "scaling")]
+        for each, name in ((model, "default"), (fresh, "vsa"))
+    ]
+    assert scalings[0] == scalings[1]
+    assert len(set(scalings[0])) == 3
+
+
+@pytest.mark.parametrize("bad", [dict(bias="all"), dict(init_lora_weights="pissa"), dict(alpha_pattern={"(.*)*k": 3})])
+def test_a_lora_that_would_not_come_back_is_not_saved(tmp_path, bad):
+    model = WAN.build()
+    model.add_adapter(LoraConfig(**dict(r=2, target_modules=["attn1.to_q"]) | bad))
+    with pytest.raises(ValueError, match=f"the adapter of WanTransformer3DModel has .*{next(iter(bad))}"):
+        save_vsa(enable_vsa(model, 0.3), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("path", ["./gone", "/gone/or/not", "gone", "some/deep/folder", Path("gone/too")])
+@pytest.mark.parametrize(
+    "load", [lambda p: load_vsa(WAN.build(), p), lambda p: load_gates(WAN.build(), p), VSAConfig.from_pretrained]
+)
+def test_a_folder_that_does_not_exist_is_told_as_such_and_the_hub_is_not_asked(path, load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=f"{path}.*no such directory"):
+        load(path)
+
+
+def test_a_name_that_may_be_a_repository_says_that_it_is_no_directory_either(monkeypatch):
+    def offline(repo, **_):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"'somebody/something': no such directory, and the Hugging Face Hub"):
+        load_vsa(WAN.build(), "somebody/something")
