@@ -106,4 +106,5 @@ def _means(x: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """`||actual - expected|| / ||expected||`; NaN never passes a comparison."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
