@@ -27,7 +27,7 @@ from .tiles import TileGrid, check_block_size, check_top_k, check_video_shape, f
 __all__ = ["COMBINES", "IMPLEMENTATIONS", "check_auto_block_size", "check_choice", "video_sparse_attention"]
 FEW_TILES = 16
 # Whether a traced call can find out that a number is a symbol.
-TELLS_SYMBOLS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
+TELLS_SYMBOLS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 PLAIN_VALUES = frozenset((int, float, str, type(None)))  # which cannot change
 

@@ -47,7 +47,7 @@ def backend(request):
 @pytest.mark.parametrize("name", ["top_k", "top_k_ratio"])
 def test_twenty_numbers_of_tiles_make_two_graphs(name, gradients, block_size):
     if name == "top_k_ratio" and not TELLS_SYMBOLS:
-        pytest.skip("runs with a torch whose compiler tells a symbol from a number, as from 2.7 on")
+        pytest.skip("runs with a torch whose compiler tells a symbol from a number, as from 2.8 on")
 
     def layer(query, key, value, kept):
         options = {name: kept, "block_size": block_size, "combine": "merge"}
@@ -63,7 +63,7 @@ def test_a_number_of_tiles_may_be_the_size_of_a_tensor(gradients):
         return 1 + video_sparse_attention(query, key, value, (5, 8, 12), top_k=carrier.shape[0] - 1, combine="merge")
 
     carriers = [torch.empty(1).expand(count + 1) for count in (7, 1, *range(2, 15))]
-    graphs = 2 if TELLS_SYMBOLS else 3  # one tile is a graph of its own in torch 2.6
+    graphs = 2 if TELLS_SYMBOLS else 3  # one tile is a graph of its own before torch 2.8
     check(layer, [(make_inputs(), carrier) for carrier in carriers], graphs, gradients=gradients)
 
 
