@@ -15,15 +15,6 @@ def tile_numbers(video_shape, block_size) -> torch.Tensor:
     return ((t * n_h + h) * n_w + w).flatten()
 
 
-def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
-    """Scores between tile means, `[batch, heads, tiles, tiles]`, fp64."""
-    tile = tile_numbers(video_shape, block_size).to(query.device)
-    video = slice(before, before + len(tile))
-    means = [_means(x[:, video].double().transpose(1, 2), tile) for x in (query, key)]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return scale * means[0] @ means[1].transpose(-1, -2)
-
-
 def quarter_numbers(video_shape, block_size) -> torch.Tensor:
     """The quarter (0 to 3) of its tile that every token in sequence order lies in, `[T * H * W]`."""
     _, h, w = torch.meshgrid(*(torch.arange(extent) for extent in video_shape), indexing="ij")
@@ -31,13 +22,33 @@ def quarter_numbers(video_shape, block_size) -> torch.Tensor:
     return (2 * below + right).flatten()
 
 
+def tile_means(x, video_shape, block_size, before=0) -> torch.Tensor:
+    """Means of the tiles of `[batch, sequence, heads, head_dim]`: `[batch, heads, tiles, head_dim]`, fp64."""
+    tile = tile_numbers(video_shape, block_size).to(x.device)
+    return _means(x[:, before : before + len(tile)].double().transpose(1, 2), tile)
+
+
+def quarter_means(x, video_shape, block_size, before=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the quarters, four to a tile, `[batch, heads, tiles * 4, head_dim]` and their tokens, fp64.
+
+    Where a quarter is empty, both are zero.
+    """
+    tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
+    member = torch.nn.functional.one_hot(4 * tile + quarter, 4 * int(tile.max()) + 4).to(x.device).double()
+    counts = member.sum(0)
+    return (member / counts.clamp_min(1)).T @ x[:, before : before + len(tile)].double().transpose(1, 2), counts
+
+
+def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
+    """Scores between tile means, `[batch, heads, tiles, tiles]`, fp64."""
+    means = [tile_means(x, video_shape, block_size, before) for x in (query, key)]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return scale * means[0] @ means[1].transpose(-1, -2)
+
+
 def quarter_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
     """The highest logit between quarters of two tiles, `[batch, heads, tiles, tiles]`, fp64."""
-    tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
-    member = torch.nn.functional.one_hot(4 * tile + quarter, 4 * int(tile.max()) + 4).to(query.device).double()
-    counts = member.sum(0)
-    pool = (member / counts.clamp_min(1)).T
-    q, k = (pool @ x[:, before : before + len(tile)].double().transpose(1, 2) for x in (query, key))
+    (q, counts), (k, _) = (quarter_means(x, video_shape, block_size, before) for x in (query, key))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = scale * q @ k.transpose(-1, -2) + counts.log() + counts.log()[:, None]
     return logits.unflatten(3, (-1, 4)).amax(-1).unflatten(2, (-1, 4)).amax(3)
