@@ -192,7 +192,7 @@ class _Exact:
         return attention(query, key, value, gate, mask, kept, self.grid.video_shape, **form)[0]
 
     def check_output(self, output: torch.Tensor, kept: torch.Tensor, report: Report) -> None:
-        """Every row errs by no more than roundings of what it sums up; the oracle has their sizes in one more column."""
+        """Every row errs by no more than roundings of what it adds up; the oracle has the sizes in one more column."""
         query, key, value, gate, mask = (None if x is None else x.detach() for x in self.tensors)
         sized = torch.cat([value.double(), value.double().norm(dim=-1, keepdim=True)], -1)
         if gate is not None:
