@@ -85,7 +85,7 @@ class VSAAttnProcessor:
             strict = settled.video_shape is not None
             state = hooks.state_for(settled, make.tiled_grid)
             processors[name] = make(settled, processors[name], state, name, strict)
-            hooks.watch(name, modules[name], processors[name])
+            hooks.watch(name, modules[name], processors[name], each)
         hooks.register_alone()
         return {f"{name}.processor": processor for name, processor in processors.items()}
 
@@ -178,7 +178,7 @@ class VSAAttnProcessor:
                 state = hooks.state_for(config, make.tiled_grid)
                 processor = make(config, make.stock(), state, name, strict=config.video_shape is not None)
                 processor.is_video = name in video
-                hooks.watch(name, attn, processor)
+                hooks.watch(name, attn, processor, self.config)
             self._put(attn, processor)
         parallel = getattr(transformer, "_parallel_config", None)
         if parallel is not None and self._parallel_config is None:

@@ -161,6 +161,7 @@ class _Plan:
 
     transformer: torch.nn.Module
     modules: dict[str, torch.nn.Module]
+    asked: dict[str, VSAConfig]
     configs: dict[str, VSAConfig]
     family: Family
     config: VSAConfig | Mapping[str, Any]
@@ -169,14 +170,14 @@ class _Plan:
     def make(cls, transformer: torch.nn.Module, family: Family, config: VSAConfig | Mapping[str, Any]) -> _Plan:
         modules = family.video_modules(transformer)
         others = [name for name in attention_modules(transformer) if name not in modules]
-        configs = module_configs(config, list(modules), others)
-        configs = {name: settle_choices(each, modules[name], name) for name, each in configs.items()}
+        asked = module_configs(config, list(modules), others)
+        configs = {name: settle_choices(each, modules[name], name) for name, each in asked.items()}
         shapes = {each.video_shape for each in configs.values()}
         if len(shapes) > 1:
             raise ValueError(
                 f"config sets different values of video_shape in one transformer: {sorted(map(str, shapes))}."
             )
-        return cls(transformer, modules, configs, family, config)
+        return cls(transformer, modules, asked, configs, family, config)
 
     def check_sharing(self, owner: str | None) -> None:
         """Pipelines that share a transformer share its VSA: refuse, or tell, what another one would not expect."""
@@ -209,7 +210,7 @@ class _Plan:
             processor = cls(config, dense_processor(found, attn), state, name, strict)
             installation.found[name] = found
             installation.processors.append(processor)
-            hooks.watch(name, attn, processor)
+            hooks.watch(name, attn, processor, self.asked[name])
             _put(attn, processor)
         hooks.register()
         if theirs:

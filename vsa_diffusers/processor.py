@@ -132,6 +132,22 @@ class FamilyAttnProcessor:
             )
         return "tokens", mismatch
 
+    def uses_gate_since(self, attn: torch.nn.Module, asked: VSAConfig) -> bool:
+        """Settle what was asked for anew, and say whether the gate is used now; looks at the gate's values."""
+        if isinstance(asked.block_size, str):
+            if is_trained(attn):
+                logger.warning(
+                    '%s has trained gates now, which block_size="auto" cannot use; call enable_vsa with the block size '
+                    "that they were trained for.",
+                    self.name or "attention",
+                )
+            return False
+        settled = settle_choices(asked, attn, self.name)
+        if settled.combine != "gate":
+            return False
+        self.config = replace(self.config, combine=settled.combine, selection=settled.selection)
+        return True
+
     def dense_processor(self, attn: torch.nn.Module) -> Any:
         """What serves the module's dense calls."""
         return self.original

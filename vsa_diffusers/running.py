@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .gate_state import gate_version
 from .steps import Position, position_in_run
 from .tiles import TileGrid, fitting_block_size, num_selected_tiles
 
@@ -126,6 +127,8 @@ class ForwardHooks:
         self._processors: dict[str, tuple[torch.nn.Module, Any]] = {}
         self._states: dict[Any, RunningForward] = {}
         self._handles: list[Any] = []
+        # Versions of the gates that were not trained when "auto" was settled.
+        self._gates: dict[str, tuple[Any, Any]] = {}
         self._told: set[str] = set()
         # Facts of the forwards that a backward pass may run again.
         self._pending: list[tuple[Facts, ...]] = []
@@ -146,9 +149,20 @@ class ForwardHooks:
         key = (config, type(config.dense_steps), tiled_grid)
         return self._states.setdefault(key, RunningForward(self, len(self._states)))
 
-    def watch(self, name: str, attn: torch.nn.Module, processor: Any) -> None:
-        """Tell this processor of a module, and notice if it is replaced."""
+    def watch(self, name: str, attn: torch.nn.Module, processor: Any, asked: Any) -> None:
+        """Tell this processor of a module; notice if it is replaced, or its gate trained.
+
+        Args:
+            name: the module's.
+            attn: the module.
+            processor: its own; has a `config`, whose choices are settled, and a `state`.
+            asked: the config as it was asked for, choices perhaps "auto".
+        """
         self._processors[name] = (attn, processor)
+        if asked.combine == "auto" and processor.config.combine != "gate":
+            self._gates[name] = (asked, gate_version(attn))
+        else:
+            self._gates.pop(name, None)
 
     def register(self) -> None:
         """Begin."""
@@ -181,6 +195,7 @@ class ForwardHooks:
     def before(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn the grid and the step of the forward that begins."""
         self._notice_replaced_processors()
+        self._notice_trained_gates()
         facts = self._facts(transformer, args, kwargs)
         self._tell(facts)
         if torch.is_grad_enabled():
@@ -271,6 +286,23 @@ class ForwardHooks:
                 "call enable_vsa again, after what replaced them.",
                 type(self.transformer).__name__, len(replaced), len(self._processors),
                 ", ".join(f"{name} ({what})" for name, what in list(replaced.items())[:3]),
+            )  # fmt: skip
+
+    def _notice_trained_gates(self) -> None:
+        """Gates that were loaded or trained since are used from now on, as "auto" promises."""
+        used = []
+        for name, (asked, version) in list(self._gates.items()):
+            attn, processor = self._processors[name]
+            if (now := gate_version(attn)) == version:
+                continue
+            self._gates[name] = (asked, now)
+            if processor.uses_gate_since(attn, asked):
+                del self._gates[name]
+                used.append(name)
+        if used:
+            logger.info(
+                '%s: gates were loaded or trained since VSA was enabled; %d modules use them now (combine="gate").',
+                type(self.transformer).__name__, len(used),
             )  # fmt: skip
 
     def _warn_unknown_step(self) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 
 MAX_TILE_TOKENS = 128
+REALS = (Real, torch.SymInt, torch.SymFloat)
+UNORDERED = (str, bytes, Set, Mapping)  # which can be iterated, but not as a sequence of numbers
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,63 @@ def num_selected_tiles(num_tiles: int, top_k_ratio: float) -> int:
     return min(num_tiles, max(1, math.ceil(top_k_ratio * num_tiles - 1e-9 * num_tiles)))
 
 
-def check_top_k(top_k: int | None, top_k_ratio: float) -> None:
-    """Raise `ValueError` unless `top_k` is at least 1 (or None) and `top_k_ratio` in (0, 1]."""
-    if top_k is not None and (not isinstance(top_k, Real) or top_k % 1 != 0 or top_k < 1):
-        raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
-    if not isinstance(top_k_ratio, Real) or not 0 < top_k_ratio <= 1:
+def num_kept_tiles(grid: TileGrid, top_k: int | None, top_k_ratio: float) -> int:
+    """Key tiles that a query tile keeps on this grid: `top_k` of them if it is given, else by the ratio."""
+    if top_k is None:
+        return num_selected_tiles(grid.num_tiles, top_k_ratio)
+    return min(top_k, grid.num_tiles)
+
+
+def settle(
+    video_shape: Sequence[int], block_size: Sequence[int] | str, top_k_ratio: float = 0.5, top_k: int | None = None
+) -> tuple[tuple[int, int, int], int]:
+    """The block size and the number of kept tiles that `video_sparse_attention` comes to, for use outside of a graph.
+
+    Both may be passed to it in place of what they were made from. Taken from the sizes of a tensor, they are no numbers
+    that a compiled graph is bound to.
+
+    Raises:
+        ValueError: an argument is not as `video_sparse_attention` takes it.
+    """
+    video_shape = check_video_shape(video_shape)
+    top_k = check_top_k(top_k, top_k_ratio)
+    if isinstance(block_size, str) and block_size == "auto":
+        block_size = fitting_block_size(video_shape)
+    grid = TileGrid(video_shape, check_block_size(block_size))
+    return grid.block_size, num_kept_tiles(grid, top_k, top_k_ratio)
+
+
+def check_top_k(top_k: int | None, top_k_ratio: float) -> int | None:
+    """`top_k` as an int or `None`; `ValueError` unless it is at least 1 (or None) and `top_k_ratio` in (0, 1]."""
+    count = None
+    if top_k is not None:
+        count = whole(top_k)
+        if count is None or count < 1:
+            raise ValueError(f"top_k={top_k!r} must be a whole number of tiles, at least 1.")
+    if not is_real(top_k_ratio) or not 0 < top_k_ratio <= 1:
         raise ValueError(f"top_k_ratio={top_k_ratio!r} must be in (0, 1]: the share of key tiles kept, such as 0.2.")
+    return count
 
 
-def whole(number: float) -> int:
-    """A whole number as an int. Symbols of a compiler count as ints already, and must not become numbers."""
-    return number if isinstance(number, int) else int(number)
+def is_real(number: object) -> bool:
+    """Whether this is a real number of any kind; neither truth values nor tensors are."""
+    return isinstance(number, REALS) and not isinstance(number, bool)
+
+
+def whole(number: object) -> int | None:
+    """A whole number of any kind as an int; `None` for all else, truth values and text included.
+
+    Symbols of a compiler stay symbols.
+    """
+    if isinstance(number, torch.Tensor):
+        number = number.item() if number.ndim == 0 else None
+    if isinstance(number, bool):
+        return None
+    if isinstance(number, (int, torch.SymInt)):
+        return number
+    if isinstance(number, Real) and math.isfinite(number) and number % 1 == 0:
+        return int(number)  # type: ignore[call-overload]
+    return None
 
 
 def fitting_block_size(video_shape: Sequence[int], most_tokens: int = 64) -> tuple[int, int, int]:
@@ -109,7 +157,7 @@ def fitting_block_size(video_shape: Sequence[int], most_tokens: int = 64) -> tup
     return best[2]
 
 
-def check_block_size(block_size: Sequence[int]) -> tuple[int, int, int]:
+def check_block_size(block_size: Sequence[int] | str) -> tuple[int, int, int]:
     """The block size as a tuple of three ints, or a `ValueError` that says what is wrong with it."""
     sizes = _three_positive_integers("block_size", block_size, "(4, 4, 4)")
     if math.prod(sizes) > MAX_TILE_TOKENS:
@@ -131,12 +179,23 @@ def check_video_shape(video_shape: Sequence[int] | None) -> tuple[int, int, int]
     return _three_positive_integers("video_shape", video_shape, "(21, 30, 52)")
 
 
-def _three_positive_integers(name: str, value: Sequence[int], example: str) -> tuple[int, int, int]:
-    try:
-        first, second, third = value
-        valid = all(int(size) == size and size >= 1 for size in (first, second, third))
-    except (TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
+def _three_positive_integers(name: str, value: object, example: str) -> tuple[int, int, int]:
+    sizes = whole_numbers(value, 3, 1)
+    if sizes is None:
         raise ValueError(f"{name}={value!r} must be three positive integers, for example {name}={example}.")
-    return whole(first), whole(second), whole(third)
+    first, second, third = sizes
+    return first, second, third
+
+
+def whole_numbers(value: object, count: int, least: int) -> tuple[int, ...] | None:
+    """So many whole numbers, each at least `least`, as ints; `None` if `value` is anything else or has no order."""
+    if isinstance(value, UNORDERED) or not isinstance(value, Iterable):
+        return None
+    try:
+        numbers = tuple(value)
+    except TypeError:  # a tensor or an array without axes
+        return None
+    if len(numbers) != count:
+        return None
+    sizes = tuple(whole(number) for number in numbers)
+    return None if any(size is None or size < least for size in sizes) else sizes  # type: ignore[return-value]

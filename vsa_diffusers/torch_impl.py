@@ -130,9 +130,9 @@ class Tiled:
         slots = torch.zeros(self.valid.shape, device=selected.device, dtype=dtype).masked_fill_(~self.valid, -math.inf)
         bias = [slots[selected.long()].flatten(3)]
         if self.extra_bias is not None:
-            extra = self.extra_bias.to(dtype)[:, None, None].expand(batch, heads, count, -1).contiguous()
-            if self.problem.combine == "merge":
-                extra.scatter_(-1, selected.long() + self.problem.num_context, -math.inf)
+            extra = self.extra_bias.to(dtype)[:, None, None].expand(batch, heads, count, -1)
+            if self.problem.combine == "merge":  # a copy: of one head and one tile, `extra` is the bias itself
+                extra = extra.scatter(-1, selected.long() + self.problem.num_context, -math.inf)
             bias.append(extra)
         return torch.cat(bias, -1).reshape(batch * heads * count, 1, 1, -1)
 

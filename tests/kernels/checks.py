@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from oracle import SCORES, relative_error, tile_numbers
+from oracle import SCORES, attention, relative_error
 from vsa_diffusers.kernels import backward, forward, run
 from vsa_diffusers.kernels.tuning import BackwardLaunch, Launch
 from vsa_diffusers.problem import Problem
@@ -152,34 +152,11 @@ QUARTER_CASES += [
 
 def expected(query, key, value, gate, mask, indices, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, S, H, D]` and log-sum-exp `[B, H, S]` in fp64 from dense masks, given the tiles that were kept."""
-    grid, video = problem.grid, problem.video
-    tile = tile_numbers(grid.video_shape, grid.block_size).to(query.device)
-    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
-    batch, _, sequence, _ = q.shape
-    member = torch.nn.functional.one_hot(tile, grid.num_tiles).double()
-    sizes = member.sum(0)
-    pool = (member / sizes).T
-    mean_q, mean_k, mean_v = (pool @ x[:, :, video] for x in (q, k, v))
-    keeps = torch.zeros(*indices.shape[:3], grid.num_tiles, device=query.device).scatter_(3, indices.long(), 1) > 0
-    valid = torch.ones(batch, sequence, dtype=torch.bool, device=query.device)
-    if mask is not None:
-        valid[:, : problem.before] = mask[:, : problem.before]
-        valid[:, video.stop :] = mask[:, problem.before :]
-    allowed = valid[:, None, None, :].expand(batch, q.shape[1], sequence, sequence).clone()
-    allowed[:, :, video, video] = keeps[:, :, tile][..., tile]
-    logits = (problem.scale * q @ k.transpose(-1, -2)).masked_fill(~allowed, -math.inf)
-    if problem.combine == "merge":
-        pooled = torch.full((*logits.shape[:3], grid.num_tiles), -math.inf, dtype=torch.float64, device=query.device)
-        far = problem.scale * q[:, :, video] @ mean_k.transpose(-1, -2) + sizes.log()
-        pooled[:, :, video] = far.masked_fill(keeps[:, :, tile], -math.inf)
-        logits = torch.cat([logits, pooled], -1)
-        v = torch.cat([v, mean_v], 2)
-    output = logits.softmax(-1) @ v
-    if problem.combine in ("gate", "sum"):
-        coarse = ((problem.scale * mean_q @ mean_k.transpose(-1, -2)).softmax(-1) @ mean_v)[:, :, tile]
-        weight = 1.0 if gate is None else gate[:, video].double().transpose(1, 2)
-        output[:, :, video] += weight * coarse
-    return output.transpose(1, 2), logits.logsumexp(-1)
+    grid = problem.grid
+    shape = (*indices.shape[:3], grid.num_tiles)
+    kept = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter_(3, indices.long(), True)
+    form = {"block_size": grid.block_size, "combine": problem.combine, "scale": problem.scale, "before": problem.before}
+    return attention(query, key, value, gate, mask, kept, grid.video_shape, **form)
 
 
 def check_indices(query, key, indices, problem: Problem) -> None:

@@ -1,10 +1,7 @@
 """Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from checks import (
     CONTEXT_CASES,
@@ -21,6 +18,7 @@ from checks import (
     check_indices,
     check_rows_far_below_their_bound,
 )
+from interpreter import bfloat16_products
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, select, tuning
@@ -32,15 +30,7 @@ from vsa_diffusers.tiles import TileGrid
 
 @pytest.fixture(autouse=True)
 def _bfloat16_products(monkeypatch):
-    """The interpreter keeps bfloat16 as 16-bit integers, and its dot would multiply those."""
-
-    def wide(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+    bfloat16_products(monkeypatch.setattr)
 
 
 @pytest.mark.parametrize("case", [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES], ids=str)

@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from oracle import relative_error
 from tiny_models import RECIPES, run
 from tiny_pipelines_video import TINY, PipelineRecipe, embeddings, wan
-from vsa_diffusers import VSAAttnProcessor, disable_vsa, enable_vsa, set_top_k_ratio
+from vsa_diffusers import (
+    VSAAttnProcessor,
+    add_gate_compress,
+    disable_vsa,
+    enable_vsa,
+    load_gates,
+    save_gates,
+    set_top_k_ratio,
+)
 from vsa_diffusers.processor import FamilyAttnProcessor
 
 WAN = RECIPES[0]
@@ -344,3 +352,52 @@ def test_a_processor_reads_the_grid_of_every_call(make):
     model.set_attn_processor(make(model))
     for grid in (GRID, OTHER, (3, 8, 14), GRID):
         assert run(model, WAN, grid).equal(run(other, WAN, grid))
+
+
+def trained(model):
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn1.to_gate_compress.bias.fill_(0.7)
+    return model
+
+
+def gated():
+    model = WAN.build()
+    add_gate_compress(model)
+    return model
+
+
+GATES_LATER = {
+    "trained": lambda model, path: trained(model),
+    "load_gates": lambda model, path: load_gates(model, save_gates(trained(gated()), path)),
+    "load_state_dict": lambda model, path: model.load_state_dict(trained(gated()).state_dict()),
+}
+
+
+@pytest.mark.parametrize("later", GATES_LATER)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_gates_that_come_after_enabling_are_used(later, compiled, by_hand, tmp_path, caplog):
+    expected = run(enable_vsa(trained(gated()), 0.3), WAN, GRID)
+    model = gated()
+    if by_hand:
+        model.set_attn_processor(VSAAttnProcessor.for_transformer(model, top_k_ratio=0.3))
+    else:
+        enable_vsa(model, 0.3)
+    if compiled:
+        torch._dynamo.reset()
+        model.compile(backend="eager")
+    assert relative_error(run(model, WAN, GRID), expected) > 1e-2
+    GATES_LATER[later](model, tmp_path)
+    with caplog.at_level(logging.INFO, "vsa_diffusers"):
+        torch.testing.assert_close(run(model, WAN, GRID), expected, atol=1e-5, rtol=0)
+        run(model, WAN, GRID)
+    assert caplog.text.count("2 modules use them now") == 1
+
+
+def test_gates_that_a_fitted_block_cannot_use_are_told(caplog):
+    model = enable_vsa(gated(), 0.3, block_size="auto")
+    expected = run(model, WAN, GRID)
+    trained(model)
+    assert run(model, WAN, GRID).equal(expected)
+    assert 'blocks.0.attn1 has trained gates now, which block_size="auto" cannot use' in caplog.text

@@ -1,4 +1,4 @@
-"""The operation once more, straight from its formulas: dense masks, fp64, one loop per batch item, head and tile."""
+"""The operation once more, straight from its formulas, with dense masks and in fp64, on any device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,6 @@ def tile_numbers(video_shape, block_size) -> torch.Tensor:
     return ((t * n_h + h) * n_w + w).flatten()
 
 
-def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
-    """Scores between tile means, `[batch, heads, tiles, tiles]`, fp64."""
-    tile = tile_numbers(video_shape, block_size).to(query.device)
-    video = slice(before, before + len(tile))
-    means = [_means(x[:, video].double().transpose(1, 2), tile) for x in (query, key)]
-    return (scale or query.shape[-1] ** -0.5) * means[0] @ means[1].transpose(-1, -2)
-
-
 def quarter_numbers(video_shape, block_size) -> torch.Tensor:
     """The quarter (0 to 3) of its tile that every token in sequence order lies in, `[T * H * W]`."""
     _, h, w = torch.meshgrid(*(torch.arange(extent) for extent in video_shape), indexing="ij")
@@ -30,14 +22,35 @@ def quarter_numbers(video_shape, block_size) -> torch.Tensor:
     return (2 * below + right).flatten()
 
 
+def tile_means(x, video_shape, block_size, before=0) -> torch.Tensor:
+    """Means of the tiles of `[batch, sequence, heads, head_dim]`: `[batch, heads, tiles, head_dim]`, fp64."""
+    tile = tile_numbers(video_shape, block_size).to(x.device)
+    return _means(x[:, before : before + len(tile)].double().transpose(1, 2), tile)
+
+
+def quarter_means(x, video_shape, block_size, before=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the quarters, four to a tile, `[batch, heads, tiles * 4, head_dim]` and their tokens, fp64.
+
+    Where a quarter is empty, both are zero.
+    """
+    tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
+    member = torch.nn.functional.one_hot(4 * tile + quarter, 4 * int(tile.max()) + 4).to(x.device).double()
+    counts = member.sum(0)
+    return (member / counts.clamp_min(1)).T @ x[:, before : before + len(tile)].double().transpose(1, 2), counts
+
+
+def coarse_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
+    """Scores between tile means, `[batch, heads, tiles, tiles]`, fp64."""
+    means = [tile_means(x, video_shape, block_size, before) for x in (query, key)]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return scale * means[0] @ means[1].transpose(-1, -2)
+
+
 def quarter_scores(query, key, video_shape, block_size, scale=None, before=0) -> torch.Tensor:
     """The highest logit between quarters of two tiles, `[batch, heads, tiles, tiles]`, fp64."""
-    tile, quarter = tile_numbers(video_shape, block_size), quarter_numbers(video_shape, block_size)
-    member = torch.nn.functional.one_hot(4 * tile + quarter, 4 * int(tile.max()) + 4).to(query.device).double()
-    counts = member.sum(0)
-    pool = (member / counts.clamp_min(1)).T
-    q, k = (pool @ x[:, before : before + len(tile)].double().transpose(1, 2) for x in (query, key))
-    logits = (scale or query.shape[-1] ** -0.5) * q @ k.transpose(-1, -2) + counts.log() + counts.log()[:, None]
+    (q, counts), (k, _) = (quarter_means(x, video_shape, block_size, before) for x in (query, key))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = scale * q @ k.transpose(-1, -2) + counts.log() + counts.log()[:, None]
     return logits.unflatten(3, (-1, 4)).amax(-1).unflatten(2, (-1, 4)).amax(3)
 
 
@@ -60,50 +73,55 @@ def reference(
     selection="mean",
 ) -> torch.Tensor:
     """`[batch, sequence, heads, head_dim]` in fp64. Every tensor as in `video_sparse_attention`."""
-    scale = scale or query.shape[-1] ** -0.5
-    tile = tile_numbers(video_shape, block_size)
-    num_tiles = int(tile.max()) + 1
+    scores = SCORES[selection](query, key, video_shape, block_size, scale, before)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, scores.topk(top_k, dim=3).indices, True)
+    form = {"block_size": block_size, "combine": combine, "scale": scale, "before": before}
+    return attention(query, key, value, gate, context_mask, kept, video_shape, **form)[0]
+
+
+def attention(
+    query, key, value, gate, context_mask, kept, video_shape, *, block_size, combine, scale=None, before=0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[batch, sequence, heads, dim of value]` and log-sum-exp `[batch, heads, sequence]`, in fp64.
+
+    `kept` says which tiles a query tile keeps, bool `[batch, heads, tiles, tiles]`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    tile = tile_numbers(video_shape, block_size).to(query.device)
     video = slice(before, before + len(tile))
-    scores = coarse_scores(query, key, video_shape, block_size, scale, before)
-    selected_by = SCORES[selection](query, key, video_shape, block_size, scale, before)
     q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
-    sequence = q.shape[2]
-    is_context = torch.ones(sequence, dtype=torch.bool)
+    batch, _, sequence, _ = q.shape
+    is_context = torch.ones(sequence, dtype=torch.bool, device=q.device)
     is_context[video] = False
-    sizes = torch.bincount(tile, minlength=num_tiles)
-    mean_k, mean_v = _means(k[:, :, video], tile), _means(v[:, :, video], tile)
-    out = torch.empty_like(q)
-    for b in range(q.shape[0]):
-        valid = torch.ones(sequence, dtype=torch.bool)
-        if context_mask is not None:
-            valid[is_context] = context_mask[b]
-        for h in range(q.shape[1]):
-            logits = scale * q[b, h] @ k[b, h].T
-            allowed = valid.expand(sequence, sequence).clone()
-            kept = torch.zeros(num_tiles, num_tiles, dtype=torch.bool)
-            kept.scatter_(1, selected_by[b, h].topk(top_k, dim=1).indices, True)
-            allowed[video, video] = kept[tile][:, tile]
-            logits = logits.masked_fill(~allowed, -math.inf)
-            values = v[b, h]
-            if combine == "merge":
-                pooled = scale * q[b, h] @ mean_k[b, h].T + sizes.double().log()
-                unselected = torch.zeros(sequence, num_tiles, dtype=torch.bool)
-                unselected[video] = ~kept[tile]
-                logits = torch.cat([logits, pooled.masked_fill(~unselected, -math.inf)], 1)
-                values = torch.cat([values, mean_v[b, h]])
-            out[b, h] = logits.softmax(1) @ values
-            if combine in ("gate", "sum"):
-                coarse = (scores[b, h].softmax(1) @ mean_v[b, h])[tile]
-                weight = gate[b, video, h].double() if combine == "gate" else 1.0
-                out[b, h, video] += weight * coarse
-    return out.transpose(1, 2)
+    valid = torch.ones(batch, sequence, dtype=torch.bool, device=q.device)
+    if context_mask is not None:
+        valid[:, is_context] = context_mask
+    pairs = kept[:, :, tile][..., tile]  # [B, H, V, V]
+    allowed = valid[:, None, None].expand(*q.shape[:3], sequence).clone()
+    allowed[:, :, video, video] = pairs
+    logits = (scale * q @ k.transpose(-1, -2)).masked_fill(~allowed, -math.inf)
+    mean_q, mean_k, mean_v = (_means(x[:, :, video], tile) for x in (q, k, v))
+    values = v
+    if combine == "merge":
+        pooled = scale * q @ mean_k.transpose(-1, -2) + torch.bincount(tile).double().log()
+        unselected = torch.zeros(pooled.shape, dtype=torch.bool, device=q.device)
+        unselected[:, :, video] = ~kept[:, :, tile]
+        logits = torch.cat([logits, pooled.masked_fill(~unselected, -math.inf)], -1)
+        values = torch.cat([v, mean_v], 2)
+    output = logits.softmax(-1) @ values
+    if combine in ("gate", "sum"):
+        coarse = ((scale * mean_q @ mean_k.transpose(-1, -2)).softmax(-1) @ mean_v)[:, :, tile]
+        weight = gate[:, video].double().transpose(1, 2) if combine == "gate" else 1.0
+        output = output + torch.nn.functional.pad(weight * coarse, (0, 0, before, sequence - video.stop))
+    return output.transpose(1, 2), logits.logsumexp(-1)
 
 
 def _means(x: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     membership = torch.nn.functional.one_hot(tile).double()
-    return torch.einsum("bhsd,sn->bhnd", x, membership / membership.sum(0))
+    return (membership / membership.sum(0)).T @ x
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """`||actual - expected|| / ||expected||`; NaN never passes a comparison."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
