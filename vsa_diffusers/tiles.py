@@ -112,7 +112,7 @@ def check_top_k(top_k: int | None, top_k_ratio: float) -> int | None:
 
 def is_real(number: object) -> bool:
     """Whether this is a real number of any kind; neither truth values nor tensors are."""
-    return isinstance(number, REALS) and not isinstance(number, bool)
+    return type(number) is float or (isinstance(number, REALS) and not isinstance(number, bool))
 
 
 def whole(number: object) -> int | None:
@@ -120,6 +120,8 @@ def whole(number: object) -> int | None:
 
     Symbols of a compiler stay symbols.
     """
+    if type(number) is int:
+        return number
     if isinstance(number, torch.Tensor):
         number = number.item() if number.ndim == 0 else None
     if isinstance(number, bool):
@@ -189,7 +191,7 @@ def _three_positive_integers(name: str, value: object, example: str) -> tuple[in
 
 def whole_numbers(value: object, count: int, least: int) -> tuple[int, ...] | None:
     """So many whole numbers, each at least `least`, as ints; `None` if `value` is anything else or has no order."""
-    if isinstance(value, UNORDERED) or not isinstance(value, Iterable):
+    if type(value) is not tuple and (isinstance(value, UNORDERED) or not isinstance(value, Iterable)):
         return None
     try:
         numbers = tuple(value)
