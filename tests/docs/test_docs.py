@@ -88,6 +88,13 @@ def test_a_page_names_scripts_tests_and_measurements_that_are_there(page):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_research_is_run_with_the_examples_that_it_imports():
+    texts = [path.read_text() for path in (*EVERY_PAGE, *(ROOT / "examples" / "research").glob("*.py"))]
+    commands = [command for text in texts for command in re.findall(r"(\S+ )?python examples/research/", text)]
+    assert commands
+    assert {command.strip("`( ") for command in commands} == {"PYTHONPATH=examples"}
+
+
 def test_the_site_leaves_out_what_is_for_maintainers():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     pages = {path.name for path in DOCS.iterdir()} - {path for entry in site["nav"] for path in entry.values()}
