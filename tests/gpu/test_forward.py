@@ -26,7 +26,10 @@ from checks import (
 )
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import attend, forward, pool, select, tuning
+from vsa_diffusers.kernels import forward, launch, support, tuning
+from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.select import coarse, pool, top_k
+from vsa_diffusers.kernels.sparse import forward as sparse
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -69,7 +72,7 @@ def test_quarters_of_many_tiles_match_fp64(layout, combine):
 )
 def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
     case = replace(MEDIUM, layout=layout, combine=combine, head_dim=head_dim, dtype=dtype)
-    if layout == "descriptor" and not tuning.can_describe(randn(1, head_dim), tuning.device_of(0)):
+    if layout == "descriptor" and not support.can_describe(randn(1, head_dim), support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     check(case, "cuda")
 
@@ -77,19 +80,19 @@ def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
 @pytest.fixture
 def specialised(monkeypatch):
     """Counts the calls of the specialised kernel."""
-    if not tuning.device_of(0).processors:
+    if not support.device_of(0).processors:
         pytest.skip("runs on a GPU of compute capability 9.0, with Triton 3.6")
-    from vsa_diffusers.kernels import run, specialised
+    from vsa_diffusers.kernels.hopper import forward as hopper
 
-    run.replays.clear()  # what is replayed is not called
+    launch.replays.clear()  # what is replayed is not called
     calls = []
-    attend = specialised.attend
+    specialised_attend = hopper.specialised_attend
 
     def count(*arguments):
         calls.append(arguments)
-        attend(*arguments)
+        specialised_attend(*arguments)
 
-    monkeypatch.setattr(specialised, "attend", count)
+    monkeypatch.setattr(hopper, "specialised_attend", count)
     return calls
 
 
@@ -145,7 +148,7 @@ def test_the_specialised_kernel_does_whole_tiles_like_the_ordinary_one(specialis
     query, key, value, gate = (randn(2, 8 * 8 * 12, 5, 128) for _ in range(4))
     problem = Problem(TileGrid((8, 8, 12), (4, 4, 4)), 5, "gate", 128**-0.5)
     for layout in ("direct", "descriptor"):
-        launch = tuning.Launch(layout, programs=3)
+        launch = Launch(layout, programs=3)
         ours, _, lse = forward(query, key, value, gate, None, problem, launch)
         other, _, other_lse = forward(query, key, value, gate, None, problem, replace(launch, programs=0))
         torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-3)
@@ -217,8 +220,8 @@ def test_offsets_beyond_31_bits(combine, layout):
     assert query.numel() > 2**31
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 40, combine, dim**-0.5)
-    launch = replace(tuning.table_launch(query, problem, tuning.device_of(0), key.stride(1)), layout=layout)
-    if layout == "descriptor" and not tuning.can_describe(query, tuning.device_of(0)):
+    launch = replace(tuning.table_launch(query, problem, support.device_of(0), key.stride(1)), layout=layout)
+    if layout == "descriptor" and not support.can_describe(query, support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     given = gate if combine == "gate" else None
     output, indices, _ = forward(query, key, value, given, None, problem, launch)
@@ -267,7 +270,7 @@ def test_the_host_never_waits():
 
 @pytest.mark.parametrize("shapes", [[(8, 16, 20), (8, 20, 24), (12, 24, 28)], [(9, 18, 22), (5, 21, 35), (10, 17, 29)]])
 def test_a_new_size_compiles_nothing(shapes):
-    kernels = (pool.pool_kernel, select.scores_kernel, select.top_k_kernel, attend.attend_kernel)
+    kernels = (pool.pool_kernel, coarse.scores_kernel, top_k.top_k_kernel, sparse.attend_kernel)
 
     def compiled():
         return [len(kernel.device_caches[0][0]) for kernel in kernels]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from oracle import SCORES, attention, relative_error
-from vsa_diffusers.kernels import backward, forward, run
-from vsa_diffusers.kernels.tuning import BackwardLaunch, Launch
+from vsa_diffusers.kernels import backward, forward
+from vsa_diffusers.kernels import launch as launching
+from vsa_diffusers.kernels.plans import BackwardLaunch, Launch
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -197,7 +198,7 @@ def check(case: Case, device: str = "cpu", launch: Launch | None = None) -> None
 
     Another call like it comes first, so that a GPU is checked on launches that are made again.
     """
-    if run.may_replay(case.inputs(device)[0]):
+    if launching.may_replay(case.inputs(device)[0]):
         forward(*case.inputs(device), case.problem, launch or case.launch)
     query, key, value, gate, mask = case.inputs(device)
     with memory_full_of_nan(device):
@@ -226,7 +227,7 @@ def check_gradients(case: Case, device: str = "cpu", launch: BackwardLaunch | No
         output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
         return (torch.randn_like(output), query, key, value, gate, mask, indices), lse, output
 
-    if run.may_replay(case.inputs(device)[0]):
+    if launching.may_replay(case.inputs(device)[0]):
         given, lse, output = ready()
         backward(*given, lse, output, case.problem, launch or case.backward_launch)
     given, lse, output = ready()

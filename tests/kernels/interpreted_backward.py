@@ -20,10 +20,11 @@ from checks import (
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import key_gradient, tuning
-from vsa_diffusers.kernels.invert import invert, restore
-from vsa_diffusers.kernels.pool import pool
-from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.kernels import tuning
+from vsa_diffusers.kernels.recording import Work
+from vsa_diffusers.kernels.select.pool import pool
+from vsa_diffusers.kernels.select.transpose_lists import invert, restore
+from vsa_diffusers.kernels.sparse import backward_pooled
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -53,7 +54,7 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
 
 
 def test_the_pooled_keys_of_a_small_call_are_cut_into_parts(monkeypatch):
-    monkeypatch.setattr(key_gradient, "PROXY_PROGRAMS", 3)
+    monkeypatch.setattr(backward_pooled, "PROXY_PROGRAMS", 3)
     check_gradients(Case(combine="merge", top_k=2))
 
 

@@ -1,4 +1,4 @@
-"""Run by `test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: launches that are made again."""
+"""Launches that are made again; `test_kernels.py` runs this with TRITON_INTERPRET=1, in a process of its own."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from checks import DESCRIPTOR_CASES, JOINT, STRIDE_CASES, Case, check, check_gra
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers import operators, video_sparse_attention
-from vsa_diffusers.kernels import forward, run, tuning
-from vsa_diffusers.kernels.replay import Recording, Replay, Replays
+from vsa_diffusers.kernels import forward, launch, support, tuning
+from vsa_diffusers.kernels.recording import Recording, Replay, Replays
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -27,8 +27,8 @@ CASES = [
 def replays(monkeypatch):
     """Replays as on a GPU; at the end, some call must have been one."""
     fresh, made, again = Replays(), [], Replay.run
-    monkeypatch.setattr(run, "replays", fresh)
-    monkeypatch.setattr(run, "may_replay", lambda query: True)
+    monkeypatch.setattr(launch, "replays", fresh)
+    monkeypatch.setattr(launch, "may_replay", lambda query: True)
     monkeypatch.setattr(Replay, "run", lambda self, tensors: made.append(self) or again(self, tensors))
     yield fresh
     assert made
@@ -47,7 +47,7 @@ def test_the_output_alone_is_the_same(case, monkeypatch, replays):
     assert len(replays.known) == 2
 
 
-@pytest.mark.skipif(not tuning.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
+@pytest.mark.skipif(not support.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
 def test_descriptors_are_moved_to_the_new_workspace():
     check(DESCRIPTOR_CASES[1])
     check_gradients(DESCRIPTOR_CASES[1])

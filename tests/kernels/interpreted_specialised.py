@@ -1,4 +1,4 @@
-"""Run by `test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: the kernel in Gluon, on the CPU."""
+"""The kernel in Gluon, on the CPU; `test_kernels.py` runs this with TRITON_INTERPRET=1, in a process of its own."""
 
 from dataclasses import replace
 
@@ -7,10 +7,10 @@ import torch
 
 from checks import Case, check, check_keeping_in_step, check_rows_far_below_their_bound
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
-from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.kernels.recording import Work
 
 gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with a Triton that has Gluon")
-from vsa_diffusers.kernels.specialised import specialised_kernel  # noqa: E402 - needs Gluon, too
+from vsa_diffusers.kernels.hopper.forward import specialised_kernel  # noqa: E402 - needs Gluon, too
 
 # Of 2 x 3 x 3 tiles most are partial, down to two tokens.
 BASE = Case((5, 9, 10), top_k=7, combine="gate", head_dim=128, dtype=torch.bfloat16, programs=3, layout="tiled")

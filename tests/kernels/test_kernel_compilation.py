@@ -9,7 +9,7 @@ import torch
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
 
-from vsa_diffusers.kernels.run import is_recent_triton
+from vsa_diffusers.kernels.support import is_recent_triton
 
 if not is_recent_triton():
     pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
@@ -119,7 +119,8 @@ def test_the_widest_heads_fit_into_little_shared_memory():
 @pytest.mark.parametrize("combine", ["gate", "merge"])
 def test_deeper_pipelines_leave_room_for_two_programs(combine, stages):
     from compilation import SHARED_LIMIT, compile_call
-    from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, Launch
+    from vsa_diffusers.kernels.plans import Launch
+    from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
 
     if not HAS_DESCRIPTORS:
         pytest.skip("runs with Triton 3.4 or later")
@@ -130,7 +131,7 @@ def test_deeper_pipelines_leave_room_for_two_programs(combine, stages):
 
 def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
     from compilation import compile_call
-    from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS
+    from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
 
     if not HAS_DESCRIPTORS:
         pytest.skip("runs with Triton 3.4 or later")
@@ -156,7 +157,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
 )
 def test_the_specialised_kernel_fits_often_enough_and_does_not_spill_in_its_loop(layout, case):
     from compilation import KERNELS, SHARED_LIMIT, compile_call, report
-    from vsa_diffusers.kernels.tuning import PROGRAMS, Launch
+    from vsa_diffusers.kernels.plans import PROGRAMS, Launch
 
     if "specialised" not in KERNELS:
         pytest.skip("runs with a Triton that has Gluon")

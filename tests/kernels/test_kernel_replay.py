@@ -14,14 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
 
-from vsa_diffusers.kernels.run import is_recent_triton
+from vsa_diffusers.kernels.support import is_recent_triton
 
 if not is_recent_triton():
     pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
 
 from vsa_diffusers import attention, video_sparse_attention
-from vsa_diffusers.kernels import backward, forward, run, tuning
-from vsa_diffusers.kernels.replay import Replays
+from vsa_diffusers.kernels import backward, forward, launch, tuning
+from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.recording import Replays
+from vsa_diffusers.kernels.select.pool import pool_kernel
+from vsa_diffusers.kernels.sparse.forward import attend_kernel
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -30,7 +33,7 @@ from vsa_diffusers.tiles import TileGrid
 def driver(monkeypatch):
     from stub_driver import hopper_stub
 
-    monkeypatch.setattr(run, "replays", Replays())
+    monkeypatch.setattr(launch, "replays", Replays())
     with hopper_stub() as stub:
         yield stub
 
@@ -92,8 +95,8 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
     calls = []
     for _ in range(2):
         given = {name: torch.empty(1, grid.num_tokens + 7, 2, 128, dtype=torch.bfloat16) for name in "qkvg"}
-        launch = tuning.Launch("descriptor", stages=3, programs=264)
-        given["output"], given["indices"], given["lse"] = forward(*given.values(), None, problem, launch)
+        hopper = Launch("descriptor", stages=3, programs=264)
+        given["output"], given["indices"], given["lse"] = forward(*given.values(), None, problem, hopper)
         calls.append(comparable(driver.launches, given))
         driver.launches.clear()
     first, second = calls
@@ -111,13 +114,13 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
 def test_a_new_size_compiles_no_other_specialised_kernel(driver):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         pytest.skip("runs with a Triton that has Gluon")
-    from vsa_diffusers.kernels.specialised import specialised_kernel
+    from vsa_diffusers.kernels.hopper.forward import specialised_kernel
 
     def call(video_shape, top_k, before, after, parts):
         grid = TileGrid(video_shape, (4, 4, 4))
         query = torch.empty(1, grid.num_tokens + before + after, 2, 128, dtype=torch.bfloat16)
-        launch = tuning.Launch("descriptor", stages=3, programs=264, parts=parts)
-        forward(query, query, query, query, None, Problem(grid, top_k, "gate", 0.1, before, after), launch)
+        hopper = Launch("descriptor", stages=3, programs=264, parts=parts)
+        forward(query, query, query, query, None, Problem(grid, top_k, "gate", 0.1, before, after), hopper)
 
     def variants():
         return len(specialised_kernel.device_caches[driver.get_current_device()][0])
@@ -135,7 +138,7 @@ def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
         forward(query, query, query, None, None, Problem(TileGrid(video_shape, (4, 4, 4)), 2, "sum", 0.1))
 
     def variants():
-        kernels = (run.attend_kernel, run.pool.__globals__["pool_kernel"])
+        kernels = (attend_kernel, pool_kernel)
         return [len(kernel.device_caches[driver.get_current_device()][0]) for kernel in kernels]
 
     call(8, 8, 8)
@@ -143,7 +146,7 @@ def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
     call(8, 12, 8)
     call(12, 8, 8)
     assert variants() == before == [1, 1]
-    assert len(run.replays.known) == 3
+    assert len(launch.replays.known) == 3
     assert len(driver.launches) == 12
 
 
@@ -236,7 +239,7 @@ def test_other_arguments_and_tensors_are_looked_at_and_launched_as_the_first_cal
     after = launched(driver, other, **arguments)
     assert len(checked) == 2
     assert (after == first) == (change == "implementation")
-    run.replays.clear()
+    launch.replays.clear()
     assert launched(driver, other, **arguments) == after
     assert launched(driver, tensors, **IN_CONTEXT) == first
 
@@ -396,11 +399,11 @@ def test_without_replays_and_once_they_are_forgotten_arguments_are_looked_at(dri
         call_op(**make_tensors())
     assert len(checked) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(run, "may_replay", lambda query: False)
+        patch.setattr(launch, "may_replay", lambda query: False)
         call_op(**make_tensors())
     assert len(checked) == 2
-    run.replays.clear()
-    assert not run.replays.known
+    launch.replays.clear()
+    assert not launch.replays.known
     for _ in range(2):
         call_op(**make_tensors())
     assert len(checked) == 3
@@ -416,24 +419,24 @@ def test_a_call_that_is_found_launches_on_the_device_of_its_tensors(driver, monk
         entered.append((device, len(driver.launches)))
 
     call_op(**make_tensors())
-    monkeypatch.setattr(run, "on_device", on_device)
+    monkeypatch.setattr(launch, "on_device", on_device)
     call_op(**make_tensors())
     assert entered == [(torch.device("cpu"), 4)]
     assert len(driver.launches) == 4
 
 
 def test_records_are_bounded_and_keep_no_tensors(driver, checked):
-    run.replays.most = 3
+    launch.replays.most = 3
     tensors = make_tensors()
     alive = [weakref.ref(x) for x in tensors.values()]
     for top_k in (1, 2, 3):
         call_op(**tensors, top_k=top_k)
-    known = list(run.replays.known)
+    known = list(launch.replays.known)
     assert len(known) == 3
     tensors["q"] = spread(tensors["q"])  # recorded already, but not found
     for _ in range(3):
         call_op(**tensors, top_k=3)
-    assert list(run.replays.known) == known
+    assert list(launch.replays.known) == known
     driver.launches.clear()
     del tensors
     assert [ref() for ref in alive] == [None] * 3

@@ -21,7 +21,7 @@ def can_interpret() -> bool:
     """Whether the installed Triton is one whose interpreter is right."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from vsa_diffusers.kernels.run import is_recent_triton
+    from vsa_diffusers.kernels.support import is_recent_triton
 
     return is_recent_triton()
 

@@ -8,7 +8,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("runs with Triton installed", allow_module_level=True)
 
-from vsa_diffusers.kernels.tuning import Device, plan
+from vsa_diffusers.kernels.arguments import has_boxes
+from vsa_diffusers.kernels.support import Device
+from vsa_diffusers.kernels.tuning import plan
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
@@ -112,7 +114,6 @@ def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
     ],
 )
 def test_boxes_of_the_video_are_seen_where_heads_lie_side_by_side(change, seen):
-    specialised = pytest.importorskip("vsa_diffusers.kernels.specialised", reason="runs with a Triton that has Gluon")
     x = change(torch.zeros(2, 6 * 8 * 9, 3, 128, dtype=torch.bfloat16))
-    assert specialised._has_boxes(x, TileGrid((6, 8, 9), (4, 4, 4))) == seen
-    assert not specialised._has_boxes(x, TileGrid((6, 8, 9), (3, 5, 4)))
+    assert has_boxes(x, TileGrid((6, 8, 9), (4, 4, 4))) == seen
+    assert not has_boxes(x, TileGrid((6, 8, 9), (3, 5, 4)))

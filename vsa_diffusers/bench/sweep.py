@@ -20,7 +20,9 @@ from .shapes import Shape
 
 def candidates(head_dim: int) -> Iterator[Any]:
     """Launches worth trying for 16-bit inputs and tiles of at most 64 tokens, the likeliest first."""
-    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, PROGRAMS, Launch, device_of
+    from ..kernels.plans import PROGRAMS, Launch
+    from ..kernels.support import HAS_DESCRIPTORS, device_of
+    from ..kernels.tuning import LAYOUTS
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
     # warps, stages, keys, registers, tail_stages

@@ -20,7 +20,9 @@ from .shapes import Shape
 
 def candidates(table: Any, head_dim: int) -> Iterator[tuple[str, Any]]:
     """The table's own launch, then it with another launch for one of its kernels, and the name of that kernel."""
-    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch
+    from ..kernels.plans import Launch
+    from ..kernels.support import HAS_DESCRIPTORS
+    from ..kernels.tuning import LAYOUTS
 
     layouts = LAYOUTS[::-1] if HAS_DESCRIPTORS else LAYOUTS[1::-1]
     # warps, stages, keys, registers
@@ -45,7 +47,8 @@ def sweep(
     A candidate that does not compile, or differs from the table's own, is a row with its error.
     """
     from ..kernels import forward
-    from ..kernels.tuning import backward_launch, device_of
+    from ..kernels.support import device_of
+    from ..kernels.tuning import backward_launch
 
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..problem import Problem
-from .coarse import coarse_attention, coarse_gradients
-from .invert import invert, restore
-from .key_gradient import key_gradient, proxy_gradients
-from .pool import pool
-from .prepare import prepare
-from .query_gradient import query_gradient
-from .replay import Tensors, Work
-from .run import dense_rows, launch_or_replay, this_device, words_of
-from .tuning import BackwardLaunch, BackwardPlan, backward_plan
+from .launch import dense_rows, launch_or_replay, words_of
+from .plans import BackwardLaunch, BackwardPlan
+from .recording import Tensors, Work
+from .select.coarse import coarse_attention, coarse_gradients
+from .select.pool import pool
+from .select.transpose_lists import invert, restore
+from .sparse.backward_key import key_gradient
+from .sparse.backward_pooled import proxy_gradients
+from .sparse.backward_preprocess import prepare
+from .sparse.backward_query import query_gradient
+from .support import this_device
+from .tuning import backward_plan
 
 
 def backward(

@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import triton
 
 from ..problem import Problem
+from .plans import PROGRAMS, BackwardLaunch, BackwardPlan, Launch, Plan, may_specialise
+from .support import Device, can_describe
 
-HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
 LAYOUTS = ("direct", "tiled", "descriptor")
-# Gluon is experimental and changes; this is the release of Triton with which the specialised kernel has been run.
-GLUON_RELEASE = ["3", "6"]
 # A copy of key and value above this many bytes is made for half of the heads at a time.
 WHOLE_COPY_BYTES = 2**26
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the sparse kernel runs.
-
-    Args:
-        layout: where it reads key and value: `"direct"` from the inputs, `"tiled"` from a copy in tile order,
-            `"descriptor"` from that copy through tensor descriptors (compute capability 9.0 or later).
-        warps, stages: warps of a program, and buffers of its main loop's pipeline.
-        keys: keys of one step, at most; a power of two.
-        registers: most registers of a thread, so that more programs share a processor (CUDA only).
-        tail_stages: buffers where it walks partial tiles.
-        programs: of the kernel in `specialised.py`, which takes query tiles in turns, where it can run; 0 for the
-            ordinary one.
-        parts: of a list, before each of which those programs wait for one another; 0 where they need not.
-    """
-
-    layout: str = "direct"
-    warps: int = 4
-    stages: int = 2
-    keys: int = 64
-    registers: int | None = None
-    tail_stages: int = 1
-    programs: int = 0
-    parts: int = 0
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton's launcher takes of it."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one call runs: the sparse kernel's launch, and what the other kernels need to know of the device."""
-
-    attend: Launch
-    heads: int  # heads that go through all kernels at a time
-    precision: str  # of the products between tile means
-    step: int  # tile means that those take at a time
-
-
-@dataclass(frozen=True)
-class BackwardLaunch:
-    """How the two large kernels of the backward pass run.
-
-    Args:
-        query: the gradient of the query, which reads key and value.
-        key: the gradients of key and value, which read query and the output's gradient.
-    """
-
-    query: Launch
-    key: Launch
-
-
-@dataclass(frozen=True)
-class BackwardPlan(BackwardLaunch):
-    """How one backward call runs."""
-
-    heads: int  # heads that go through all kernels at a time
-    precision: str  # of products of tile means
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the table is looked up by. `capability` is (0, 0) where it is not a CUDA device."""
-
-    capability: tuple[int, int] = (0, 0)
-    descriptors: bool = False
-    processors: int = 0  # multiprocessors of one on which the specialised kernel is known to run, else 0
 
 
 # By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
@@ -116,10 +40,6 @@ LONG_SEQUENCE = 8192
 # least so many tiles on long sequences and on short ones: then they read the same keys at about the same time.
 MOST_PARTS = 8
 LONG_PART, SHORT_PART = 16, 9
-
-
-# Programs of the specialised kernel that a multiprocessor has room for, by head_dim.
-PROGRAMS = {64: 3, 128: 2}
 
 
 def plan(
@@ -168,12 +88,6 @@ def parts_of(top_k: int, is_long: bool) -> int:
     """Into how many parts programs that keep in step divide a list of `top_k` tiles; 0 where they need not."""
     parts = min(MOST_PARTS, top_k // (LONG_PART if is_long else SHORT_PART))
     return parts if is_long or parts > 1 else 0  # on short sequences to begin together is not worth a wait
-
-
-def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
-    """Whether the kernel in `specialised.py` has been written for such a call, wherever key and value lie."""
-    shape_fits = query.shape[-1] in PROGRAMS and 32 < problem.grid.tile_capacity <= 64
-    return shape_fits and query.dtype == torch.bfloat16
 
 
 # Copies above this many bytes are made for some of the heads at a time.
@@ -242,28 +156,3 @@ def _is_long(problem: Problem, token_stride: int) -> bool:
     _, height, width = problem.grid.video_shape
     reaches_far = problem.grid.block_size[0] * height * width * token_stride >= 2**31
     return reaches_far or problem.grid.num_tokens >= LONG_SEQUENCE
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is at least `number`, and at least 16, the least that a matrix instruction takes."""
-    return max(16, 1 << (number - 1).bit_length())
-
-
-def can_describe(query: torch.Tensor, device: Device) -> bool:
-    """Whether rows of `query`'s head_dim can be read through tensor descriptors on this device."""
-    return device.descriptors and query.shape[-1] * query.element_size() % 16 == 0
-
-
-@functools.lru_cache(maxsize=64)
-def device_of(index: int) -> Device:
-    """What the table needs to know of a CUDA or HIP device."""
-    if torch.version.hip:
-        return Device()
-    capability = torch.cuda.get_device_capability(index)
-    properties = torch.cuda.get_device_properties(index)
-    specialises = capability[0] == 9 and triton.__version__.split(".")[:2] == GLUON_RELEASE
-    return Device(
-        capability,
-        HAS_DESCRIPTORS and capability >= (9, 0),
-        processors=properties.multi_processor_count if specialises else 0,
-    )

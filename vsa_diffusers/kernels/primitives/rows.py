@@ -5,29 +5,13 @@ A row's position counts the video tokens, in the order of the sequence or of the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from .geometry import SIZES, slot_offset, tile_box, tile_row, unpack
-from .tuning import Launch, power_of_two
 
-TAIL = 32  # rows that the shorter loops take in one step, at most: they must not hold registers from the main one
 # Arguments whose values must not make variants of a kernel.
 BACKWARD_SIZES = (*SIZES, "length", "parts", "full_length", "tail_length")
-
-
-def tiled_sources(rows: torch.Tensor | None, launch: Launch, block: int) -> tuple[object, ...]:
-    """The two tensors of a tile-ordered copy `[2, P, V, D]`, then their descriptors for `block` rows at a time."""
-    if rows is None:
-        return None, None, None, None
-    first, second = rows.unbind(0)
-    if launch.layout != "descriptor":
-        return first, second, None, None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    box = [1, block, power_of_two(rows.shape[-1])]
-    return first, second, *(TensorDescriptor.from_tensor(x, box) for x in (first, second))
 
 
 @triton.jit

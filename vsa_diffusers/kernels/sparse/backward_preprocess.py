@@ -10,28 +10,19 @@ Shapes: B batch, S sequence, H heads of this pass, P = B * H, N tiles, V video t
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import SLICED, grid_arguments
-from .replay import Work
-from .rows import BACKWARD_SIZES, load_rows, rows_of, task_of
-from .tuning import power_of_two
+from ...problem import Problem
+from ..arguments import grid_arguments, power_of_two
+from ..buffers import Prepared
+from ..primitives.geometry import SLICED
+from ..primitives.rows import BACKWARD_SIZES, load_rows, rows_of, task_of
+from ..recording import Work
 
 LOG2E = tl.constexpr(math.log2(math.e))
-
-
-class Prepared(NamedTuple):
-    """What the pass leaves behind; `None` where nobody asked for it."""
-
-    stats: torch.Tensor  # log-sum-exp (base 2) and delta by position, fp32 [2, P, S]
-    rows: torch.Tensor | None  # query and gradient in tile order, [2, P, V, D]
-    sums: torch.Tensor | None  # gradient of the coarse output, fp32 [P, N, D]
-    deltas: torch.Tensor | None  # the product of that and the coarse output, fp32 [P, N]
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)

@@ -12,37 +12,25 @@ from __future__ import annotations
 
 import functools
 from statistics import NormalDist
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import SIZES, SLICED, workspace_width
-from .lists import tail_groups, tail_width, write_lists
-from .pool import Pooled
-from .quarters import quarter_scores
-from .replay import Work
-from .tuning import power_of_two
+from ...problem import Problem
+from ..arguments import power_of_two, tail_groups, tail_width
+from ..buffers import Lists, Pooled
+from ..primitives.geometry import SIZES, SLICED, workspace_width
+from ..primitives.tile_lists import write_lists
+from ..recording import Work
+from .coarse import scores_kernel
+from .quarter_scores import quarter_scores
 
 MAX_TILES = 16384
 LEAST, MOST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 PATIENCE = tl.constexpr(8)  # counts of a row's values before its search goes by halves, too
 SCORES_OF_A_WARP = 1024  # top_k_kernel gives longer rows to several
 LEAST_WORKSPACE_BYTES = 2**26
-
-
-class Lists(NamedTuple):
-    """What the sparse kernel walks, per head and query tile."""
-
-    starts: torch.Tensor  # first row (or token) of every full tile kept, int32 [B, H, N, K]
-    tail: torch.Tensor | None  # every group of the partial tiles kept, as in `lists.py`, int64 [B, H, N, G]
-    counts: torch.Tensor | None  # full tiles, groups: int32 [B, H, N, 2]
-    kept: torch.Tensor | None  # one bit per tile: int32 [B, H, N, words]
-    coarse: torch.Tensor | None  # fp32 [B, H, N, D]
-    reach: torch.Tensor  # norm of the longest key, fp32 [B, H]
-    progress: torch.Tensor  # zeros, where programs that keep in step count themselves: int32 [B, H, N]
 
 
 @triton.jit
@@ -102,61 +90,6 @@ def _threshold(scores, ordered, valid, num_tiles, top_k, quantile, spacing):
         guess = tl.where((low == LEAST) | (high == MOST), beyond, between)
         turn += 1
     return low, low_count
-
-
-@triton.jit(do_not_specialize=SIZES)
-def scores_kernel(
-    means,
-    scores,
-    coarse,
-    first_row,
-    batch_heads,
-    num_tiles,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, width]`, from row `first_row` of all."""
-    blocks = tl.cdiv(num_tiles, BLOCK_M)
-    task = first_row // BLOCK_M + tl.program_id(0)
-    place = (task // blocks).to(tl.int64)
-    block = task % blocks
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    length = num_tiles * HEAD_DIM
-    mean_query = means + place * length
-    mean_key = mean_query + batch_heads.to(tl.int64) * length
-    mean_value = mean_key + batch_heads.to(tl.int64) * length
-    own = row[:, None] * HEAD_DIM + dim[None, :]
-    own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-    q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
-    lane = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, num_tiles, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        at = column[:, None] * HEAD_DIM + dim[None, :]
-        mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-        k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if scores is not None:
-            to = lane[:, None] * workspace_width(num_tiles) + column[None, :]
-            tl.store(scores + to, s, column[None, :] < num_tiles)
-        if coarse is not None:
-            s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
-            v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
-            new_highest = tl.maximum(highest, tl.max(s, 1))
-            p = tl.exp(s - new_highest[:, None])
-            shrink = tl.exp(highest - new_highest)
-            total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
-            highest = new_highest
-    if coarse is not None:
-        tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .geometry import tile_box
+from ..primitives.geometry import tile_box
 
 ROWS = gl.constexpr(64)
 STAGES = gl.constexpr(3)

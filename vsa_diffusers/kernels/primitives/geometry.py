@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import TileGrid
-
 # Arguments whose values must not make variants of a kernel.
 SIZES = (
     *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
@@ -19,15 +17,6 @@ SIZES = (
 )
 # Some heads or tokens of a tensor: whether 16 divides their address depends on the size, too.
 SLICED = ("lse", "indices")
-
-
-def grid_arguments(grid: TileGrid) -> tuple[object, ...]:
-    """Video shape, tiles along height and width, and block size, as the kernels take them.
-
-    One by one: Triton makes variants of a kernel for the numbers in a tuple, whatever `do_not_specialize` says. Inside,
-    the first five are the tuple `grid`.
-    """
-    return (*grid.video_shape, *grid.tiles_per_axis[1:], grid.block_size)
 
 
 @triton.jit

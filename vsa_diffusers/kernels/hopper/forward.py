@@ -19,18 +19,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..problem import Problem
-from ..tiles import TileGrid
-from .attend import list_arguments, size_arguments, stride_arguments
-from .geometry import SIZES, SLICED, grid_arguments
-from .lists import GROUP
-from .pool import Pooled
-from .replay import Work
-from .select import Lists
-from .specialised_common import BOX, COLUMNS, ROWS, SHARED, STAGES
-from .specialised_fetch import fetch
-from .specialised_multiply import multiply
-from .tuning import Launch, may_specialise
+from ...problem import Problem
+from ...tiles import TileGrid
+from ..arguments import grid_arguments, has_boxes, list_arguments, size_arguments, stride_arguments
+from ..buffers import Lists, Pooled
+from ..plans import Launch, may_specialise
+from ..primitives.geometry import SIZES, SLICED
+from ..primitives.tile_lists import GROUP
+from ..recording import Work
+from .common import BOX, COLUMNS, ROWS, SHARED, STAGES
+from .consumer import multiply
+from .producer import fetch
 
 
 @gluon.jit(do_not_specialize=(*SIZES, "tasks", "parts"), do_not_specialize_on_alignment=SLICED)
@@ -178,19 +177,7 @@ def can_specialise(
     """Whether the kernel takes this call; without a copy in tile order, it must be able to read tiles as boxes."""
     if not may_specialise(query, problem):
         return False
-    return pooled.rows is not None or all(_has_boxes(x, problem.grid) for x in (key, value))
-
-
-def _has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
-    """Whether tensor descriptors can see the tiles of `[B, S, H, D]`: they have 64 tokens and sides that are powers of
-    two, and heads lie side by side."""
-    return (
-        grid.tile_capacity == ROWS.value
-        and all(side & (side - 1) == 0 for side in grid.block_size)
-        and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
-        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:2])
-        and x.data_ptr() % 16 == 0
-    )
+    return pooled.rows is not None or all(has_boxes(x, problem.grid) for x in (key, value))
 
 
 def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] | None = None) -> TensorDescriptor:
@@ -201,7 +188,7 @@ def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] | None = None) -
 
 def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor | None:
     """Of a tile of one head of `[B, S, H, D]`, where there can be one."""
-    if x is None or not _has_boxes(x, grid):
+    if x is None or not has_boxes(x, grid):
         return None
     batch, _, heads, dim = x.shape
     frames, height, width = grid.video_shape
@@ -215,7 +202,7 @@ def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor 
     )
 
 
-def attend(
+def specialised_attend(
     work: Work,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -18,23 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import SIZES, SLICED, grid_arguments, slot_offset, tile_box
-from .lists import GROUP
-from .pool import Pooled
-from .replay import Work
-from .rows import load_rows, tiled_sources
-from .select import Lists
-from .tuning import Launch, power_of_two
-from .walk import softmax_step, walk_video
-
-LN2 = tl.constexpr(math.log(2))
-# Where |logit| (base 2) cannot exceed FARTHEST, exp2(logit - offset) needs no running maximum: the exponents of bf16
-# weights and fp32 sums go up to 127, and HEADROOM leaves room for the sums. A row whose logits all lie so low that its
-# weights might have vanished shows it by its total, and is done again.
-FARTHEST = tl.constexpr(180.0)
-HEADROOM = tl.constexpr(90.0)
-LEAST_TOTAL = tl.constexpr(2.0**-100)
+from ...problem import Problem
+from ..arguments import grid_arguments, list_arguments, power_of_two, size_arguments, stride_arguments, tiled_sources
+from ..buffers import Lists, Pooled
+from ..plans import Launch
+from ..primitives.geometry import SIZES, SLICED, slot_offset, tile_box
+from ..primitives.rows import load_rows
+from ..primitives.softmax import FARTHEST, HEADROOM, LEAST_TOTAL, LN2, softmax_step
+from ..primitives.tile_lists import GROUP
+from ..primitives.tile_loop import walk_video
+from ..recording import Work
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
@@ -270,27 +263,6 @@ def attend_kernel(
     tl.store(lse + item * lse_b + head * length + tokens, (highest + tl.math.log2(total)) * LN2, row_mask)
 
 
-def list_arguments(pooled: Pooled, lists: Lists) -> tuple[torch.Tensor | None, ...]:
-    """What both sparse kernels walk: from `starts` to `longest`, in the order of their arguments."""
-    walked = (lists.starts, lists.tail, lists.counts, lists.kept)
-    return (*walked, pooled.proxies, pooled.log_size, pooled.longest)
-
-
-def stride_arguments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor | None, output: torch.Tensor
-) -> list[int]:
-    """Strides of batch, sequence and heads: from `query_b` to `output_h`, in the order of their arguments."""
-    tensors = (query, key, value, query if gate is None else gate, output)
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def size_arguments(query: torch.Tensor, lists: Lists, problem: Problem) -> tuple[int, ...]:
-    """How large it is: from `heads` to `kept_width`, in the order of their arguments."""
-    batch, _, heads, _ = query.shape
-    widths = (0 if x is None else x.shape[3] for x in (lists.tail, lists.kept))
-    return (heads, batch * heads, problem.grid.num_tiles, problem.top_k, *widths)
-
-
 def attend(
     work: Work,
     query: torch.Tensor,
@@ -304,17 +276,8 @@ def attend(
     lse: torch.Tensor,
     problem: Problem,
     launch: Launch,
-) -> bool:
-    """Write `output` `[B, S, H, D]` and `lse` fp32 `[B, H, S]` (natural logarithm) for the heads given.
-
-    Returns whether the rows of context queries are left to `attend_from_context`.
-    """
-    if launch.programs:
-        from . import specialised  # needs Gluon, which not every Triton has
-
-        if specialised.can_specialise(query, key, value, pooled, problem):
-            specialised.attend(work, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, launch)
-            return problem.num_context > 0
+) -> None:
+    """Write `output` `[B, S, H, D]` and `lse` fp32 `[B, H, S]` (natural logarithm) for the heads given."""
     batch, _, heads, _ = query.shape
     reach = lists.reach if query.dtype == torch.bfloat16 else None
     _launch(
@@ -329,7 +292,6 @@ def attend(
         problem,
         launch,
     )
-    return False
 
 
 def attend_from_context(
@@ -344,7 +306,7 @@ def attend_from_context(
     problem: Problem,
     launch: Launch,
 ) -> None:
-    """What `attend` leaves: the rows of context queries, dense, of all heads at a time."""
+    """What the Hopper kernel leaves: the rows of context queries, dense, of all heads at a time."""
     batch, _, heads, _ = query.shape
     walked = (indices, *[None] * 8)  # nothing is taken from a list, but there must be one
     sizes = (heads, batch * heads, problem.grid.num_tiles, problem.top_k, 0, 0)

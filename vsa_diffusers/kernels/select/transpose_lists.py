@@ -8,39 +8,20 @@ Shapes: B batch, H heads of this pass, P = B * H, N tiles, K kept tiles, W = cei
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import SLICED, grid_arguments, tile_box, tile_row
-from .lists import GROUP, append_tiles, tail_groups, tail_width, write_lists
-from .replay import Work
-from .rows import BACKWARD_SIZES
+from ...problem import Problem
+from ..arguments import full_tiles_and_groups, grid_arguments, tail_groups, tail_width
+from ..buffers import Keepers, Kept
+from ..primitives.geometry import SLICED, tile_box, tile_row
+from ..primitives.rows import BACKWARD_SIZES
+from ..primitives.tile_lists import GROUP, append_tiles, write_lists
+from ..recording import Work
 
 PART = 64  # list entries that a program takes at a time
 LINES = 32  # key tiles that a program puts in order
-
-
-class Kept(NamedTuple):
-    """Per head and query tile: the tiles it keeps."""
-
-    starts: torch.Tensor  # first row (or token) of every full tile kept, int32 [P, N, K]
-    tail: torch.Tensor | None  # every group of the partial tiles kept, as in `lists.py`, int64 [P, N, any]
-    counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
-    bits: torch.Tensor  # bit k % 32 of word k // 32 says whether key tile k is kept: int32 [P, W, N]
-
-
-class Keepers(NamedTuple):
-    """Per head and key tile: the query tiles that keep it."""
-
-    starts: torch.Tensor  # first row (or token) of every full one, int32 [P, K * full tiles]
-    tail: torch.Tensor | None  # every group of the partial ones, as in `lists.py`, int64 [P, K * groups]
-    counts: torch.Tensor  # full tiles, groups: int32 [P, N, 2]
-    offsets: torch.Tensor  # where the two lists of a key tile begin: int32 [P, N, 2]
-    order: torch.Tensor  # key tiles, those with the longest lists first: int32 [P, N]
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
@@ -236,7 +217,7 @@ def invert(work: Work, bits: torch.Tensor, problem: Problem, *, tiled: bool) -> 
     """The lists of the key tiles, from the bits of `Kept`."""
     places, words, num_tiles = bits.shape
     grid, top_k = problem.grid, problem.top_k
-    full_tiles, groups = _full_tiles_and_groups(problem)
+    full_tiles, groups = full_tiles_and_groups(problem)
     keepers = Keepers(
         starts=work.empty(bits, (places, top_k * full_tiles)),
         tail=work.empty(bits, (places, top_k * groups), torch.int64) if groups else None,
@@ -280,14 +261,3 @@ def invert(work: Work, bits: torch.Tensor, problem: Problem, *, tiled: bool) -> 
     )
     walk(keepers.offsets, keepers.starts, keepers.tail)
     return keepers
-
-
-def _full_tiles_and_groups(problem: Problem) -> tuple[int, int]:
-    """Full tiles of the grid, and the groups that all its partial tiles make together."""
-    grid = problem.grid
-    kinds = [(1, 1)]  # (tokens of a tile, how many tiles have them), one axis after another
-    for extent, block in zip(grid.video_shape, grid.block_size, strict=True):
-        sides = [(block, extent // block), (extent % block, 1)]
-        kinds = [(size * side, count * times) for size, count in kinds for side, times in sides if side * times]
-    full = sum(count for size, count in kinds if size == grid.tile_capacity)
-    return full, sum(-(-size // GROUP) * count for size, count in kinds if size < grid.tile_capacity)

@@ -16,10 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .attend import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
-from .geometry import unpack
-from .rows import block_offset
-from .specialised_common import (
+from ..primitives.geometry import unpack
+from ..primitives.rows import block_offset
+from ..primitives.softmax import FARTHEST, HEADROOM, LEAST_TOTAL, LN2
+from .common import (
     BOX,
     LOGITS,
     ROWS,

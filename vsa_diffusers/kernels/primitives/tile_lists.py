@@ -8,13 +8,9 @@ and which group of the tile it is from 24 on. `tail_rows` in `rows.py` reads the
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from ..tiles import TileGrid
 from .geometry import pack, unpack
 
 GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
@@ -124,21 +120,3 @@ def write_lists(
     if counts is not None:
         tl.store(counts + entry * 2, full_before)
         tl.store(counts + entry * 2 + 1, groups_before)
-
-
-def tail_groups(grid: TileGrid) -> dict[str, int]:
-    """What the kernels that write lists must know of partial tiles: how many groups the largest makes."""
-    return {"TAIL_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
-
-
-@functools.lru_cache(maxsize=256)
-def tail_width(problem: Problem) -> int:
-    """The most groups that the partial tiles of one list can have; 0 where every tile is full."""
-    grid = problem.grid
-    sizes, full = {1}, 1
-    for extent, block, tiles in zip(grid.video_shape, grid.block_size, grid.tiles_per_axis, strict=True):
-        last = extent - (tiles - 1) * block
-        sizes = {size * choice for size in sizes for choice in ({last} if tiles == 1 else {block, last})}
-        full *= extent // block
-    largest = max((size for size in sizes if size < grid.tile_capacity), default=0)
-    return -(-largest // GROUP) * min(problem.top_k, grid.num_tiles - full)

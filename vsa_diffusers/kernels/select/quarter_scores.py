@@ -7,85 +7,14 @@ Shapes: B batch, H heads of this pass, N tiles, D head_dim, M query tiles of a p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
-from .geometry import SIZES, quotient, workspace_width
-from .replay import Work
-from .tuning import power_of_two
-
-if TYPE_CHECKING:
-    from .pool import Pooled
-
-
-@triton.jit
-def quarter_of(slot, size, extent_h, extent_w, BLOCK: tl.constexpr):
-    """The quarter that each slot of a tile lies in, 0 to 3; -1 for slots beyond the last token."""
-    line = quotient(slot, extent_w)
-    h = line - quotient(slot, extent_w * extent_h) * extent_h
-    w = slot - line * extent_w
-    quarter = 2 * (h >= (BLOCK[1] + 1) // 2).to(tl.int32) + (w >= (BLOCK[2] + 1) // 2).to(tl.int32)
-    return tl.where(slot < size, quarter, -1)
-
-
-@triton.jit
-def _store_whole(x, quarters, log_counts, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Quarters of a full tile, which are where its rows lie: sums that hardly leave their threads."""
-    COUNT: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2] // 4
-    part = tl.arange(0, 4)
-    dim = tl.arange(0, BLOCK_D)
-    rows = tl.reshape(x.to(tl.float32), (BLOCK[0], 2, BLOCK[1] // 2, 2, BLOCK[2] // 2, BLOCK_D))
-    sums = tl.reshape(tl.sum(tl.sum(tl.sum(rows, 4), 2), 0), (4, BLOCK_D))
-    mean = (sums / COUNT).to(quarters.dtype.element_ty)
-    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, dim[None, :] < HEAD_DIM)
-    if log_counts is not None:
-        tl.store(log_counts + part, tl.log(tl.full((4,), COUNT, tl.float32)))
-
-
-@triton.jit
-def _store_any(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Quarters of any tile, given the one that each row lies in."""
-    part = tl.arange(0, 16)  # the least rows of a product, which needs fewer registers than four masked sums
-    dim = tl.arange(0, BLOCK_D)
-    member = part[:, None] == quarter[None, :]
-    count = tl.sum(member.to(tl.int32), 1)
-    sums = tl.dot(tl.where(member, 1.0, 0.0).to(x.dtype), x, input_precision="ieee")  # [16, D]
-    mean = (sums / tl.maximum(count, 1)[:, None]).to(quarters.dtype.element_ty)
-    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, (part[:, None] < 4) & (dim[None, :] < HEAD_DIM))
-    if log_counts is not None:
-        log_count = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
-        tl.store(log_counts + part, log_count, part < 4)
-
-
-@triton.jit
-def store_quarters(
-    x,
-    slot,
-    size,
-    extent_h,
-    extent_w,
-    quarters,
-    log_counts,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
-    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-    EVEN: tl.constexpr = (x.shape[0] == TILE) & (BLOCK_D == HEAD_DIM) & (BLOCK[1] % 2 == 0) & (BLOCK[2] % 2 == 0)
-    # Rows of 256 bytes are loaded so that sums stay within warps; with others they would cross them.
-    APART: tl.constexpr = (TILE <= 64) & (BLOCK_D == 128) & (x.dtype.primitive_bitwidth == 16)
-    to_do = True
-    if EVEN and APART:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
-        if size == TILE:
-            _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
-            to_do = False
-    if to_do:
-        quarter = quarter_of(slot, size, extent_h, extent_w, BLOCK)
-        _store_any(x, quarter, quarters, log_counts, HEAD_DIM, BLOCK_D)
+from ..arguments import power_of_two
+from ..buffers import Pooled
+from ..primitives.geometry import SIZES, workspace_width
+from ..recording import Work
 
 
 @triton.jit(do_not_specialize=SIZES)

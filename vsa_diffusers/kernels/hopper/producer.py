@@ -10,10 +10,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .attend import FARTHEST
-from .geometry import unpack
-from .rows import block_offset, tail_rows
-from .specialised_common import (
+from ..primitives.geometry import unpack
+from ..primitives.rows import block_offset, tail_rows
+from ..primitives.softmax import FARTHEST
+from .common import (
     BOX,
     COLUMNS,
     ROWS,

@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .prepare import Prepared
-from .replay import Work
-from .rows import BACKWARD_SIZES
-from .tuning import power_of_two
+from ..arguments import power_of_two
+from ..buffers import Prepared
+from ..primitives.geometry import SIZES, workspace_width
+from ..primitives.rows import BACKWARD_SIZES
+from ..recording import Work
 
 
 @triton.jit
@@ -22,6 +23,61 @@ def _means(base, tile, num_tiles, dim, HEAD_DIM: tl.constexpr):
     """Rows of tiles, fp32 `[tiles, BLOCK_D]`, 0 beyond the last one."""
     mask = (tile[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
     return tl.load(base + tile[:, None] * HEAD_DIM + dim[None, :], mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scores_kernel(
+    means,
+    scores,
+    coarse,
+    first_row,
+    batch_heads,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, width]`, from row `first_row` of all."""
+    blocks = tl.cdiv(num_tiles, BLOCK_M)
+    task = first_row // BLOCK_M + tl.program_id(0)
+    place = (task // blocks).to(tl.int64)
+    block = task % blocks
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    length = num_tiles * HEAD_DIM
+    mean_query = means + place * length
+    mean_key = mean_query + batch_heads.to(tl.int64) * length
+    mean_value = mean_key + batch_heads.to(tl.int64) * length
+    own = row[:, None] * HEAD_DIM + dim[None, :]
+    own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+    q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
+    lane = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, num_tiles, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        at = column[:, None] * HEAD_DIM + dim[None, :]
+        mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
+        k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if scores is not None:
+            to = lane[:, None] * workspace_width(num_tiles) + column[None, :]
+            tl.store(scores + to, s, column[None, :] < num_tiles)
+        if coarse is not None:
+            s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
+            v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
+            new_highest = tl.maximum(highest, tl.max(s, 1))
+            p = tl.exp(s - new_highest[:, None])
+            shrink = tl.exp(highest - new_highest)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+            highest = new_highest
+    if coarse is not None:
+        tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)

@@ -1,4 +1,4 @@
-"""The loops of the sparse kernel over the video's keys, and the softmax step that they share.
+"""The loops of the sparse kernel over the video's keys.
 
 M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
 """
@@ -7,34 +7,7 @@ import triton
 import triton.language as tl
 
 from .rows import list_start, load_rows, tail_rows
-
-
-@triton.jit
-def softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the softmax in base 2; `bias` is added to the logits, `None` for full keys.
-
-    Bounded logits are taken relative to a fixed `highest`: there is no maximum to find and nothing to shrink, and since
-    nothing but the product touches the accumulator, the next step's products queue up behind it.
-    """
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, K_N]
-    if BOUNDED:
-        shift = -highest[:, None]
-        if bias is not None:
-            shift = bias[None, :] - highest[:, None]
-        p = tl.math.exp2(tl.fma(s, scale, shift))
-        total += tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    else:
-        s = s * scale
-        if bias is not None:
-            s += bias[None, :]
-        new_highest = tl.maximum(highest, tl.max(s, 1))
-        p = tl.math.exp2(s - new_highest[:, None])
-        shrink = tl.math.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new_highest
-    return highest, total, acc
+from .softmax import softmax_step
 
 
 @triton.jit

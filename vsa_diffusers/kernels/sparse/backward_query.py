@@ -12,16 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import grid_arguments
-from .invert import Kept
-from .lists import GROUP
-from .pool import Pooled
-from .prepare import Prepared
-from .replay import Work
-from .rows import (
+from ...problem import Problem
+from ..arguments import grid_arguments, power_of_two, tiled_sources
+from ..buffers import Kept, Pooled, Prepared
+from ..plans import TAIL, Launch
+from ..primitives.rows import (
     BACKWARD_SIZES,
-    TAIL,
     block_offset,
     list_start,
     load_rows,
@@ -29,9 +25,9 @@ from .rows import (
     rows_of,
     tail_rows,
     task_of,
-    tiled_sources,
 )
-from .tuning import Launch, power_of_two
+from ..primitives.tile_lists import GROUP
+from ..recording import Work
 
 
 @triton.jit

@@ -5,31 +5,83 @@ Shapes: B batch, S sequence, H heads of this pass, N tiles, V video tokens, D he
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import SIZES, grid_arguments, slot_offset, tile_box, tile_row
-from .lists import store_box
-from .quarters import store_quarters
-from .replay import Work
-from .tuning import power_of_two
+from ...problem import Problem
+from ..arguments import grid_arguments, power_of_two
+from ..buffers import Pooled
+from ..primitives.geometry import SIZES, quotient, slot_offset, tile_box, tile_row
+from ..primitives.tile_lists import store_box
+from ..recording import Work
 
 
-class Pooled(NamedTuple):
-    """What the pass leaves behind; `None` where nobody asked for it."""
+@triton.jit
+def quarter_of(slot, size, extent_h, extent_w, BLOCK: tl.constexpr):
+    """The quarter that each slot of a tile lies in, 0 to 3; -1 for slots beyond the last token."""
+    line = quotient(slot, extent_w)
+    h = line - quotient(slot, extent_w * extent_h) * extent_h
+    w = slot - line * extent_w
+    quarter = 2 * (h >= (BLOCK[1] + 1) // 2).to(tl.int32) + (w >= (BLOCK[2] + 1) // 2).to(tl.int32)
+    return tl.where(slot < size, quarter, -1)
 
-    means: torch.Tensor  # fp32 [query and key (and value), B, H, N, D]
-    proxies: torch.Tensor | None  # key and value means in the dtype of the inputs, [2, B, H, N, D]
-    rows: torch.Tensor | None  # key and value in tile order, [2, B * H, V, D]
-    log_size: torch.Tensor | None  # log2 of the tile sizes, fp32 [N rounded up to 64], undefined beyond the last tile
-    longest: torch.Tensor  # norm of the longest row of each tile, fp32 [query and key, B, H, N]
-    quarters: torch.Tensor | None  # means of their quarters in the dtype of the inputs, [query and key, B, H, N, 4, D]
-    log_counts: torch.Tensor | None  # logarithm of the tokens in each quarter, fp32 [N, 4]
-    boxes: torch.Tensor  # first row (or token) of every tile, and its extents, as in `store_box`, int64 [N]
+
+@triton.jit
+def _store_whole(x, quarters, log_counts, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Quarters of a full tile, which are where its rows lie: sums that hardly leave their threads."""
+    COUNT: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2] // 4
+    part = tl.arange(0, 4)
+    dim = tl.arange(0, BLOCK_D)
+    rows = tl.reshape(x.to(tl.float32), (BLOCK[0], 2, BLOCK[1] // 2, 2, BLOCK[2] // 2, BLOCK_D))
+    sums = tl.reshape(tl.sum(tl.sum(tl.sum(rows, 4), 2), 0), (4, BLOCK_D))
+    mean = (sums / COUNT).to(quarters.dtype.element_ty)
+    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, dim[None, :] < HEAD_DIM)
+    if log_counts is not None:
+        tl.store(log_counts + part, tl.log(tl.full((4,), COUNT, tl.float32)))
+
+
+@triton.jit
+def _store_any(x, quarter, quarters, log_counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Quarters of any tile, given the one that each row lies in."""
+    part = tl.arange(0, 16)  # the least rows of a product, which needs fewer registers than four masked sums
+    dim = tl.arange(0, BLOCK_D)
+    member = part[:, None] == quarter[None, :]
+    count = tl.sum(member.to(tl.int32), 1)
+    sums = tl.dot(tl.where(member, 1.0, 0.0).to(x.dtype), x, input_precision="ieee")  # [16, D]
+    mean = (sums / tl.maximum(count, 1)[:, None]).to(quarters.dtype.element_ty)
+    tl.store(quarters + part[:, None] * HEAD_DIM + dim[None, :], mean, (part[:, None] < 4) & (dim[None, :] < HEAD_DIM))
+    if log_counts is not None:
+        log_count = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+        tl.store(log_counts + part, log_count, part < 4)
+
+
+@triton.jit
+def store_quarters(
+    x,
+    slot,
+    size,
+    extent_h,
+    extent_w,
+    quarters,
+    log_counts,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
+    TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
+    EVEN: tl.constexpr = (x.shape[0] == TILE) & (BLOCK_D == HEAD_DIM) & (BLOCK[1] % 2 == 0) & (BLOCK[2] % 2 == 0)
+    # Rows of 256 bytes are loaded so that sums stay within warps; with others they would cross them.
+    APART: tl.constexpr = (TILE <= 64) & (BLOCK_D == 128) & (x.dtype.primitive_bitwidth == 16)
+    to_do = True
+    if EVEN and APART:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
+        if size == TILE:
+            _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
+            to_do = False
+    if to_do:
+        quarter = quarter_of(slot, size, extent_h, extent_w, BLOCK)
+        _store_any(x, quarter, quarters, log_counts, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
