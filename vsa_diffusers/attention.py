@@ -174,7 +174,7 @@ def _forward_again(call: Hashable, query, key, value, gate) -> torch.Tensor | No
         return None
     from . import kernels
 
-    return kernels.forward_again(call, query, key, value, gate)
+    return kernels.repeat_forward(call, query, key, value, gate)
 
 
 _fitting_block_size = functools.lru_cache(maxsize=256)(fitting_block_size)

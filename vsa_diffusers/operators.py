@@ -197,7 +197,7 @@ def _runs_triton(implementation: str, query: torch.Tensor, problem: Problem) -> 
     if importlib.util.find_spec("triton") is not None:
         from . import kernels
 
-        reason = kernels.why_not(query, problem.grid.num_tiles)
+        reason = kernels.unsupported_reason(query, problem.grid.num_tiles)
     if reason is not None and implementation == "triton":
         raise RuntimeError(f'implementation="triton": the kernels cannot run here: {reason}')
     return reason is None

@@ -20,7 +20,7 @@ from vsa_diffusers.kernels.support import can_describe, device_of
 from vsa_diffusers.kernels.tuning import LAYOUTS
 
 SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)
-IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3, parts=2)  # the specialised kernel, where it can run
+IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3, sync_chunks=2)  # the specialised kernel, where it can run
 
 CONTEXT = replace(JOINT, head_dim=64, dtype=torch.bfloat16)
 

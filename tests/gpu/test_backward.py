@@ -39,13 +39,13 @@ SPREADS = [case if case.tolerance else replace(case, tolerance=4e-3 * case.sprea
 SMALL = [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES, *DIM_CASES, *STRIDE_CASES, *SPREADS]
 MEDIUM = Case(video_shape=(9, 18, 22), top_k=20, combine="merge", head_dim=128, dtype=torch.bfloat16, heads=2)
 KERNELS = (
-    backward_preprocess.prepare_kernel,
-    transpose_lists.restore_kernel,
-    transpose_lists.invert_kernel,
-    transpose_lists.order_kernel,
-    backward_query.query_gradient_kernel,
-    backward_key.key_gradient_kernel,
-    backward_pooled.proxy_gradient_kernel,
+    backward_preprocess.backward_preprocess_kernel,
+    transpose_lists.rebuild_lists_kernel,
+    transpose_lists.transpose_lists_kernel,
+    transpose_lists.order_lists_kernel,
+    backward_query.dq_kernel,
+    backward_key.dkdv_kernel,
+    backward_pooled.pooled_dkdv_kernel,
     coarse.coarse_kernel,
     coarse.coarse_gradient_kernel,
 )

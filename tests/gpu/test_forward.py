@@ -19,7 +19,7 @@ from checks import (
     STRIDE_CASES,
     Case,
     check,
-    check_keeping_in_step,
+    check_chunk_sync,
     check_output_alone,
     check_rows_far_below_their_bound,
     expected,
@@ -86,13 +86,13 @@ def specialised(monkeypatch):
 
     launch.replays.clear()  # what is replayed is not called
     calls = []
-    specialised_attend = hopper.specialised_attend
+    hopper_forward = hopper.hopper_forward
 
     def count(*arguments):
         calls.append(arguments)
-        specialised_attend(*arguments)
+        hopper_forward(*arguments)
 
-    monkeypatch.setattr(hopper, "specialised_attend", count)
+    monkeypatch.setattr(hopper, "hopper_forward", count)
     return calls
 
 
@@ -115,7 +115,7 @@ def test_the_specialised_kernel_matches_fp64(head_dim, combine, layout, block_si
 def test_the_specialised_kernel_takes_context_tokens(
     combine, layout, head_dim, before, after, masked, spread, specialised
 ):
-    form = {"layout": layout, "head_dim": head_dim, "spread": spread, "programs": 7, "parts": 3}
+    form = {"layout": layout, "head_dim": head_dim, "spread": spread, "programs": 7, "sync_chunks": 3}
     check(replace(MEDIUM, combine=combine, batch=2, before=before, after=after, masked=masked, **form), "cuda")
     assert specialised
 
@@ -135,7 +135,7 @@ def test_the_output_alone_is_the_same_beside_context_tokens(combine, specialised
 @pytest.mark.parametrize(("layout", "video_shape"), [("descriptor", (18, 34, 42)), ("direct", (16, 32, 40))])
 def test_keeping_in_step_changes_no_bit(layout, video_shape, programs, spread, specialised):
     form = {"layout": layout, "video_shape": video_shape, "programs": programs}
-    check_keeping_in_step(replace(MEDIUM, heads=6, combine="gate", spread=spread, **form), (1, 2, 5, 20), "cuda")
+    check_chunk_sync(replace(MEDIUM, heads=6, combine="gate", spread=spread, **form), (1, 2, 5, 20), "cuda")
 
 
 @pytest.mark.parametrize("combine", ["gate", "sparse"])
@@ -270,7 +270,7 @@ def test_the_host_never_waits():
 
 @pytest.mark.parametrize("shapes", [[(8, 16, 20), (8, 20, 24), (12, 24, 28)], [(9, 18, 22), (5, 21, 35), (10, 17, 29)]])
 def test_a_new_size_compiles_nothing(shapes):
-    kernels = (pool.pool_kernel, coarse.scores_kernel, top_k.top_k_kernel, sparse.attend_kernel)
+    kernels = (pool.pool_kernel, coarse.scores_kernel, top_k.top_k_kernel, sparse.sparse_forward_kernel)
 
     def compiled():
         return [len(kernel.device_caches[0][0]) for kernel in kernels]

@@ -38,24 +38,24 @@ KERNELS = {
     "scores": coarse.scores_kernel,
     "quarter scores": quarter_scores.quarter_scores_kernel,
     "top_k": top_k.top_k_kernel,
-    "attend": sparse_forward.attend_kernel,
+    "sparse forward": sparse_forward.sparse_forward_kernel,
 }
 if importlib.util.find_spec("triton.experimental.gluon") is not None:
-    from vsa_diffusers.kernels.hopper.forward import specialised_kernel
+    from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel
 
-    KERNELS["specialised"] = specialised_kernel
+    KERNELS["hopper forward"] = hopper_forward_kernel
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 BACKWARD_KERNELS = {
     "coarse": coarse.coarse_kernel,
     "coarse gradient": coarse.coarse_gradient_kernel,
-    "prepare": backward_preprocess.prepare_kernel,
-    "restore": transpose_lists.restore_kernel,
-    "invert": transpose_lists.invert_kernel,
-    "order": transpose_lists.order_kernel,
-    "query gradient": backward_query.query_gradient_kernel,
-    "proxy gradient": backward_pooled.proxy_gradient_kernel,
-    "key gradient": backward_key.key_gradient_kernel,
+    "backward preprocess": backward_preprocess.backward_preprocess_kernel,
+    "rebuild lists": transpose_lists.rebuild_lists_kernel,
+    "transpose lists": transpose_lists.transpose_lists_kernel,
+    "order lists": transpose_lists.order_lists_kernel,
+    "dq": backward_query.dq_kernel,
+    "pooled dkdv": backward_pooled.pooled_dkdv_kernel,
+    "dkdv": backward_key.dkdv_kernel,
 }
 
 
@@ -103,7 +103,7 @@ def target_of(name: int | str) -> GPUTarget:
     return GPUTarget("cuda", name, 32) if isinstance(name, int) else GPUTarget("hip", name, 64)
 
 
-def device_of(name: int | str) -> Device:
+def target_device(name: int | str) -> Device:
     if isinstance(name, str):
         return Device()
     return Device((name // 10, name % 10), descriptors=HAS_DESCRIPTORS and name >= 90)
@@ -113,7 +113,7 @@ def device_of(name: int | str) -> Device:
 def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
     saved = triton.runtime.driver, dict(vars(triton.runtime.driver)), support.device_of
     triton.runtime.driver.set_active(_Driver(target_of(name)))
-    support.device_of = lambda index: device_of(name)
+    support.device_of = lambda index: target_device(name)
     try:
         for label, kernel in {**KERNELS, **BACKWARD_KERNELS}.items():
 

@@ -22,7 +22,7 @@ from interpreter import bfloat16_products
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, tuning
-from vsa_diffusers.kernels.recording import Work
+from vsa_diffusers.kernels.recording import Launcher
 from vsa_diffusers.kernels.select import coarse, top_k
 from vsa_diffusers.kernels.select.pool import pool
 from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
@@ -64,7 +64,7 @@ def test_tiles_that_score_alike_are_kept_from_the_left():
     assert (indices == torch.arange(5)).all()
 
 
-class _GivenScores(Work):
+class _GivenScores(Launcher):
     """Launches as `Work` does, but puts scores of the test's own into the workspace."""
 
     def __init__(self, scores):
@@ -91,11 +91,11 @@ def test_the_highest_scores_are_kept_however_they_are_distributed(count):
     normal[30:35, 3] = float("inf")
     normal[35] = 3.0
     problem = Problem(grid, count, "sparse", 1.0)
-    work = _GivenScores(normal)
+    launcher = _GivenScores(normal)
     x = torch.randn(1, grid.num_tokens, 1, 16)
     indices = torch.full((1, 1, 45, count), -1, dtype=torch.int32)
-    pooled = pool(work, x, x, x, problem, tiled=True)
-    top_k.select(work, pooled, indices, problem, tiled=True, precision="ieee", step=32)
+    pooled = pool(launcher, x, x, x, problem, tiled=True)
+    top_k.select(launcher, pooled, indices, problem, tiled=True, precision="ieee", step=32)
     in_order = torch.where(torch.signbit(normal) & (normal == 0), -1e-45, normal)  # -0 orders below 0 here
     right = in_order.sort(descending=True, stable=True).indices[:, :count].sort().values
     assert indices[0, 0].equal(right.int())

@@ -10,7 +10,7 @@ from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, fo
 from oracle import relative_error
 from vsa_diffusers import operators, video_sparse_attention
 from vsa_diffusers.kernels import forward, launch, support, tuning
-from vsa_diffusers.kernels.recording import Recording, Replay, Replays
+from vsa_diffusers.kernels.recording import Recorder, Replay, Replays
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -117,7 +117,7 @@ def test_only_the_latest_kinds_of_calls_are_remembered(replays):
 
 def test_memory_that_was_freed_is_given_out_again_and_memory_in_use_is_not():
     like = torch.empty(0)
-    recording = Recording([like])
+    recording = Recorder([like])
     first, second = recording.empty(like, (1000,)), recording.empty(like, (1000,))
     recording.free(first)
     third = recording.empty(like, (500,))

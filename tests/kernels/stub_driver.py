@@ -63,7 +63,7 @@ def hopper_stub():
     with (
         mock.patch.object(launch, "may_replay", _yes),
         mock.patch.object(support, "device_of", _hopper),
-        mock.patch("vsa_diffusers.kernels.why_not", _nothing),
+        mock.patch("vsa_diffusers.kernels.unsupported_reason", _nothing),
     ):
         yield driver
     vars(triton.runtime.driver).update(saved)

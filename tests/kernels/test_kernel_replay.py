@@ -24,7 +24,7 @@ from vsa_diffusers.kernels import backward, forward, launch, tuning
 from vsa_diffusers.kernels.plans import Launch
 from vsa_diffusers.kernels.recording import Replays
 from vsa_diffusers.kernels.select.pool import pool_kernel
-from vsa_diffusers.kernels.sparse.forward import attend_kernel
+from vsa_diffusers.kernels.sparse.forward import sparse_forward_kernel
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -103,7 +103,7 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
     assert len(first) == 9
     assert first == second
     (name, _, second_head), (last, *_) = first[-2:]
-    assert (name, last) == ("specialised_kernel", "attend_kernel")  # the last for context queries
+    assert (name, last) == ("hopper_forward_kernel", "sparse_forward_kernel")  # the last for context queries
     head_bytes = 2 * 128
     token_bytes = 2 * head_bytes
     for argument, tensor in (("query", "q"), ("gate", "g"), ("output", "output")):
@@ -114,16 +114,16 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
 def test_a_new_size_compiles_no_other_specialised_kernel(driver):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         pytest.skip("runs with a Triton that has Gluon")
-    from vsa_diffusers.kernels.hopper.forward import specialised_kernel
+    from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel
 
-    def call(video_shape, top_k, before, after, parts):
+    def call(video_shape, top_k, before, after, sync_chunks):
         grid = TileGrid(video_shape, (4, 4, 4))
         query = torch.empty(1, grid.num_tokens + before + after, 2, 128, dtype=torch.bfloat16)
-        hopper = Launch("descriptor", stages=3, programs=264, parts=parts)
+        hopper = Launch("descriptor", stages=3, programs=264, sync_chunks=sync_chunks)
         forward(query, query, query, query, None, Problem(grid, top_k, "gate", 0.1, before, after), hopper)
 
     def variants():
-        return len(specialised_kernel.device_caches[driver.get_current_device()][0])
+        return len(hopper_forward_kernel.device_caches[driver.get_current_device()][0])
 
     call((8, 8, 12), 3, 2, 5, 1)
     assert variants() == 1
@@ -138,7 +138,7 @@ def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
         forward(query, query, query, None, None, Problem(TileGrid(video_shape, (4, 4, 4)), 2, "sum", 0.1))
 
     def variants():
-        kernels = (attend_kernel, pool_kernel)
+        kernels = (sparse_forward_kernel, pool_kernel)
         return [len(kernel.device_caches[driver.get_current_device()][0]) for kernel in kernels]
 
     call(8, 8, 8)

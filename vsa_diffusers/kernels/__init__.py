@@ -2,7 +2,7 @@
 
 from .backward import backward
 from .forward import forward
-from .launch import forward_again
-from .support import why_not
+from .launch import repeat_forward
+from .support import unsupported_reason
 
-__all__ = ["backward", "forward", "forward_again", "why_not"]
+__all__ = ["backward", "forward", "repeat_forward", "unsupported_reason"]

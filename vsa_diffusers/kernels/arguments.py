@@ -8,7 +8,7 @@ import torch
 
 from ..problem import Problem
 from ..tiles import TileGrid
-from .buffers import Lists, Pooled
+from .buffers import PooledTiles, SelectedTiles
 from .plans import Launch
 from .primitives.tile_lists import GROUP
 
@@ -27,10 +27,10 @@ def grid_arguments(grid: TileGrid) -> tuple[object, ...]:
     return (*grid.video_shape, *grid.tiles_per_axis[1:], grid.block_size)
 
 
-def list_arguments(pooled: Pooled, lists: Lists) -> tuple[torch.Tensor | None, ...]:
+def list_arguments(pooled: PooledTiles, lists: SelectedTiles) -> tuple[torch.Tensor | None, ...]:
     """What both sparse kernels walk: from `starts` to `longest`, in the order of their arguments."""
-    walked = (lists.starts, lists.tail, lists.counts, lists.kept)
-    return (*walked, pooled.proxies, pooled.log_size, pooled.longest)
+    walked = (lists.full_tile_starts, lists.partial_groups, lists.list_lengths, lists.selected_bits)
+    return (*walked, pooled.pooled_kv, pooled.log_size, pooled.max_norm)
 
 
 def stride_arguments(
@@ -41,10 +41,10 @@ def stride_arguments(
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def size_arguments(query: torch.Tensor, lists: Lists, problem: Problem) -> tuple[int, ...]:
+def size_arguments(query: torch.Tensor, lists: SelectedTiles, problem: Problem) -> tuple[int, ...]:
     """How large it is: from `heads` to `kept_width`, in the order of their arguments."""
     batch, _, heads, _ = query.shape
-    widths = (0 if x is None else x.shape[3] for x in (lists.tail, lists.kept))
+    widths = (0 if x is None else x.shape[3] for x in (lists.partial_groups, lists.selected_bits))
     return (heads, batch * heads, problem.grid.num_tiles, problem.top_k, *widths)
 
 
@@ -73,13 +73,13 @@ def has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
     )
 
 
-def tail_groups(grid: TileGrid) -> dict[str, int]:
+def group_constants(grid: TileGrid) -> dict[str, int]:
     """What the kernels that write lists must know of partial tiles: how many groups the largest makes."""
-    return {"TAIL_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
+    return {"MAX_GROUPS": -(-(grid.tile_capacity - 1) // GROUP), "GROUP": GROUP}
 
 
 @functools.lru_cache(maxsize=256)
-def tail_width(problem: Problem) -> int:
+def partial_width(problem: Problem) -> int:
     """The most groups that the partial tiles of one list can have; 0 where every tile is full."""
     grid = problem.grid
     sizes, full = {1}, 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from ..problem import Problem
-from .recording import Replay, Replays, Tensors, Work
+from .recording import Launcher, Replay, Replays, Tensors
 from .support import INTERPRETED
 
 ALREADY_CURRENT = contextlib.nullcontext()
@@ -16,7 +16,7 @@ replays = Replays()
 
 
 def launch_or_replay(
-    what: str, tensors: Tensors, problem: Problem, launch: object, launch_all: Callable[[Work, Tensors], None]
+    what: str, tensors: Tensors, problem: Problem, launch: object, launch_all: Callable[[Launcher, Tensors], None]
 ) -> Replay | None:
     """Run `launch_all` on the device of `tensors`, or, on a GPU that has seen such a call, what it launched then.
 
@@ -27,11 +27,11 @@ def launch_or_replay(
     with on_device(query.device):
         if may_replay(query):
             return replays.run((what, problem, launch), tensors, launch_all)
-        launch_all(Work(), tensors)
+        launch_all(Launcher(), tensors)
         return None
 
 
-def forward_again(
+def repeat_forward(
     call: Hashable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The output of `forward` for a call that it has recorded, without a look at anything else; `None` if it has not.
@@ -72,11 +72,11 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device)
 
 
-def words_of(mask: torch.Tensor) -> torch.Tensor:
+def mask_to_int32(mask: torch.Tensor) -> torch.Tensor:
     """A mask in 32-bit words: loads of 8 bits make Triton lay out 16-bit operands a second time."""
     return mask.to(torch.int32).contiguous()
 
 
-def dense_rows(x: torch.Tensor) -> torch.Tensor:
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """The kernels take any strides but one: the elements of a head lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

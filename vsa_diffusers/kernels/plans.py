@@ -8,7 +8,9 @@ import torch
 
 from ..problem import Problem
 
-TAIL = 32  # rows that the shorter loops take in one step, at most: they must not hold registers from the main one
+PARTIAL_ROWS = (
+    32  # rows that the shorter loops take in one step, at most: they must not hold registers from the main one
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Launch:
     stages: int = 2
     keys: int = 64
     registers: int | None = None
-    tail_stages: int = 1
+    partial_stages: int = 1
     programs: int = 0
-    parts: int = 0
+    sync_chunks: int = 0
 
     @property
     def options(self) -> dict[str, int]:
@@ -47,7 +49,7 @@ class Launch:
 class Plan:
     """How one call runs: the sparse kernel's launch, and what the other kernels need to know of the device."""
 
-    attend: Launch
+    sparse: Launch
     heads: int  # heads that go through all kernels at a time
     precision: str  # of the products between tile means
     step: int  # tile means that those take at a time

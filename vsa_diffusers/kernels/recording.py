@@ -18,21 +18,21 @@ ALIGNMENT = 512  # bytes, as PyTorch's allocator for CUDA devices aligns
 Tensors = Sequence[Any]  # those of a call, `None` for an optional one that was not given
 
 
-class Work:
+class Launcher:
     """Where the kernels of one call get their memory, and how they are launched: one by one, as they come."""
 
     def empty(self, like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory on the device of `like`, and of its dtype unless told otherwise, until `free` or `end_part`."""
         return like.new_empty(shape, dtype=dtype)
 
-    def parts(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
+    def slices(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
         """Some of the heads or tokens of the call's own tensors, of memory from `empty`, or of parts of those."""
         return [None if x is None else x[(slice(None),) * axis + (part,)] for x in tensors]
 
     def free(self, *tensors: torch.Tensor | None) -> None:
         """What follows may overwrite these."""
 
-    def end_part(self) -> None:
+    def release_all(self) -> None:
         """What follows may overwrite everything that came from `empty`."""
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
@@ -43,15 +43,15 @@ class Work:
 # Plain tuples: they are unpacked several times as fast as named ones.
 # Where an argument's memory lies: its number; which of the call's tensors or, after those, the workspace; bytes from
 # the start of that; and the tensor or descriptor as it was recorded, without its memory.
-Place = tuple[int, int, int, Any]
+Binding = tuple[int, int, int, Any]
 # One launch: what takes all arguments in the kernel's own order, those, and which of them are pointers and descriptors.
-Step = tuple[Callable[..., object], list[object], list[Place], list[Place]]
+RecordedLaunch = tuple[Callable[..., object], list[object], list[Binding], list[Binding]]
 
 
 class Replay:
     """The launches of a call that was recorded, for other tensors of the same dtypes, shapes, strides and alignment."""
 
-    def __init__(self, steps: list[Step], workspace_bytes: int, interpreted: bool):
+    def __init__(self, steps: list[RecordedLaunch], workspace_bytes: int, interpreted: bool):
         self.steps = steps
         self.workspace_bytes = workspace_bytes
         self.interpreted = interpreted
@@ -62,16 +62,16 @@ class Replay:
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
         if self.interpreted:
             return self._interpret([*tensors, workspace])
-        starts = [0 if x is None else x.data_ptr() for x in tensors]
-        starts.append(workspace.data_ptr())
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        addresses.append(workspace.data_ptr())
         # Looked up once for all launches; each would look up device and stream anew.
         stream = triton.runtime.driver.active.get_current_stream(device.index)
         for run, recorded, pointers, descriptors in self.steps:
             arguments = recorded.copy()
             for argument, tensor, offset, _ in pointers:
-                arguments[argument] = starts[tensor] + offset
+                arguments[argument] = addresses[tensor] + offset
             for argument, tensor, offset, descriptor in descriptors:
-                arguments[argument] = _moved(descriptor, _Address(starts[tensor] + offset))
+                arguments[argument] = _moved(descriptor, _Address(addresses[tensor] + offset))
             run(*arguments, stream=stream)
         return None
 
@@ -116,18 +116,18 @@ class _Address:
         return self.address
 
 
-class Recording(Work):
+class Recorder(Launcher):
     """Launches as `Work` does, and notes what a `Replay` needs. `tensors` are the call's own, inputs and outputs."""
 
     def __init__(self, tensors: Tensors):
         # Tensors are told apart by identity: their memory may overlap, where query, key and value are one projection.
         self.tensors = [None if x is None else x.detach() for x in tensors]
         self.workspace = len(self.tensors)
-        self.places = {id(x): (index, 0) for index, x in enumerate(self.tensors)}
+        self.bindings = {id(x): (index, 0) for index, x in enumerate(self.tensors)}
         self.views: list[object] = []  # keeps what `places` tells apart alive
         self.rooms: dict[int, tuple[torch.Tensor, int, int]] = {}  # tensor in the workspace, its start and end
         self.workspace_bytes = 0
-        self.steps: list[Step] = []
+        self.steps: list[RecordedLaunch] = []
         self.interpreted = False
 
     def empty(self, like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -142,20 +142,20 @@ class Recording(Work):
         self.workspace_bytes = max(self.workspace_bytes, start + size)
         return x
 
-    def parts(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
-        parts = super().parts(tensors, axis, part)
-        for whole, some in zip(tensors, parts, strict=True):
+    def slices(self, tensors: Tensors, axis: int, part: slice) -> list[Any]:
+        slices = super().slices(tensors, axis, part)
+        for whole, some in zip(tensors, slices, strict=True):
             if whole is not None and some is not None:
-                index, offset = self._place(whole)
-                self.places[id(some)] = index, offset + some.data_ptr() - whole.data_ptr()
-        self.views += parts
-        return parts
+                index, offset = self._binding_of(whole)
+                self.bindings[id(some)] = index, offset + some.data_ptr() - whole.data_ptr()
+        self.views += slices
+        return slices
 
     def free(self, *tensors: torch.Tensor | None) -> None:
         for x in tensors:
             self.rooms.pop(id(x), None)
 
-    def end_part(self) -> None:
+    def release_all(self) -> None:
         self.rooms.clear()
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
@@ -166,20 +166,20 @@ class Recording(Work):
         pointers, descriptors = [], []
         for index, argument in enumerate(ordered):
             if isinstance(argument, torch.Tensor):
-                pointers.append((index, *self._place(argument), _form(argument)))
+                pointers.append((index, *self._binding_of(argument), _form(argument)))
                 ordered[index] = None
             elif hasattr(argument, "block_shape"):
                 form = _moved(argument, _form(argument.base))
-                descriptors.append((index, *self._place(argument.base), form))
+                descriptors.append((index, *self._binding_of(argument.base), form))
                 ordered[index] = None
         self.interpreted = not isinstance(kernel, triton.runtime.JITFunction)
         run = kernel[grid] if self.interpreted else compiled[(*grid, 1, 1)[:3]]
         self.steps.append((run, ordered, pointers, descriptors))
 
-    def _place(self, x: torch.Tensor) -> tuple[int, int]:
+    def _binding_of(self, x: torch.Tensor) -> tuple[int, int]:
         """Which tensor `x` belongs to, and bytes from there. Memory from `empty` is never shared, so addresses tell."""
-        if id(x) in self.places:
-            return self.places[id(x)]
+        if id(x) in self.bindings:
+            return self.bindings[id(x)]
         if id(x) in self.rooms:
             return self.workspace, self.rooms[id(x)][1]
         for whole, start, _ in self.rooms.values():
@@ -206,7 +206,7 @@ class Replays:
         self.known: dict[Hashable, Replay] = {}
         self.lock = threading.Lock()
 
-    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Work, Tensors], None]) -> Replay:
+    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Launcher, Tensors], None]) -> Replay:
         """`launch_all` the first time that `key` is seen; from then on what it did, again for these tensors.
 
         Args:
@@ -218,7 +218,7 @@ class Replays:
         if replay is not None:
             replay.run(tensors)
             return replay
-        recording = Recording(tensors)
+        recording = Recorder(tensors)
         launch_all(recording, recording.tensors)
         replay = recording.replay()
         self.remember(key, tensors, replay)

@@ -61,7 +61,7 @@ def is_recent_triton() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= MIN_TRITON
 
 
-def why_not(query: torch.Tensor, num_tiles: int) -> str | None:
+def unsupported_reason(query: torch.Tensor, num_tiles: int) -> str | None:
     """Why the Triton kernels cannot take `query` `[B, S, H, D]`, with what to do instead; `None` if they can."""
     return next(_obstacles(query, num_tiles), None)
 

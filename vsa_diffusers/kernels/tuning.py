@@ -38,8 +38,8 @@ _TABLE[12] = _TABLE[8]
 LONG_SEQUENCE = 8192
 # Programs of the specialised kernel wait for one another before each of at most so many parts of their lists, of at
 # least so many tiles on long sequences and on short ones: then they read the same keys at about the same time.
-MOST_PARTS = 8
-LONG_PART, SHORT_PART = 16, 9
+MAX_SYNC_CHUNKS = 8
+LONG_CHUNK, SHORT_CHUNK = 16, 9
 
 
 def plan(
@@ -79,15 +79,15 @@ def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_st
     if capacity > 64:
         launch = replace(launch, warps=8, stages=min(launch.stages, 2))
     if specialised:
-        parts = parts_of(problem.top_k, is_long)
-        launch = replace(launch, programs=PROGRAMS[dim] * device.processors, parts=parts)
+        sync_chunks = sync_chunks_of(problem.top_k, is_long)
+        launch = replace(launch, programs=PROGRAMS[dim] * device.processors, sync_chunks=sync_chunks)
     return launch
 
 
-def parts_of(top_k: int, is_long: bool) -> int:
+def sync_chunks_of(top_k: int, is_long: bool) -> int:
     """Into how many parts programs that keep in step divide a list of `top_k` tiles; 0 where they need not."""
-    parts = min(MOST_PARTS, top_k // (LONG_PART if is_long else SHORT_PART))
-    return parts if is_long or parts > 1 else 0  # on short sequences to begin together is not worth a wait
+    sync_chunks = min(MAX_SYNC_CHUNKS, top_k // (LONG_CHUNK if is_long else SHORT_CHUNK))
+    return sync_chunks if is_long or sync_chunks > 1 else 0  # on short sequences to begin together is not worth a wait
 
 
 # Copies above this many bytes are made for some of the heads at a time.

@@ -22,18 +22,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...problem import Problem
 from ...tiles import TileGrid
 from ..arguments import grid_arguments, has_boxes, list_arguments, size_arguments, stride_arguments
-from ..buffers import Lists, Pooled
+from ..buffers import PooledTiles, SelectedTiles
 from ..plans import Launch, may_specialise
 from ..primitives.geometry import SIZES, SLICED
 from ..primitives.tile_lists import GROUP
-from ..recording import Work
+from ..recording import Launcher
 from .common import BOX, COLUMNS, ROWS, SHARED, STAGES
-from .consumer import multiply
-from .producer import fetch
+from .consumer import consumer
+from .producer import producer
 
 
-@gluon.jit(do_not_specialize=(*SIZES, "tasks", "parts"), do_not_specialize_on_alignment=SLICED)
-def specialised_kernel(
+@gluon.jit(do_not_specialize=(*SIZES, "tasks", "sync_chunks"), do_not_specialize_on_alignment=SLICED)
+def hopper_forward_kernel(
     query,
     key,
     value,
@@ -44,17 +44,17 @@ def specialised_kernel(
     output_descriptor,
     key_groups,
     value_groups,
-    proxy_descriptor,
-    starts,
-    tail,
-    counts,
-    kept,
-    proxies,
+    pooled_descriptor,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
+    selected_bits,
+    pooled_kv,
     log_size,
-    longest,
-    reach,
-    redo,
-    progress,
+    max_norm,
+    max_key_norm,
+    needs_online,
+    chunk_counters,
     coarse,
     gate,
     output,
@@ -79,14 +79,14 @@ def specialised_kernel(
     output_s,
     output_h,
     lse_b,
-    parts,
+    sync_chunks,
     tasks,
     heads,
     batch_heads,
     num_tiles,
     top_k,
-    tail_width,
-    kept_width,
+    partial_width,
+    bits_width,
     tokens_before,
     tokens_after,
     video_t,
@@ -110,25 +110,25 @@ def specialised_kernel(
     q_buffer = gl.allocate_shared_memory(dtype, [ROWS, DIM], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], SHARED)
     values = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], SHARED)
-    key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     finished = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(key_ready.index(stage), count=1)
-        mbarrier.init(value_ready.index(stage), count=1)
-        mbarrier.init(used.index(stage), count=1)
+        mbarrier.init(key_full.index(stage), count=1)
+        mbarrier.init(value_full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
     mbarrier.init(finished, count=1)
-    ring = ((keys, values), (key_ready, value_ready, used), finished)
+    pipeline = ((keys, values), (key_full, value_full, empty), finished)
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
-    lists = (starts, tail, counts, longest, reach, redo)
-    numbers = (tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale)
+    lists = (full_tile_starts, partial_groups, list_lengths, max_norm, max_key_norm, needs_online)
+    numbers = (tasks, heads, batch_heads, num_tiles, top_k, partial_width, bits_width, scale)
     gl.warp_specialize(
         [
             (
-                multiply,
+                consumer,
                 (
-                    (gate, proxies, coarse, kept, log_size),
+                    (gate, pooled_kv, coarse, selected_bits, log_size),
                     (output, output_descriptor, lse),
                     (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
@@ -136,16 +136,16 @@ def specialised_kernel(
                     numbers,
                     grid,
                     q_buffer,
-                    ring,
+                    pipeline,
                     BLOCK,
                     GROUP,
                     TILED,
                 ),
             ),
             (
-                fetch,
+                producer,
                 (
-                    (key, value, key_descriptor, value_descriptor, (key_groups, value_groups), proxy_descriptor),
+                    (key, value, key_descriptor, value_descriptor, (key_groups, value_groups), pooled_descriptor),
                     (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
                     (key_b, key_s, key_h, value_b, value_s, value_h),
@@ -153,8 +153,8 @@ def specialised_kernel(
                     (gate, gate_descriptor, (gate_b, gate_s, gate_h)),
                     numbers,
                     grid,
-                    ring,
-                    (progress, parts),
+                    pipeline,
+                    (chunk_counters, sync_chunks),
                     BLOCK,
                     GROUP,
                     TILED,
@@ -172,7 +172,7 @@ REGISTERS = {64: (80, 24), 128: (128, 40)}
 
 
 def can_specialise(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pooled: Pooled, problem: Problem
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pooled: PooledTiles, problem: Problem
 ) -> bool:
     """Whether the kernel takes this call; without a copy in tile order, it must be able to read tiles as boxes."""
     if not may_specialise(query, problem):
@@ -202,15 +202,15 @@ def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor 
     )
 
 
-def specialised_attend(
-    work: Work,
+def hopper_forward(
+    launcher: Launcher,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor | None,
     context_mask: torch.Tensor | None,
-    pooled: Pooled,
-    lists: Lists,
+    pooled: PooledTiles,
+    lists: SelectedTiles,
     output: torch.Tensor,
     lse: torch.Tensor,
     problem: Problem,
@@ -221,14 +221,14 @@ def specialised_attend(
     context = (None, None, None)
     if problem.num_context:
         context = (key, value, context_mask)
-        query, key, value, gate, output = work.parts((query, key, value, gate, output), 1, problem.video)
-        (lse,) = work.parts((lse,), 2, problem.video)
+        query, key, value, gate, output = launcher.slices((query, key, value, gate, output), 1, problem.video)
+        (lse,) = launcher.slices((lse,), 2, problem.video)
     strides = stride_arguments(query, key, value, gate, output)
     groups: list[TensorDescriptor | None] = [None, None]
     if pooled.rows is not None:
         key, value = pooled.rows.unbind(0)
         descriptors = [_rows_descriptor(rows) for rows in (key, value)]
-        if lists.tail is not None:
+        if lists.partial_groups is not None:
             groups = [_rows_descriptor(rows, (GROUP, COLUMNS.value)) for rows in (key, value)]
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
@@ -237,11 +237,13 @@ def specialised_attend(
     tasks = grid.num_tiles * query.shape[0] * query.shape[2]
     programs = min(tasks, launch.programs)
     turns = -(-tasks // programs)
-    redo = work.empty(lists.starts, (tasks + programs,))  # one of each: whether the task, whether any of the program
+    needs_online = launcher.empty(
+        lists.full_tile_starts, (tasks + programs,)
+    )  # one of each: whether the task, whether any of the program
     query_box, gate_box, output_box = (_box_descriptor(x, grid) for x in (query, gate, output))
     boxes_alone = query_box is not None and (gate is None or gate_box is not None)
-    work.launch(
-        specialised_kernel,
+    launcher.launch(
+        hopper_forward_kernel,
         (programs,),
         query,
         key,
@@ -251,11 +253,11 @@ def specialised_attend(
         gate_box,
         output_box,
         *groups,
-        None if pooled.proxies is None else _rows_descriptor(pooled.proxies),
+        None if pooled.pooled_kv is None else _rows_descriptor(pooled.pooled_kv),
         *list_arguments(pooled, lists),
-        lists.reach,
-        redo,
-        lists.progress,
+        lists.max_key_norm,
+        needs_online,
+        lists.chunk_counters,
         lists.coarse,
         gate,
         output,
@@ -264,7 +266,7 @@ def specialised_attend(
         problem.scale * math.log2(math.e),
         *strides,
         lse.stride(0),
-        min(launch.parts, tasks // turns),  # as many as can be counted
+        min(launch.sync_chunks, tasks // turns),  # as many as can be counted
         tasks,
         *size_arguments(query, lists, problem),
         problem.before,
@@ -273,7 +275,9 @@ def specialised_attend(
         DIM=dim,
         GROUP=GROUP,
         TILED=pooled.rows is not None,
-        BY_ROWS=not boxes_alone or problem.num_context > 0 or (lists.tail is not None and pooled.rows is None),
+        BY_ROWS=not boxes_alone
+        or problem.num_context > 0
+        or (lists.partial_groups is not None and pooled.rows is None),
         PRODUCER_REGISTERS=producer_registers,
         num_warps=4,
         maxnreg=registers,

@@ -12,7 +12,7 @@ import triton.language as tl
 # Arguments whose values must not make variants of a kernel.
 SIZES = (
     *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
-    *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b", "first_row"),
+    *("tokens_before", "tokens_after", "top_k", "partial_width", "bits_width", "indices_b", "lse_b", "first_row"),
     *("quantile", "spacing"),
 )
 # Some heads or tokens of a tensor: whether 16 divides their address depends on the size, too.

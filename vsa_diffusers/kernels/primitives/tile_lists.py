@@ -23,9 +23,9 @@ def store_box(to, first, extent_t, extent_h, extent_w):
 
 
 @triton.jit
-def load_box(at, exists):
+def load_box(pointers, exists):
     """First row (or token) and extents of tiles, 0 where `exists` says that there is none."""
-    first, extents = unpack(tl.load(at, exists, other=0))
+    first, extents = unpack(tl.load(pointers, exists, other=0))
     return first, extents & 255, (extents >> 8) & 255, extents >> 16
 
 
@@ -33,13 +33,13 @@ def load_box(at, exists):
 def append_tiles(
     listed,
     box,
-    starts,
-    tail,
+    full_tile_starts,
+    partial_groups,
     full_before,
     groups_before,
     BLOCK: tl.constexpr,
     TILED: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Append tiles to lists that begin at `starts` and `tail` `[LISTS]` and have so many full tiles and groups.
@@ -58,19 +58,19 @@ def append_tiles(
     full = (listed & is_full).to(tl.int32)
     groups = tl.where(listed & ~is_full, (size + GROUP - 1) // GROUP, 0)
     count = full | (groups << 16)  # both run in one number
-    if starts is not None:
+    if full_tile_starts is not None:
         running = tl.cumsum(count, 1) - count
-        at = full_before[:, None] + (running & 65535)
-        tl.store(starts[:, None] + at, tl.broadcast_to(first, full.shape), full != 0)
-        if tail is not None:
-            at = tail[:, None] + groups_before[:, None] + (running >> 16)
-            for group in tl.static_range(TAIL_GROUPS):
+        index = full_before[:, None] + (running & 65535)
+        tl.store(full_tile_starts[:, None] + index, tl.broadcast_to(first, full.shape), full != 0)
+        if partial_groups is not None:
+            index = partial_groups[:, None] + groups_before[:, None] + (running >> 16)
+            for group in tl.static_range(MAX_GROUPS):
                 slots = tl.minimum(GROUP, size - group * GROUP)
                 if TILED:
                     pair = pack(first + group * GROUP, slots)
                 else:
                     pair = pack(first, slots | (extent_h << 8) | (extent_w << 16) | (group << 24))
-                tl.store(at + group, tl.broadcast_to(pair, groups.shape), groups > group)
+                tl.store(index + group, tl.broadcast_to(pair, groups.shape), groups > group)
     total = tl.sum(count, 1)
     return full_before + (total & 65535), groups_before + (total >> 16)
 
@@ -79,17 +79,17 @@ def append_tiles(
 def write_lists(
     indices,
     boxes,
-    starts,
-    tail,
-    counts,
-    entry,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
+    row,
     top_k,
-    tail_width,
+    partial_width,
     BLOCK: tl.constexpr,
     TILED: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Write the lists of one query tile, the `entry`-th of all, from the `top_k` kept tiles at `indices`.
 
@@ -98,25 +98,25 @@ def write_lists(
         counts: where to say how many full tiles and groups there are; `None` where nobody asks.
         PART: tiles that are taken at a time.
     """
-    entry += tl.arange(0, 1)
+    row += tl.arange(0, 1)
     full_before = tl.zeros((1,), tl.int32)
     groups_before = tl.zeros((1,), tl.int32)
-    for begin in range(0, top_k, PART):
-        column = begin + tl.arange(0, PART)[None, :]
+    for begin in range(0, top_k, CHUNK):
+        column = begin + tl.arange(0, CHUNK)[None, :]
         listed = column < top_k
         tile = tl.load(indices + column, listed, other=0)
         full_before, groups_before = append_tiles(
             listed,
             load_box(boxes + tile, listed),
-            starts + entry * top_k,
-            tail + entry * tail_width if tail is not None else None,
+            full_tile_starts + row * top_k,
+            partial_groups + row * partial_width if partial_groups is not None else None,
             full_before,
             groups_before,
             BLOCK,
             TILED,
-            TAIL_GROUPS,
+            MAX_GROUPS,
             GROUP,
         )
-    if counts is not None:
-        tl.store(counts + entry * 2, full_before)
-        tl.store(counts + entry * 2 + 1, groups_before)
+    if list_lengths is not None:
+        tl.store(list_lengths + row * 2, full_before)
+        tl.store(list_lengths + row * 2 + 1, groups_before)

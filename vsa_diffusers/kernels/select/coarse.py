@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from ..arguments import power_of_two
-from ..buffers import Prepared
+from ..buffers import Preprocessed
 from ..primitives.geometry import SIZES, workspace_width
 from ..primitives.rows import BACKWARD_SIZES
-from ..recording import Work
+from ..recording import Launcher
 
 
 @triton.jit
@@ -43,41 +43,41 @@ def scores_kernel(
     """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, width]`, from row `first_row` of all."""
     blocks = tl.cdiv(num_tiles, BLOCK_M)
     task = first_row // BLOCK_M + tl.program_id(0)
-    place = (task // blocks).to(tl.int64)
+    batch_head = (task // blocks).to(tl.int64)
     block = task % blocks
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     length = num_tiles * HEAD_DIM
-    mean_query = means + place * length
+    mean_query = means + batch_head * length
     mean_key = mean_query + batch_heads.to(tl.int64) * length
     mean_value = mean_key + batch_heads.to(tl.int64) * length
     own = row[:, None] * HEAD_DIM + dim[None, :]
     own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
     q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
     lane = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, num_tiles, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        at = column[:, None] * HEAD_DIM + dim[None, :]
+        offset = column[:, None] * HEAD_DIM + dim[None, :]
         mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-        k = tl.load(mean_key + at, mask, other=0.0)  # [N, D]
+        k = tl.load(mean_key + offset, mask, other=0.0)  # [N, D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if scores is not None:
             to = lane[:, None] * workspace_width(num_tiles) + column[None, :]
             tl.store(scores + to, s, column[None, :] < num_tiles)
         if coarse is not None:
             s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
-            v = tl.load(mean_value + at, mask, other=0.0)  # [N, D]
-            new_highest = tl.maximum(highest, tl.max(s, 1))
-            p = tl.exp(s - new_highest[:, None])
-            shrink = tl.exp(highest - new_highest)
-            total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
-            highest = new_highest
+            v = tl.load(mean_value + offset, mask, other=0.0)  # [N, D]
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            p = tl.exp(s - new_max[:, None])
+            rescale = tl.exp(row_max - new_max)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
+            row_max = new_max
     if coarse is not None:
-        tl.store(coarse + place * length + own, acc / total[:, None], own_mask)
+        tl.store(coarse + batch_head * length + own, acc / row_sum[:, None], own_mask)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -96,14 +96,14 @@ def coarse_kernel(
 ):
     """Program (M query tiles of one head): their coarse output and log-sum-exp (base 2)."""
     blocks = tl.cdiv(num_tiles, BLOCK_M)
-    place = (tl.program_id(0) // blocks).to(tl.int64)
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-    means += place * num_tiles * HEAD_DIM
+    means += batch_head * num_tiles * HEAD_DIM
     q = _means(means, row, num_tiles, dim, HEAD_DIM)  # [M, D]
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, num_tiles, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
@@ -111,26 +111,26 @@ def coarse_kernel(
         v = _means(means + 2 * plane, column, num_tiles, dim, HEAD_DIM)  # [L, D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(s, 1))
-        p = tl.math.exp2(s - new_highest[:, None])
-        shrink = tl.math.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new_highest
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.math.exp2(s - new_max[:, None])
+        rescale = tl.math.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
     mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-    at = (place * num_tiles + row[:, None]) * HEAD_DIM + dim[None, :]
-    tl.store(coarse + at, acc / total[:, None], mask)
-    tl.store(lse + place * num_tiles + row, highest + tl.math.log2(total), row < num_tiles)
+    offset = (batch_head * num_tiles + row[:, None]) * HEAD_DIM + dim[None, :]
+    tl.store(coarse + offset, acc / row_sum[:, None], mask)
+    tl.store(lse + batch_head * num_tiles + row, row_max + tl.math.log2(row_sum), row < num_tiles)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
 def coarse_gradient_kernel(
     means,
     lse,
-    sums,
-    deltas,
-    query_gradient,
-    gradients,
+    grad_coarse,
+    coarse_delta,
+    grad_mean_query,
+    grad_mean_kv,
     batch_heads,
     num_tiles,
     scale,
@@ -143,24 +143,24 @@ def coarse_gradient_kernel(
 ):
     """Program (M tiles of one head; 0: gradient of their query means, 1: of their key and value means)."""
     blocks = tl.cdiv(num_tiles, BLOCK_M)
-    place = (tl.program_id(0) // blocks).to(tl.int64)
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-    start = place * num_tiles * HEAD_DIM
+    start = batch_head * num_tiles * HEAD_DIM
     mean_query = means + start
     mean_key = mean_query + plane
     mean_value = mean_key + plane
-    sums += start
-    lse += place * num_tiles
-    deltas += place * num_tiles
+    grad_coarse += start
+    lse += batch_head * num_tiles
+    coarse_delta += batch_head * num_tiles
     own = start + row[:, None] * HEAD_DIM + dim[None, :]
     mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
     first_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if tl.program_id(1) == 0:
         q = _means(mean_query, row, num_tiles, dim, HEAD_DIM)  # [M, D]
-        grad = _means(sums, row, num_tiles, dim, HEAD_DIM)  # [M, D]
-        delta = tl.load(deltas + row, row < num_tiles, other=0.0)
+        grad = _means(grad_coarse, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+        delta = tl.load(coarse_delta + row, row < num_tiles, other=0.0)
         own_lse = tl.load(lse + row, row < num_tiles, other=float("inf"))
         for first in range(0, num_tiles, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
@@ -170,7 +170,7 @@ def coarse_gradient_kernel(
             p = tl.math.exp2(tl.where(column[None, :] < num_tiles, s - own_lse[:, None], float("-inf")))
             ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             first_acc = tl.dot(ds, k, first_acc, input_precision=PRECISION)
-        tl.store(query_gradient + own, first_acc * scale, mask)
+        tl.store(grad_mean_query + own, first_acc * scale, mask)
     else:
         k = _means(mean_key, row, num_tiles, dim, HEAD_DIM)  # [M, D]
         v = _means(mean_value, row, num_tiles, dim, HEAD_DIM)  # [M, D]
@@ -178,16 +178,16 @@ def coarse_gradient_kernel(
         for first in range(0, num_tiles, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             q = _means(mean_query, column, num_tiles, dim, HEAD_DIM)  # [L, D]
-            grad = _means(sums, column, num_tiles, dim, HEAD_DIM)  # [L, D]
-            delta = tl.load(deltas + column, column < num_tiles, other=0.0)
+            grad = _means(grad_coarse, column, num_tiles, dim, HEAD_DIM)  # [L, D]
+            delta = tl.load(coarse_delta + column, column < num_tiles, other=0.0)
             its_lse = tl.load(lse + column, column < num_tiles, other=float("inf"))
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale
             p = tl.math.exp2(s - its_lse[None, :])  # [M, L]
             second_acc = tl.dot(p, grad, second_acc, input_precision=PRECISION)
             ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
             first_acc = tl.dot(ds, q, first_acc, input_precision=PRECISION)
-        tl.store(gradients + own, first_acc * scale, mask)
-        tl.store(gradients + plane + own, second_acc, mask)
+        tl.store(grad_mean_kv + own, first_acc * scale, mask)
+        tl.store(grad_mean_kv + plane + own, second_acc, mask)
 
 
 def _form(head_dim: int) -> dict[str, int]:
@@ -203,39 +203,39 @@ def _form(head_dim: int) -> dict[str, int]:
 
 
 def coarse_attention(
-    work: Work, means: torch.Tensor, scale: float, precision: str
+    launcher: Launcher, means: torch.Tensor, scale: float, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coarse output fp32 `[P, N, D]` and log-sum-exp (base 2) `[P, N]`, from means fp32 `[3, B, H, N, D]`."""
     _, batch, heads, num_tiles, dim = means.shape
     form = _form(dim)
-    coarse = work.empty(means, (batch * heads, num_tiles, dim))
-    lse = work.empty(means, (batch * heads, num_tiles))
+    coarse = launcher.empty(means, (batch * heads, num_tiles, dim))
+    lse = launcher.empty(means, (batch * heads, num_tiles))
     programs = -(-num_tiles // form["BLOCK_M"]) * batch * heads
     numbers = (batch * heads, num_tiles, scale * math.log2(math.e))
-    work.launch(coarse_kernel, (programs,), means, coarse, lse, *numbers, PRECISION=precision, **form)
+    launcher.launch(coarse_kernel, (programs,), means, coarse, lse, *numbers, PRECISION=precision, **form)
     return coarse, lse
 
 
 def coarse_gradients(
-    work: Work, means: torch.Tensor, lse: torch.Tensor, prepared: Prepared, scale: float, precision: str
+    launcher: Launcher, means: torch.Tensor, lse: torch.Tensor, preprocessed: Preprocessed, scale: float, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the means of query `[P, N, D]`, and of key and value `[1, 2, P, N, D]`, fp32."""
-    assert prepared.sums is not None
-    places, num_tiles, dim = prepared.sums.shape
+    assert preprocessed.grad_coarse is not None
+    places, num_tiles, dim = preprocessed.grad_coarse.shape
     form = _form(dim)
-    query_gradient, gradients = (
-        work.empty(lse, (places, num_tiles, dim)),
-        work.empty(lse, (1, 2, places, num_tiles, dim)),
+    grad_mean_query, grad_mean_kv = (
+        launcher.empty(lse, (places, num_tiles, dim)),
+        launcher.empty(lse, (1, 2, places, num_tiles, dim)),
     )
-    work.launch(
+    launcher.launch(
         coarse_gradient_kernel,
         (-(-num_tiles // form["BLOCK_M"]) * places, 2),
         means,
         lse,
-        prepared.sums,
-        prepared.deltas,
-        query_gradient,
-        gradients,
+        preprocessed.grad_coarse,
+        preprocessed.coarse_delta,
+        grad_mean_query,
+        grad_mean_kv,
         places,
         num_tiles,
         scale,
@@ -243,4 +243,4 @@ def coarse_gradients(
         PRECISION=precision,
         **form,
     )
-    return query_gradient, gradients
+    return grad_mean_query, grad_mean_kv

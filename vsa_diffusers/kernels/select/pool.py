@@ -11,18 +11,18 @@ import triton.language as tl
 
 from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two
-from ..buffers import Pooled
+from ..buffers import PooledTiles
 from ..primitives.geometry import SIZES, quotient, slot_offset, tile_box, tile_row
 from ..primitives.tile_lists import store_box
-from ..recording import Work
+from ..recording import Launcher
 
 
 @triton.jit
 def quarter_of(slot, size, extent_h, extent_w, BLOCK: tl.constexpr):
     """The quarter that each slot of a tile lies in, 0 to 3; -1 for slots beyond the last token."""
-    line = quotient(slot, extent_w)
-    h = line - quotient(slot, extent_w * extent_h) * extent_h
-    w = slot - line * extent_w
+    row = quotient(slot, extent_w)
+    h = row - quotient(slot, extent_w * extent_h) * extent_h
+    w = slot - row * extent_w
     quarter = 2 * (h >= (BLOCK[1] + 1) // 2).to(tl.int32) + (w >= (BLOCK[2] + 1) // 2).to(tl.int32)
     return tl.where(slot < size, quarter, -1)
 
@@ -88,13 +88,13 @@ def store_quarters(
 def _pool_one(
     source,
     mean,
-    proxies,
+    pooled_kv,
     proxy,
     rows,
     copy,
-    longest,
+    max_norm,
     tokens,
-    row,
+    copy_row,
     size,
     stride_s,
     SLOTS: tl.constexpr,
@@ -108,12 +108,12 @@ def _pool_one(
     wide = x.to(tl.float32)
     average = tl.sum(wide, 0) / size
     tl.store(mean + dim, average, dim < HEAD_DIM)
-    if proxies is not None:
-        tl.store(proxies + proxy + dim, average.to(proxies.dtype.element_ty), dim < HEAD_DIM)
-    if longest is not None:
-        tl.store(longest, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
+    if pooled_kv is not None:
+        tl.store(pooled_kv + proxy + dim, average.to(pooled_kv.dtype.element_ty), dim < HEAD_DIM)
+    if max_norm is not None:
+        tl.store(max_norm, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
     if rows is not None:
-        tl.store(rows + copy + (row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
+        tl.store(rows + copy + (copy_row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
     return x
 
 
@@ -123,10 +123,10 @@ def pool_kernel(
     key,
     value,
     means,
-    proxies,
+    pooled_kv,
     rows,
     log_size,
-    longest,
+    max_norm,
     quarters,
     log_counts,
     boxes,
@@ -157,84 +157,114 @@ def pool_kernel(
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads % num_tiles
-    item = tl.program_id(0) // heads // num_tiles
+    batch = tl.program_id(0) // heads // num_tiles
     which = tl.program_id(1)
     t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
     slot = tl.arange(0, SLOTS)
     token = (t * video_h + h) * video_w + w
     tokens = tokens_before + token + slot_offset(slot, extent_h, extent_w, video_h, video_w)
-    row = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
-    place = (item * heads + head).to(tl.int64)
-    summary = place * num_tiles + tile
-    copies = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-    lines = (batch_heads.to(tl.int64) * video_t) * video_h * video_w * HEAD_DIM
-    copy = place * video_t * video_h * video_w * HEAD_DIM
-    mean = means + which * copies + summary * HEAD_DIM
-    item = item.to(tl.int64)
+    copy_row = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
+    batch_head = (batch * heads + head).to(tl.int64)
+    row = batch_head * num_tiles + tile
+    plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+    copy_plane = (batch_heads.to(tl.int64) * video_t) * video_h * video_w * HEAD_DIM
+    copy = batch_head * video_t * video_h * video_w * HEAD_DIM
+    mean = means + which * plane + row * HEAD_DIM
+    batch = batch.to(tl.int64)
     head = head.to(tl.int64)
     if which == 0:
-        source = query + item * query_b + head * query_h
-        longest += summary
-        x = _pool_one(source, mean, None, 0, None, 0, longest, tokens, row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D)
+        source = query + batch * query_b + head * query_h
+        max_norm += row
+        x = _pool_one(
+            source, mean, None, 0, None, 0, max_norm, tokens, copy_row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D
+        )
         if quarters is not None:
             counts_at = log_counts + 4 * tile
-            to = quarters + summary * (4 * HEAD_DIM)
+            to = quarters + row * (4 * HEAD_DIM)
             store_quarters(x, slot, size, extent_h, extent_w, to, counts_at, BLOCK, HEAD_DIM, BLOCK_D)
         if log_size is not None:
             tl.store(log_size + tile, tl.log2(size.to(tl.float32)))
-        store_box(boxes + tile, token if rows is None else row, extent_t, extent_h, extent_w)
+        store_box(boxes + tile, token if rows is None else copy_row, extent_t, extent_h, extent_w)
     elif which == 1:
-        source = key + item * key_b + head * key_h
-        at = summary * HEAD_DIM
-        longest += batch_heads * num_tiles + summary
+        source = key + batch * key_b + head * key_h
+        pooled_offset = row * HEAD_DIM
+        max_norm += batch_heads * num_tiles + row
         x = _pool_one(
-            source, mean, proxies, at, rows, copy, longest, tokens, row, size, key_s, SLOTS, HEAD_DIM, BLOCK_D
+            source,
+            mean,
+            pooled_kv,
+            pooled_offset,
+            rows,
+            copy,
+            max_norm,
+            tokens,
+            copy_row,
+            size,
+            key_s,
+            SLOTS,
+            HEAD_DIM,
+            BLOCK_D,
         )
         if quarters is not None:
-            to = quarters + 4 * (copies + at)
+            to = quarters + 4 * (plane + pooled_offset)
             store_quarters(x, slot, size, extent_h, extent_w, to, None, BLOCK, HEAD_DIM, BLOCK_D)
     else:
-        source = value + item * value_b + head * value_h
-        at = copies + summary * HEAD_DIM
-        copy += lines
-        _pool_one(source, mean, proxies, at, rows, copy, None, tokens, row, size, value_s, SLOTS, HEAD_DIM, BLOCK_D)
+        source = value + batch * value_b + head * value_h
+        pooled_offset = plane + row * HEAD_DIM
+        copy += copy_plane
+        _pool_one(
+            source,
+            mean,
+            pooled_kv,
+            pooled_offset,
+            rows,
+            copy,
+            None,
+            tokens,
+            copy_row,
+            size,
+            value_s,
+            SLOTS,
+            HEAD_DIM,
+            BLOCK_D,
+        )
 
 
 def pool(
-    work: Work,
+    launcher: Launcher,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     problem: Problem,
     *,
     tiled: bool,
-    parts: bool = False,
-) -> Pooled:
+    with_quarters: bool = False,
+) -> PooledTiles:
     """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order; with `parts`, quarters."""
     batch, _, heads, dim = query.shape
     grid, merge = problem.grid, problem.combine == "merge"
     num_tiles = grid.num_tiles
-    means = work.empty(query, (3, batch, heads, num_tiles, dim), torch.float32)
-    proxies = work.empty(query, (2, batch, heads, num_tiles, dim)) if merge else None
-    rows = work.empty(query, (2, batch * heads, grid.num_tokens, dim)) if tiled else None
-    log_size = work.empty(means, (-(-num_tiles // 64) * 64,)) if merge else None
-    longest = work.empty(means, (2, batch, heads, num_tiles))
-    quarters = work.empty(query, (2, batch, heads, num_tiles, 4, dim)) if parts else None
-    log_counts = work.empty(means, (num_tiles, 4)) if parts else None
-    boxes = work.empty(query, (num_tiles,), torch.int64)
+    means = launcher.empty(query, (3, batch, heads, num_tiles, dim), torch.float32)
+    pooled_kv = launcher.empty(query, (2, batch, heads, num_tiles, dim)) if merge else None
+    rows = launcher.empty(query, (2, batch * heads, grid.num_tokens, dim)) if tiled else None
+    log_size = launcher.empty(means, (-(-num_tiles // 64) * 64,)) if merge else None
+    max_norm = launcher.empty(means, (2, batch, heads, num_tiles))
+    quarters = launcher.empty(query, (2, batch, heads, num_tiles, 4, dim)) if with_quarters else None
+    log_counts = launcher.empty(means, (num_tiles, 4)) if with_quarters else None
+    boxes = launcher.empty(query, (num_tiles,), torch.int64)
     needs_value = tiled or problem.combine != "sparse"
-    work.launch(
+    launcher.launch(
         pool_kernel,
         (batch * heads * num_tiles, 3 if needs_value else 2),
         query,
         key,
         value,
         means,
-        proxies,
+        pooled_kv,
         rows,
         log_size,
-        longest,
+        max_norm,
         quarters,
         log_counts,
         boxes,
@@ -249,6 +279,6 @@ def pool(
         SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        num_warps=4 if parts and dim > 128 else 1 if tiled and not parts else 2,
+        num_warps=4 if with_quarters and dim > 128 else 1 if tiled and not with_quarters else 2,
     )
-    return Pooled(means, proxies, rows, log_size, longest, quarters, log_counts, boxes)
+    return PooledTiles(means, pooled_kv, rows, log_size, max_norm, quarters, log_counts, boxes)

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from ..arguments import power_of_two
-from ..buffers import Pooled
+from ..buffers import PooledTiles
 from ..primitives.geometry import SIZES, workspace_width
-from ..recording import Work
+from ..recording import Launcher
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -39,12 +39,12 @@ def quarter_scores_kernel(
     """
     padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
     first = first_row + tl.program_id(0) * TILES
-    place = (first // padded).to(tl.int64)
+    batch_head = (first // padded).to(tl.int64)
     tile = first % padded
     if tile >= num_tiles:
         return
     dim = tl.arange(0, BLOCK_D)
-    quarter_query = quarters + place * num_tiles * (4 * HEAD_DIM)
+    quarter_query = quarters + batch_head * num_tiles * (4 * HEAD_DIM)
     quarter_key = quarter_query + batch_heads.to(tl.int64) * num_tiles * (4 * HEAD_DIM)
     row = 4 * tile + tl.arange(0, 4 * TILES)
     own_mask = (row[:, None] < 4 * num_tiles) & (dim[None, :] < HEAD_DIM)
@@ -63,13 +63,13 @@ def quarter_scores_kernel(
         highest = tl.maximum(tl.where(part == 0, float("-inf"), highest), s)
         if part == 3:
             best = tl.max(tl.reshape(highest + own[:, None], (TILES, 4, BLOCK_N)), 1)  # [M, L]
-            at = lane[:, None] * workspace_width(num_tiles) + column[None, :]
-            tl.store(scores + at, best, column[None, :] < num_tiles)
+            offset = lane[:, None] * workspace_width(num_tiles) + column[None, :]
+            tl.store(scores + offset, best, column[None, :] < num_tiles)
 
 
 def quarter_scores(
-    work: Work,
-    pooled: Pooled,
+    launcher: Launcher,
+    pooled: PooledTiles,
     scores: torch.Tensor,
     first_row: int,
     rows: int,
@@ -89,7 +89,7 @@ def quarter_scores(
     _, batch, heads, num_tiles, _, dim = pooled.quarters.shape
     wide = pooled.quarters.element_size() > 2
     tiles = 8 if wide else 16 if dim > 128 else block_m
-    work.launch(
+    launcher.launch(
         quarter_scores_kernel,
         (rows // tiles,),
         pooled.quarters,

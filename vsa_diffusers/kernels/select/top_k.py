@@ -18,17 +18,17 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import power_of_two, tail_groups, tail_width
-from ..buffers import Lists, Pooled
+from ..arguments import group_constants, partial_width, power_of_two
+from ..buffers import PooledTiles, SelectedTiles
 from ..primitives.geometry import SIZES, SLICED, workspace_width
 from ..primitives.tile_lists import write_lists
-from ..recording import Work
+from ..recording import Launcher
 from .coarse import scores_kernel
 from .quarter_scores import quarter_scores
 
 MAX_TILES = 16384
 LEAST, MOST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
-PATIENCE = tl.constexpr(8)  # counts of a row's values before its search goes by halves, too
+MAX_INTERPOLATIONS = tl.constexpr(8)  # counts of a row's values before its search goes by halves, too
 SCORES_OF_A_WARP = 1024  # top_k_kernel gives longer rows to several
 LEAST_WORKSPACE_BYTES = 2**26
 
@@ -74,7 +74,7 @@ def _threshold(scores, ordered, valid, num_tiles, top_k, quantile, spacing):
     while (low_count != top_k) & (low + 1 < high):
         candidate = _in_order(guess.to(tl.int32, bitcast=True))
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        astray = (candidate <= low) | (candidate >= high) | ((turn >= PATIENCE) & (turn % 2 == 0))
+        astray = (candidate <= low) | (candidate >= high) | ((turn >= MAX_INTERPOLATIONS) & (turn % 2 == 0))
         candidate = tl.where(astray, middle, candidate)
         count = tl.sum((ordered >= candidate).to(tl.int32), 0)
         enough = count >= top_k
@@ -95,15 +95,15 @@ def _threshold(scores, ordered, valid, num_tiles, top_k, quantile, spacing):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def top_k_kernel(
     scores,
-    longest,
+    max_norm,
     boxes,
     indices,
-    starts,
-    tail,
-    counts,
-    kept_bits,
-    reach,
-    progress,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
+    selected_bits,
+    max_key_norm,
+    chunk_counters,
     first_row,
     heads,
     batch_heads,
@@ -111,22 +111,22 @@ def top_k_kernel(
     top_k,
     quantile,
     spacing,
-    tail_width,
+    partial_width,
     indices_b,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
-    PART: tl.constexpr,
-    LISTED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LIST_CHUNK: tl.constexpr,
     TILED: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Program (row of the workspace). Rows of all heads are counted with each head's last block full."""
     padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
-    row = first_row + tl.program_id(0)
-    line = row % padded
-    if line >= num_tiles:
+    workspace_row = first_row + tl.program_id(0)
+    query_tile = workspace_row % padded
+    if query_tile >= num_tiles:
         return
     scores += tl.program_id(0).to(tl.int64) * workspace_width(num_tiles)
     key = tl.arange(0, KEYS)
@@ -137,13 +137,13 @@ def top_k_kernel(
     if reached > top_k:
         missing = top_k - tl.sum((ordered > threshold).to(tl.int32), 0)
 
-    place = (row // padded).to(tl.int64)
-    entry = place * num_tiles + line
-    indices += (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
+    batch_head = (workspace_row // padded).to(tl.int64)
+    row = batch_head * num_tiles + query_tile
+    indices += (batch_head // heads) * indices_b + ((batch_head % heads) * num_tiles + query_tile) * top_k
     level_before = 0
     kept_before = tl.zeros((1,), tl.int32)
-    for begin in range(0, num_tiles, PART):
-        column = (begin + tl.arange(0, PART))[None, :]  # a second axis makes Triton leave neighbours to one thread
+    for begin in range(0, num_tiles, CHUNK):
+        column = (begin + tl.arange(0, CHUNK))[None, :]  # a second axis makes Triton leave neighbours to one thread
         exists = column < num_tiles
         values = _ordered(tl.load(scores + column, exists, other=0.0), exists)
         kept = exists & (values >= threshold)
@@ -153,35 +153,35 @@ def top_k_kernel(
             rank = level_before + tl.cumsum(alike, 1)
             kept = kept & ((alike == 0) | (rank <= missing))
             level_before += tl.sum(alike)
-        if kept_bits is not None:
-            bits = tl.reshape(kept.to(tl.int32), (PART // 32, 32)) << tl.arange(0, 32)[None, :]
-            word = begin // 32 + tl.arange(0, PART // 32)
-            tl.store(kept_bits + entry * (KEYS // 32) + word, tl.sum(bits, 1), word < KEYS // 32)
+        if selected_bits is not None:
+            bits = tl.reshape(kept.to(tl.int32), (CHUNK // 32, 32)) << tl.arange(0, 32)[None, :]
+            word = begin // 32 + tl.arange(0, CHUNK // 32)
+            tl.store(selected_bits + row * (KEYS // 32) + word, tl.sum(bits, 1), word < KEYS // 32)
         count = kept.to(tl.int32)
-        at = kept_before[:, None] + tl.cumsum(count, 1) - count
-        tl.store(indices + at, column, kept)
+        index = kept_before[:, None] + tl.cumsum(count, 1) - count
+        tl.store(indices + index, column, kept)
         kept_before += tl.sum(count, 1)
     tl.debug_barrier()  # what one thread has stored others load
     write_lists(
         indices,
         boxes,
-        starts,
-        tail,
-        counts,
-        entry,
+        full_tile_starts,
+        partial_groups,
+        list_lengths,
+        row,
         top_k,
-        tail_width,
+        partial_width,
         BLOCK,
         TILED,
-        TAIL_GROUPS,
+        MAX_GROUPS,
         GROUP,
-        LISTED,
+        LIST_CHUNK,
     )
-    tl.store(progress + entry, 0)
-    if line == 0:  # whoever has a head's first tile also finds its longest key
+    tl.store(chunk_counters + row, 0)
+    if query_tile == 0:  # whoever has a head's first tile also finds its longest key
         tile = tl.arange(0, KEYS)
-        norm = tl.load(longest + (batch_heads + place) * num_tiles + tile, tile < num_tiles, other=0.0)
-        tl.store(reach + place, tl.max(norm, 0))
+        norm = tl.load(max_norm + (batch_heads + batch_head) * num_tiles + tile, tile < num_tiles, other=0.0)
+        tl.store(max_key_norm + batch_head, tl.max(norm, 0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,8 +204,15 @@ def workspace_bytes(elements: int) -> int:
 
 
 def select(
-    work: Work, pooled: Pooled, indices: torch.Tensor, problem: Problem, *, tiled: bool, precision: str, step: int
-) -> Lists:
+    launcher: Launcher,
+    pooled: PooledTiles,
+    indices: torch.Tensor,
+    problem: Problem,
+    *,
+    tiled: bool,
+    precision: str,
+    step: int,
+) -> SelectedTiles:
     """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks.
 
     Args:
@@ -218,28 +225,28 @@ def select(
     grid, top_k = problem.grid, problem.top_k
     keys = max(128, power_of_two(num_tiles))
     block_m = 16 if dim > 128 or batch * heads * num_tiles < 16384 else 32
-    width = tail_width(problem)
+    width = partial_width(problem)
     coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     per_tile = (batch, heads, num_tiles)
-    lists = Lists(
-        starts=work.empty(indices, (*per_tile, top_k)),
-        tail=work.empty(indices, (*per_tile, width), torch.int64) if width else None,
-        counts=work.empty(indices, (*per_tile, 2)) if width else None,
-        kept=work.empty(indices, (*per_tile, keys // 32)) if merge else None,
-        coarse=work.empty(means, (*per_tile, dim)) if coarse else None,
-        reach=work.empty(means, (batch, heads)),
-        progress=work.empty(indices, per_tile),
+    lists = SelectedTiles(
+        full_tile_starts=launcher.empty(indices, (*per_tile, top_k)),
+        partial_groups=launcher.empty(indices, (*per_tile, width), torch.int64) if width else None,
+        list_lengths=launcher.empty(indices, (*per_tile, 2)) if width else None,
+        selected_bits=launcher.empty(indices, (*per_tile, keys // 32)) if merge else None,
+        coarse=launcher.empty(means, (*per_tile, dim)) if coarse else None,
+        max_key_norm=launcher.empty(means, (batch, heads)),
+        chunk_counters=launcher.empty(indices, per_tile),
     )
     one_warp = keys <= SCORES_OF_A_WARP
     all_rows = batch * heads * -(-num_tiles // block_m) * block_m
     row_bytes = 4 * (-(-num_tiles // 32) * 32)
     at_once = workspace_bytes(batch * heads * grid.num_tokens * dim) // (row_bytes * block_m) * block_m
     at_once = min(all_rows, max(block_m, at_once))
-    scores = work.empty(means, (at_once, row_bytes // 4))
+    scores = launcher.empty(means, (at_once, row_bytes // 4))
     for first_row in range(0, all_rows, at_once):
         some_rows = min(at_once, all_rows - first_row)
         if coarse or pooled.quarters is None:
-            work.launch(
+            launcher.launch(
                 scores_kernel,
                 (some_rows // block_m,),
                 means,
@@ -260,20 +267,20 @@ def select(
             )
         if pooled.quarters is not None:
             numbers = (first_row, some_rows, problem.scale)
-            quarter_scores(work, pooled, scores, *numbers, block_m=block_m, precision=precision)
-        work.launch(
+            quarter_scores(launcher, pooled, scores, *numbers, block_m=block_m, precision=precision)
+        launcher.launch(
             top_k_kernel,
             (some_rows,),
             scores,
-            pooled.longest,
+            pooled.max_norm,
             pooled.boxes,
             indices,
-            lists.starts,
-            lists.tail,
-            lists.counts,
-            lists.kept,
-            lists.reach,
-            lists.progress,
+            lists.full_tile_starts,
+            lists.partial_groups,
+            lists.list_lengths,
+            lists.selected_bits,
+            lists.max_key_norm,
+            lists.chunk_counters,
             first_row,
             heads,
             batch * heads,
@@ -285,10 +292,10 @@ def select(
             BLOCK=grid.block_size,
             BLOCK_M=block_m,
             KEYS=keys,
-            PART=128 if one_warp else 512,
-            LISTED=64 if one_warp else 256,
+            CHUNK=128 if one_warp else 512,
+            LIST_CHUNK=64 if one_warp else 256,
             TILED=tiled,
-            **tail_groups(grid),
+            **group_constants(grid),
             num_warps=1 if one_warp else max(4, keys // 1024),
         )
     return lists

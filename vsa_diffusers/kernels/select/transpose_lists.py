@@ -13,79 +13,79 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import full_tiles_and_groups, grid_arguments, tail_groups, tail_width
-from ..buffers import Keepers, Kept
+from ..arguments import full_tiles_and_groups, grid_arguments, group_constants, partial_width
+from ..buffers import KeyLists, QueryLists
 from ..primitives.geometry import SLICED, tile_box, tile_row
 from ..primitives.rows import BACKWARD_SIZES
 from ..primitives.tile_lists import GROUP, append_tiles, write_lists
-from ..recording import Work
+from ..recording import Launcher
 
-PART = 64  # list entries that a program takes at a time
-LINES = 32  # key tiles that a program puts in order
+CHUNK = 64  # list entries that a program takes at a time
+BLOCK_M = 32  # key tiles that a program puts in order
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
-def restore_kernel(
+def rebuild_lists_kernel(
     indices,
     boxes,
-    starts,
-    tail,
-    counts,
-    bits,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
+    selected_bits,
     heads,
     num_tiles,
     top_k,
-    tail_width,
+    partial_width,
     indices_b,
     BLOCK: tl.constexpr,
     TILED: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Program (query tile of one head). Its bits are cleared first."""
-    place = (tl.program_id(0) // num_tiles).to(tl.int64)
-    line = tl.program_id(0) % num_tiles
-    entry = place * num_tiles + line
-    listed = indices + (place // heads) * indices_b + ((place % heads) * num_tiles + line) * top_k
-    words = bits + place * tl.cdiv(num_tiles, 32) * num_tiles + line
-    for begin in range(0, tl.cdiv(num_tiles, 32), PART):
-        word = begin + tl.arange(0, PART)
-        tl.store(words + word.to(tl.int64) * num_tiles, tl.zeros((PART,), tl.int32), word < tl.cdiv(num_tiles, 32))
+    batch_head = (tl.program_id(0) // num_tiles).to(tl.int64)
+    query_tile = tl.program_id(0) % num_tiles
+    row = batch_head * num_tiles + query_tile
+    listed = indices + (batch_head // heads) * indices_b + ((batch_head % heads) * num_tiles + query_tile) * top_k
+    words = selected_bits + batch_head * tl.cdiv(num_tiles, 32) * num_tiles + query_tile
+    for begin in range(0, tl.cdiv(num_tiles, 32), CHUNK):
+        word = begin + tl.arange(0, CHUNK)
+        tl.store(words + word.to(tl.int64) * num_tiles, tl.zeros((CHUNK,), tl.int32), word < tl.cdiv(num_tiles, 32))
     tl.debug_barrier()
-    for begin in range(0, top_k, PART):
-        column = begin + tl.arange(0, PART)
+    for begin in range(0, top_k, CHUNK):
+        column = begin + tl.arange(0, CHUNK)
         exists = column < top_k
         tile = tl.load(listed + column, exists, other=0)
-        bit = tl.full((PART,), 1, tl.int32) << (tile % 32)
+        bit = tl.full((CHUNK,), 1, tl.int32) << (tile % 32)
         tl.atomic_or(words + (tile // 32).to(tl.int64) * num_tiles, bit, exists, sem="relaxed")
     write_lists(
         listed,
         boxes,
-        starts,
-        tail,
-        counts,
-        entry,
+        full_tile_starts,
+        partial_groups,
+        list_lengths,
+        row,
         top_k,
-        tail_width,
+        partial_width,
         BLOCK,
         TILED,
-        TAIL_GROUPS,
+        MAX_GROUPS,
         GROUP,
-        PART,
+        CHUNK,
     )
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
-def invert_kernel(
-    bits,
-    counts,
+def transpose_lists_kernel(
+    selected_bits,
+    list_lengths,
     offsets,
-    starts,
-    tail,
+    full_tile_starts,
+    partial_groups,
     num_tiles,
     full_length,
-    tail_length,
+    partial_length,
     video_t,
     video_h,
     video_w,
@@ -93,112 +93,114 @@ def invert_kernel(
     tiles_w,
     BLOCK: tl.constexpr,
     TILED: tl.constexpr,
-    TAIL_GROUPS: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Program (32 key tiles of one head): counts the query tiles that keep them; given `starts`, lists them."""
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     words = tl.cdiv(num_tiles, 32)
-    place = (tl.program_id(0) // words).to(tl.int64)
+    batch_head = (tl.program_id(0) // words).to(tl.int64)
     word = tl.program_id(0) % words
     lane = tl.arange(0, 32)
-    line = word * 32 + lane
-    line_mask = line < num_tiles
-    entry = (place * num_tiles + line) * 2
-    bits += (place * words + word) * num_tiles
-    if starts is not None:
-        starts += place * full_length + tl.load(offsets + entry, line_mask, other=0)
-        if tail is not None:
-            tail += place * tail_length + tl.load(offsets + entry + 1, line_mask, other=0)
+    key_tile = word * 32 + lane
+    key_tile_mask = key_tile < num_tiles
+    offset = (batch_head * num_tiles + key_tile) * 2
+    selected_bits += (batch_head * words + word) * num_tiles
+    if full_tile_starts is not None:
+        full_tile_starts += batch_head * full_length + tl.load(offsets + offset, key_tile_mask, other=0)
+        if partial_groups is not None:
+            partial_groups += batch_head * partial_length + tl.load(offsets + offset + 1, key_tile_mask, other=0)
     full_before = tl.zeros((32,), tl.int32)
     groups_before = tl.zeros((32,), tl.int32)
-    for begin in range(0, num_tiles, PART):
-        tile = begin + tl.arange(0, PART)
-        column = tl.load(bits + tile, tile < num_tiles, other=0)
-        kept = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, PART]
+    for begin in range(0, num_tiles, CHUNK):
+        tile = begin + tl.arange(0, CHUNK)
+        column = tl.load(selected_bits + tile, tile < num_tiles, other=0)
+        lists = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, PART]
         t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
         if TILED:
             first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
         else:
             first = (t * video_h + h) * video_w + w
         full_before, groups_before = append_tiles(
-            kept,
+            lists,
             (first[None, :], extent_t[None, :], extent_h[None, :], extent_w[None, :]),
-            starts,
-            tail,
+            full_tile_starts,
+            partial_groups,
             full_before,
             groups_before,
             BLOCK,
             TILED,
-            TAIL_GROUPS,
+            MAX_GROUPS,
             GROUP,
         )
-    if starts is None:
-        tl.store(counts + entry, full_before, line_mask)
-        tl.store(counts + entry + 1, groups_before, line_mask)
+    if full_tile_starts is None:
+        tl.store(list_lengths + offset, full_before, key_tile_mask)
+        tl.store(list_lengths + offset + 1, groups_before, key_tile_mask)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
-def order_kernel(
-    counts,
+def order_lists_kernel(
+    list_lengths,
     offsets,
     order,
     num_tiles,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
-    LINES: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Program (`LINES` key tiles of one head): where their lists begin, and their rank, the longest first."""
-    blocks = tl.cdiv(num_tiles, LINES)
-    place = (tl.program_id(0) // blocks).to(tl.int64)
-    line = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
-    line_mask = line < num_tiles
-    counts += place * num_tiles * 2
-    rows = tl.load(counts + line * 2, line_mask, other=0) * TILE
-    rows += tl.load(counts + line * 2 + 1, line_mask, other=0) * GROUP
-    full_before = tl.zeros((LINES,), tl.int32)
-    groups_before = tl.zeros((LINES,), tl.int32)
-    rank = tl.zeros((LINES,), tl.int32)
-    for begin in range(0, num_tiles, PART):
-        tile = begin + tl.arange(0, PART)
-        full = tl.load(counts + tile * 2, tile < num_tiles, other=0)[None, :]
-        groups = tl.load(counts + tile * 2 + 1, tile < num_tiles, other=0)[None, :]
-        earlier = tile[None, :] < line[:, None]  # [LINES, PART]
+    blocks = tl.cdiv(num_tiles, BLOCK_M)
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    key_tile = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    key_tile_mask = key_tile < num_tiles
+    list_lengths += batch_head * num_tiles * 2
+    rows = tl.load(list_lengths + key_tile * 2, key_tile_mask, other=0) * TILE
+    rows += tl.load(list_lengths + key_tile * 2 + 1, key_tile_mask, other=0) * GROUP
+    full_before = tl.zeros((BLOCK_M,), tl.int32)
+    groups_before = tl.zeros((BLOCK_M,), tl.int32)
+    rank = tl.zeros((BLOCK_M,), tl.int32)
+    for begin in range(0, num_tiles, CHUNK):
+        tile = begin + tl.arange(0, CHUNK)
+        full = tl.load(list_lengths + tile * 2, tile < num_tiles, other=0)[None, :]
+        groups = tl.load(list_lengths + tile * 2 + 1, tile < num_tiles, other=0)[None, :]
+        earlier = tile[None, :] < key_tile[:, None]  # [LINES, PART]
         full_before += tl.sum(tl.where(earlier, full, 0), 1)
         groups_before += tl.sum(tl.where(earlier, groups, 0), 1)
         its_rows = tl.where(tile[None, :] < num_tiles, full * TILE + groups * GROUP, -1)
         rank += tl.sum(((its_rows > rows[:, None]) | ((its_rows == rows[:, None]) & earlier)).to(tl.int32), 1)
-    entry = (place * num_tiles + line) * 2
-    tl.store(offsets + entry, full_before, line_mask)
-    tl.store(offsets + entry + 1, groups_before, line_mask)
-    tl.store(order + place * num_tiles + rank, line, line_mask)
+    offset = (batch_head * num_tiles + key_tile) * 2
+    tl.store(offsets + offset, full_before, key_tile_mask)
+    tl.store(offsets + offset + 1, groups_before, key_tile_mask)
+    tl.store(order + batch_head * num_tiles + rank, key_tile, key_tile_mask)
 
 
-def restore(work: Work, indices: torch.Tensor, boxes: torch.Tensor, problem: Problem, *, tiled: bool) -> Kept:
+def rebuild_lists(
+    launcher: Launcher, indices: torch.Tensor, boxes: torch.Tensor, problem: Problem, *, tiled: bool
+) -> QueryLists:
     """The lists that the forward pass walked, from `indices` int32 `[B, H, N, K]`.
 
     `tiled` says that `boxes`, of the pool pass, hold rows of the tile-ordered copy instead of tokens of the sequence.
     """
     batch, heads, num_tiles, top_k = indices.shape
-    grid, width = problem.grid, tail_width(problem)
+    grid, width = problem.grid, partial_width(problem)
     places = batch * heads
-    kept = Kept(
-        starts=work.empty(indices, (places, num_tiles, top_k)),
-        tail=work.empty(indices, (places, num_tiles, width), torch.int64) if width else None,
-        counts=work.empty(indices, (places, num_tiles, 2)),
-        bits=work.empty(indices, (places, -(-num_tiles // 32), num_tiles)),
+    lists = QueryLists(
+        full_tile_starts=launcher.empty(indices, (places, num_tiles, top_k)),
+        partial_groups=launcher.empty(indices, (places, num_tiles, width), torch.int64) if width else None,
+        list_lengths=launcher.empty(indices, (places, num_tiles, 2)),
+        selected_bits=launcher.empty(indices, (places, -(-num_tiles // 32), num_tiles)),
     )
-    work.launch(
-        restore_kernel,
+    launcher.launch(
+        rebuild_lists_kernel,
         (places * num_tiles,),
         indices,
         boxes,
-        kept.starts,
-        kept.tail,
-        kept.counts,
-        kept.bits,
+        lists.full_tile_starts,
+        lists.partial_groups,
+        lists.list_lengths,
+        lists.selected_bits,
         heads,
         num_tiles,
         top_k,
@@ -206,58 +208,58 @@ def restore(work: Work, indices: torch.Tensor, boxes: torch.Tensor, problem: Pro
         indices.stride(0),
         BLOCK=grid.block_size,
         TILED=tiled,
-        **tail_groups(grid),
-        PART=PART,
+        **group_constants(grid),
+        CHUNK=CHUNK,
         num_warps=1,
     )
-    return kept
+    return lists
 
 
-def invert(work: Work, bits: torch.Tensor, problem: Problem, *, tiled: bool) -> Keepers:
+def transpose_lists(launcher: Launcher, selected_bits: torch.Tensor, problem: Problem, *, tiled: bool) -> KeyLists:
     """The lists of the key tiles, from the bits of `Kept`."""
-    places, words, num_tiles = bits.shape
+    places, words, num_tiles = selected_bits.shape
     grid, top_k = problem.grid, problem.top_k
     full_tiles, groups = full_tiles_and_groups(problem)
-    keepers = Keepers(
-        starts=work.empty(bits, (places, top_k * full_tiles)),
-        tail=work.empty(bits, (places, top_k * groups), torch.int64) if groups else None,
-        counts=work.empty(bits, (places, num_tiles, 2)),
-        offsets=work.empty(bits, (places, num_tiles, 2)),
-        order=work.empty(bits, (places, num_tiles)),
+    key_lists = KeyLists(
+        full_tile_starts=launcher.empty(selected_bits, (places, top_k * full_tiles)),
+        partial_groups=launcher.empty(selected_bits, (places, top_k * groups), torch.int64) if groups else None,
+        list_lengths=launcher.empty(selected_bits, (places, num_tiles, 2)),
+        offsets=launcher.empty(selected_bits, (places, num_tiles, 2)),
+        order=launcher.empty(selected_bits, (places, num_tiles)),
     )
 
-    def walk(offsets, starts, tail) -> None:
-        work.launch(
-            invert_kernel,
+    def walk(offsets, full_tile_starts, partial_groups) -> None:
+        launcher.launch(
+            transpose_lists_kernel,
             (places * words,),
-            bits,
-            keepers.counts,
+            selected_bits,
+            key_lists.list_lengths,
             offsets,
-            starts,
-            tail,
+            full_tile_starts,
+            partial_groups,
             num_tiles,
             top_k * full_tiles,
             top_k * groups,
             *grid_arguments(grid),
             TILED=tiled,
-            **tail_groups(grid),
-            PART=PART,
+            **group_constants(grid),
+            CHUNK=CHUNK,
             num_warps=4,
         )
 
     walk(None, None, None)
-    work.launch(
-        order_kernel,
-        (places * -(-num_tiles // LINES),),
-        keepers.counts,
-        keepers.offsets,
-        keepers.order,
+    launcher.launch(
+        order_lists_kernel,
+        (places * -(-num_tiles // BLOCK_M),),
+        key_lists.list_lengths,
+        key_lists.offsets,
+        key_lists.order,
         num_tiles,
         TILE=grid.tile_capacity,
         GROUP=GROUP,
-        LINES=LINES,
-        PART=PART,
+        BLOCK_M=BLOCK_M,
+        CHUNK=CHUNK,
         num_warps=4,
     )
-    walk(keepers.offsets, keepers.starts, keepers.tail)
-    return keepers
+    walk(key_lists.offsets, key_lists.full_tile_starts, key_lists.partial_groups)
+    return key_lists

@@ -13,27 +13,27 @@ import triton.language as tl
 
 from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two
-from ..buffers import Pooled, Prepared
-from ..plans import TAIL, Launch
+from ..buffers import PooledTiles, Preprocessed
+from ..plans import PARTIAL_ROWS, Launch
 from ..primitives.geometry import slot_offset, tile_box, tile_row
-from ..primitives.rows import BACKWARD_SIZES, load_rows, load_stats
-from ..recording import Work
-from .backward_key import key_step
+from ..primitives.rows import BACKWARD_SIZES, load_lse_and_delta, load_rows
+from ..recording import Launcher
+from .backward_key import dkdv_step
 
-PROXY_PROGRAMS = 512  # a launch of fewer programs is cut into parts
+POOLED_PROGRAMS = 512  # a launch of fewer programs is cut into parts
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
-def proxy_gradient_kernel(
+def pooled_dkdv_kernel(
     query,
     grad_output,
     query_rows,
     grad_rows,
-    stats,
-    bits,
-    proxies,
+    lse_and_delta,
+    selected_bits,
+    pooled_kv,
     log_size,
-    mean_gradients,
+    grad_mean_kv,
     scale,
     logit_scale,
     query_b,
@@ -45,7 +45,7 @@ def proxy_gradient_kernel(
     heads,
     batch_heads,
     num_tiles,
-    parts,
+    splits,
     tokens_before,
     length,
     video_t,
@@ -67,30 +67,30 @@ def proxy_gradient_kernel(
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
     blocks = tl.cdiv(num_tiles, BLOCK_M)
-    place = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    item = place // heads
-    head = place % heads
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    own_tile = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch = batch_head // heads
+    head = batch_head % heads
     dim = tl.arange(0, BLOCK_D)
-    row_mask = row < num_tiles
+    own_mask = own_tile < num_tiles
     video_tokens = video_t * video_h * video_w
-    own = proxies + place * num_tiles * HEAD_DIM
+    own = pooled_kv + batch_head * num_tiles * HEAD_DIM
     planes = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-    k = load_rows(own, row * HEAD_DIM, row_mask, dim, HEAD_DIM, BLOCK_D)  # [M, BLOCK_D]
-    v = load_rows(own + planes, row * HEAD_DIM, row_mask, dim, HEAD_DIM, BLOCK_D)  # [M, BLOCK_D]
-    weight = tl.load(log_size + row, row_mask, other=float("-inf"))
-    words = bits + (place * tl.cdiv(num_tiles, 32) + row // 32) * num_tiles
-    stats += place * length
+    k = load_rows(own, own_tile * HEAD_DIM, own_mask, dim, HEAD_DIM, BLOCK_D)  # [M, BLOCK_D]
+    v = load_rows(own + planes, own_tile * HEAD_DIM, own_mask, dim, HEAD_DIM, BLOCK_D)  # [M, BLOCK_D]
+    weight = tl.load(log_size + own_tile, own_mask, other=float("-inf"))
+    words = selected_bits + (batch_head * tl.cdiv(num_tiles, 32) + own_tile // 32) * num_tiles
+    lse_and_delta += batch_head * length
     plane = batch_heads.to(tl.int64) * length
     if TILED:
-        query_base = query_rows + place * video_tokens * HEAD_DIM
-        grad_base = grad_rows + place * video_tokens * HEAD_DIM
+        query_base = query_rows + batch_head * video_tokens * HEAD_DIM
+        grad_base = grad_rows + batch_head * video_tokens * HEAD_DIM
     else:
-        query_base = query + item * query_b + head * query_h + tokens_before.to(tl.int64) * query_s
-        grad_base = grad_output + item * grad_b + head * grad_h + tokens_before.to(tl.int64) * grad_s
+        query_base = query + batch * query_b + head * query_h + tokens_before.to(tl.int64) * query_s
+        grad_base = grad_output + batch * grad_b + head * grad_h + tokens_before.to(tl.int64) * grad_s
     dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    share = tl.cdiv(num_tiles, parts)
+    share = tl.cdiv(num_tiles, splits)
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, num_tiles)
     for step in tl.range(begin * STEPS, end * STEPS, num_stages=STAGES):
@@ -105,24 +105,24 @@ def proxy_gradient_kernel(
         offset = offset.to(tl.int64)
         q = load_rows(query_base, offset * (HEAD_DIM if TILED else query_s), present, dim, HEAD_DIM, BLOCK_D)
         grad = load_rows(grad_base, offset * (HEAD_DIM if TILED else grad_s), present, dim, HEAD_DIM, BLOCK_D)
-        lse, delta = load_stats(stats, plane, offset, present)
-        word = tl.load(words + tile, row_mask, other=-1)
-        bias = tl.where(((word >> (row % 32)) & 1) == 0, weight, float("-inf"))
-        dk, dv = key_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION)
-    mean_gradients += tl.program_id(1).to(tl.int64) * 2 * planes
-    to = place * num_tiles * HEAD_DIM + row[:, None] * HEAD_DIM + dim[None, :]
-    mask = row_mask[:, None] & (dim[None, :] < HEAD_DIM)
-    tl.store(mean_gradients + to, dk * scale, mask)
-    tl.store(mean_gradients + planes + to, dv, mask)
+        lse, delta = load_lse_and_delta(lse_and_delta, plane, offset, present)
+        word = tl.load(words + tile, own_mask, other=-1)
+        bias = tl.where(((word >> (own_tile % 32)) & 1) == 0, weight, float("-inf"))
+        dk, dv = dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION)
+    grad_mean_kv += tl.program_id(1).to(tl.int64) * 2 * planes
+    to = batch_head * num_tiles * HEAD_DIM + own_tile[:, None] * HEAD_DIM + dim[None, :]
+    mask = own_mask[:, None] & (dim[None, :] < HEAD_DIM)
+    tl.store(grad_mean_kv + to, dk * scale, mask)
+    tl.store(grad_mean_kv + planes + to, dv, mask)
 
 
-def proxy_gradients(
-    work: Work,
+def pooled_dkdv(
+    launcher: Launcher,
     query: torch.Tensor,
     grad_output: torch.Tensor,
-    pooled: Pooled,
-    prepared: Prepared,
-    bits: torch.Tensor,
+    pooled: PooledTiles,
+    preprocessed: Preprocessed,
+    selected_bits: torch.Tensor,
     problem: Problem,
     launch: Launch,
 ) -> torch.Tensor:
@@ -130,20 +130,22 @@ def proxy_gradients(
     batch, sequence, heads, dim = query.shape
     grid = problem.grid
     block_m = 64 if dim <= 128 else 32
-    most = launch.keys if dim <= 64 else min(launch.keys, TAIL)  # its masks take the registers that more would need
+    most = (
+        launch.keys if dim <= 64 else min(launch.keys, PARTIAL_ROWS)
+    )  # its masks take the registers that more would need
     block_n = max(16, min(most, power_of_two(grid.tile_capacity)))
     programs = -(-grid.num_tiles // block_m) * batch * heads
-    parts = max(1, min(grid.num_tiles, PROXY_PROGRAMS // programs))
-    gradients = work.empty(prepared.stats, (parts, 2, batch * heads, grid.num_tiles, dim))
-    work.launch(
-        proxy_gradient_kernel,
-        (programs, parts),
+    splits = max(1, min(grid.num_tiles, POOLED_PROGRAMS // programs))
+    gradients = launcher.empty(preprocessed.lse_and_delta, (splits, 2, batch * heads, grid.num_tiles, dim))
+    launcher.launch(
+        pooled_dkdv_kernel,
+        (programs, splits),
         query,
         grad_output,
-        *((None, None) if prepared.rows is None else prepared.rows.unbind(0)),
-        prepared.stats,
-        bits,
-        pooled.proxies,
+        *((None, None) if preprocessed.rows is None else preprocessed.rows.unbind(0)),
+        preprocessed.lse_and_delta,
+        selected_bits,
+        pooled.pooled_kv,
         pooled.log_size,
         gradients,
         problem.scale,
@@ -153,7 +155,7 @@ def proxy_gradients(
         heads,
         batch * heads,
         grid.num_tiles,
-        parts,
+        splits,
         problem.before,
         sequence,
         *grid_arguments(grid),

@@ -17,26 +17,26 @@ import triton.language as tl
 
 from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two
-from ..buffers import Prepared
+from ..buffers import Preprocessed
 from ..primitives.geometry import SLICED
 from ..primitives.rows import BACKWARD_SIZES, load_rows, rows_of, task_of
-from ..recording import Work
+from ..recording import Launcher
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
-def prepare_kernel(
+def backward_preprocess_kernel(
     query,
     output,
     grad_output,
     gate,
     coarse,
     lse,
-    stats,
+    lse_and_delta,
     rows,
-    sums,
-    deltas,
+    grad_coarse,
+    coarse_delta,
     grad_gate,
     query_b,
     query_s,
@@ -76,13 +76,13 @@ def prepare_kernel(
     context_tokens = tokens_before + tokens_after
     video_tokens = video_t * video_h * video_w
     length = video_tokens + context_tokens
-    in_context, item, head, place, tile, at = task_of(
+    in_context, batch, head, batch_head, tile, context_index = task_of(
         tl.program_id(0), heads, num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
     )
     tokens, position, exists, _ = rows_of(
         in_context,
         tile,
-        at,
+        context_index,
         tokens_before,
         context_tokens,
         grid,
@@ -93,14 +93,14 @@ def prepare_kernel(
     )
     dim = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
-    grad = load_rows(grad_output + item * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
-    out = load_rows(output + item * output_b + head * output_h, tokens * output_s, exists, dim, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_output + batch * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
+    out = load_rows(output + batch * output_b + head * output_h, tokens * output_s, exists, dim, HEAD_DIM, BLOCK_D)
     if rows is not None:
         in_video = mask
         if HAS_CONTEXT:
             in_video &= ~in_context
-        q = load_rows(query + item * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
-        copy = rows + (place * video_tokens + position[:, None]) * HEAD_DIM + dim[None, :]
+        q = load_rows(query + batch * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
+        copy = rows + (batch_head * video_tokens + position[:, None]) * HEAD_DIM + dim[None, :]
         tl.store(copy, q, in_video)
         tl.store(copy + batch_heads.to(tl.int64) * video_tokens * HEAD_DIM, grad, in_video)
     grad = grad.to(tl.float32)  # [M, BLOCK_D]
@@ -109,29 +109,31 @@ def prepare_kernel(
         width = HEAD_DIM
         if HAS_CONTEXT:
             width = tl.where(in_context, 0, HEAD_DIM)
-        entry = (place * num_tiles + tile) * HEAD_DIM + dim
-        own = tl.load(coarse + entry, dim < width, other=0.0)
+        offset = (batch_head * num_tiles + tile) * HEAD_DIM + dim
+        own = tl.load(coarse + offset, dim < width, other=0.0)
         spread = own[None, :]
         weighted = grad
         if gate is not None:
-            at_grad = grad_gate + item * grad_gate_b + head * grad_gate_h + tokens[:, None] * grad_gate_s + dim[None, :]
+            at_grad = (
+                grad_gate + batch * grad_gate_b + head * grad_gate_h + tokens[:, None] * grad_gate_s + dim[None, :]
+            )
             tl.store(at_grad, (grad * spread).to(grad_gate.dtype.element_ty), mask)
-            g = load_rows(gate + item * gate_b + head * gate_h, tokens * gate_s, exists, dim, HEAD_DIM, BLOCK_D)
+            g = load_rows(gate + batch * gate_b + head * gate_h, tokens * gate_s, exists, dim, HEAD_DIM, BLOCK_D)
             g = g.to(tl.float32)
             spread = spread * g
             weighted = grad * g
         out -= spread
         total = tl.sum(weighted, 0)
-        tl.store(sums + entry, total, dim < width)
-        tl.store(deltas + place * num_tiles + tile, tl.sum(total * own, 0), width > 0)
-    source = lse + item * lse_b + head * length
-    stats += place * length + position
-    tl.store(stats, tl.load(source + tokens, exists, other=0.0) * LOG2E, exists)
-    tl.store(stats + batch_heads.to(tl.int64) * length, tl.sum(grad * out, 1), exists)
+        tl.store(grad_coarse + offset, total, dim < width)
+        tl.store(coarse_delta + batch_head * num_tiles + tile, tl.sum(total * own, 0), width > 0)
+    source = lse + batch * lse_b + head * length
+    lse_and_delta += batch_head * length + position
+    tl.store(lse_and_delta, tl.load(source + tokens, exists, other=0.0) * LOG2E, exists)
+    tl.store(lse_and_delta + batch_heads.to(tl.int64) * length, tl.sum(grad * out, 1), exists)
 
 
-def prepare(
-    work: Work,
+def backward_preprocess(
+    launcher: Launcher,
     query: torch.Tensor,
     output: torch.Tensor,
     grad_output: torch.Tensor,
@@ -142,21 +144,21 @@ def prepare(
     problem: Problem,
     *,
     tiled: bool,
-) -> Prepared:
+) -> Preprocessed:
     """Read `[B, S, H, D]` tensors and `lse` `[B, H, S]`; write `grad_gate`. With `tiled`, positions are tile order."""
     batch, sequence, heads, dim = query.shape
     grid = problem.grid
     places = batch * heads
-    rows = work.empty(query, (2, places, grid.num_tokens, dim)) if tiled else None
-    prepared = Prepared(
-        stats=work.empty(lse, (2, places, sequence)),
+    rows = launcher.empty(query, (2, places, grid.num_tokens, dim)) if tiled else None
+    preprocessed = Preprocessed(
+        lse_and_delta=launcher.empty(lse, (2, places, sequence)),
         rows=rows,
-        sums=None if coarse is None else work.empty(coarse, coarse.shape),
-        deltas=None if coarse is None else work.empty(coarse, coarse.shape[:2]),
+        grad_coarse=None if coarse is None else launcher.empty(coarse, coarse.shape),
+        coarse_delta=None if coarse is None else launcher.empty(coarse, coarse.shape[:2]),
     )
     block_m = power_of_two(grid.tile_capacity)
-    work.launch(
-        prepare_kernel,
+    launcher.launch(
+        backward_preprocess_kernel,
         ((grid.num_tiles + -(-problem.num_context // block_m)) * places,),
         query,
         output,
@@ -164,10 +166,10 @@ def prepare(
         gate,
         coarse,
         lse,
-        prepared.stats,
-        prepared.rows,
-        prepared.sums,
-        prepared.deltas,
+        preprocessed.lse_and_delta,
+        preprocessed.rows,
+        preprocessed.grad_coarse,
+        preprocessed.coarse_delta,
         grad_gate,
         *query.stride()[:3],
         *output.stride()[:3],
@@ -188,4 +190,4 @@ def prepare(
         HAS_CONTEXT=problem.num_context > 0,
         num_warps=4 if block_m * dim <= 8192 else 8,
     )
-    return prepared
+    return preprocessed

@@ -20,18 +20,18 @@ import triton.language as tl
 
 from ...problem import Problem
 from ..arguments import grid_arguments, list_arguments, power_of_two, size_arguments, stride_arguments, tiled_sources
-from ..buffers import Lists, Pooled
+from ..buffers import PooledTiles, SelectedTiles
 from ..plans import Launch
 from ..primitives.geometry import SIZES, SLICED, slot_offset, tile_box
 from ..primitives.rows import load_rows
-from ..primitives.softmax import FARTHEST, HEADROOM, LEAST_TOTAL, LN2, softmax_step
+from ..primitives.softmax import HEADROOM, LN2, MAX_BOUNDED_LOGIT, MIN_ROW_SUM, softmax_step
 from ..primitives.tile_lists import GROUP
-from ..primitives.tile_loop import walk_video
-from ..recording import Work
+from ..primitives.tile_loop import tile_loop
+from ..recording import Launcher
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
-def attend_kernel(
+def sparse_forward_kernel(
     query,
     key,
     value,
@@ -39,14 +39,14 @@ def attend_kernel(
     value_rows,
     key_descriptor,
     value_descriptor,
-    starts,
-    tail,
-    counts,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
     kept,
-    proxies,
+    pooled_kv,
     log_size,
-    longest,
-    reach,
+    max_norm,
+    max_key_norm,
     coarse,
     gate,
     context_mask,
@@ -73,8 +73,8 @@ def attend_kernel(
     batch_heads,
     num_tiles,
     top_k,
-    tail_width,
-    kept_width,
+    partial_width,
+    bits_width,
     tokens_before,
     tokens_after,
     video_t,
@@ -89,7 +89,7 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
-    TAIL_STAGES: tl.constexpr,
+    PARTIAL_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
 ):
@@ -109,37 +109,39 @@ def attend_kernel(
         blocks = tl.cdiv(context_tokens, BLOCK_M)
         in_context = program < blocks * batch_heads
         program = tl.where(in_context, program, program - blocks * batch_heads)
-        place = tl.where(in_context, program // tl.maximum(blocks, 1), program // num_tiles)
+        batch_head = tl.where(in_context, program // tl.maximum(blocks, 1), program // num_tiles)
         tile = tl.where(in_context, 0, program % num_tiles)
-        at = program % tl.maximum(blocks, 1) * BLOCK_M + slot
+        context_index = program % tl.maximum(blocks, 1) * BLOCK_M + slot
     else:
         in_context = False
-        place = program // num_tiles
+        batch_head = program // num_tiles
         tile = program % num_tiles
     t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
     size = extent_t * extent_h * extent_w
     tokens = tokens_before + (t * video_h + h) * video_w + w + slot_offset(slot, extent_h, extent_w, video_h, video_w)
     row_mask = slot < size
     if HAS_CONTEXT:
-        tokens = tl.where(in_context, tl.where(at < tokens_before, at, at + video_tokens), tokens)
-        row_mask = tl.where(in_context, at < context_tokens, row_mask)
+        tokens = tl.where(
+            in_context, tl.where(context_index < tokens_before, context_index, context_index + video_tokens), tokens
+        )
+        row_mask = tl.where(in_context, context_index < context_tokens, row_mask)
     tokens = tokens.to(tl.int64)
-    item = (place // heads).to(tl.int64)
-    head = (place % heads).to(tl.int64)
-    place = place.to(tl.int64)
-    line = place * num_tiles + tile
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    batch_head = batch_head.to(tl.int64)
+    row = batch_head * num_tiles + tile
     dim_mask = row_mask[:, None] & (dim[None, :] < HEAD_DIM)
 
-    at_query = query + item * query_b + head * query_h + tokens[:, None] * query_s + dim[None, :]
+    at_query = query + batch * query_b + head * query_h + tokens[:, None] * query_s + dim[None, :]
     q = tl.load(at_query, dim_mask, other=0.0)  # [M, BLOCK_D]
     if gate is not None:  # asked for before the loops, so that the end of the program need not wait for it
-        at_gate = gate + item * gate_b + head * gate_h + tokens[:, None] * gate_s + dim[None, :]
+        at_gate = gate + batch * gate_b + head * gate_h + tokens[:, None] * gate_s + dim[None, :]
         g = tl.load(at_gate, dim_mask, other=0.0)  # [M, BLOCK_D]
-    key += item * key_b + head * key_h
-    value += item * value_b + head * value_h
+    key += batch * key_b + head * key_h
+    value += batch * value_b + head * value_h
     if TILED:
-        key_base = key_rows + place * video_tokens * HEAD_DIM
-        value_base = value_rows + place * video_tokens * HEAD_DIM
+        key_base = key_rows + batch_head * video_tokens * HEAD_DIM
+        value_base = value_rows + batch_head * video_tokens * HEAD_DIM
     else:
         key_base = key + tokens_before.to(tl.int64) * key_s
         value_base = value + tokens_before.to(tl.int64) * value_s
@@ -147,14 +149,14 @@ def attend_kernel(
     # How long each part of the walk is.
     full_tiles = top_k
     groups = 0
-    if tail is not None:
-        full_tiles = tl.load(counts + line * 2)
-        groups = tl.load(counts + line * 2 + 1)
-        tail += line * tail_width
+    if partial_groups is not None:
+        full_tiles = tl.load(list_lengths + row * 2)
+        groups = tl.load(list_lengths + row * 2 + 1)
+        partial_groups += row * partial_width
     if kept is not None:
-        kept += line * kept_width
-    starts += line * top_k
-    first_start = tl.load(starts)
+        kept += row * bits_width
+    full_tile_starts += row * top_k
+    first_start = tl.load(full_tile_starts)
     listed_tiles = full_tiles
     listed_keys = groups * GROUP
     keys_left = listed_keys
@@ -168,39 +170,39 @@ def attend_kernel(
         first_start = tl.where(in_context, 0, first_start)
 
     # Bounded, if norms allow it; and online where they do not, or where weights have vanished.
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     to_do = True
     bound = 0.0
-    if reach is not None:
+    if max_key_norm is not None:
         # No logit is further from zero than the norms of the longest row and the longest key allow.
         if HAS_CONTEXT:
             norms = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
             norm = tl.max(tl.where(row_mask, norms, 0.0), 0)
         else:
-            norm = tl.load(longest + line)
-        bound = norm * tl.load(reach + place) * tl.abs(scale)
-        to_do = bound < FARTHEST
-    for attempt in tl.static_range(0 if reach is not None else 1, 2):
+            norm = tl.load(max_norm + row)
+        bound = norm * tl.load(max_key_norm + batch_head) * tl.abs(scale)
+        to_do = bound < MAX_BOUNDED_LOGIT
+    for attempt in tl.static_range(0 if max_key_norm is not None else 1, 2):
         if to_do:
             if attempt == 0:
-                highest = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.maximum(bound - HEADROOM, 0.0)
+                row_max = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.maximum(bound - HEADROOM, 0.0)
             else:
-                highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            highest, total, acc = walk_video(
+                row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            row_max, row_sum, acc = tile_loop(
                 q,
-                highest,
+                row_max,
                 scale,
                 key_base,
                 value_base,
                 key_descriptor,
                 value_descriptor,
-                starts,
+                full_tile_starts,
                 first_start,
-                tail,
+                partial_groups,
                 kept,
-                proxies,
+                pooled_kv,
                 log_size,
                 full_tiles,
                 listed_tiles,
@@ -208,8 +210,8 @@ def attend_kernel(
                 listed_keys,
                 pooled,
                 in_context,
-                place,
-                line,
+                batch_head,
+                row,
                 key_s,
                 value_s,
                 batch_heads,
@@ -222,15 +224,15 @@ def attend_kernel(
                 BLOCK_D,
                 BLOCK_N,
                 GROUP,
-                STAGES if attempt == 0 or reach is None or HAS_CONTEXT else 1,
-                TAIL_STAGES if attempt == 0 else 1,
+                STAGES if attempt == 0 or max_key_norm is None or HAS_CONTEXT else 1,
+                PARTIAL_STAGES if attempt == 0 else 1,
                 TILED,
                 HAS_CONTEXT,
                 attempt == 0,
                 PRECISION,
             )
             if attempt == 0:
-                to_do = tl.min(tl.where(row_mask, total, 1.0), 0) <= LEAST_TOTAL
+                to_do = tl.min(tl.where(row_mask, row_sum, 1.0), 0) <= MIN_ROW_SUM
         elif attempt == 0:
             to_do = True
 
@@ -241,37 +243,37 @@ def attend_kernel(
             exists = index < context_tokens
             valid = exists
             if context_mask is not None:
-                valid &= tl.load(context_mask + item * context_tokens + index, exists, other=0) != 0
+                valid &= tl.load(context_mask + batch * context_tokens + index, exists, other=0) != 0
             offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
             k = load_rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
             v = load_rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
             bias = tl.where(valid, 0.0, float("-inf"))
-            highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, False, PRECISION)
+            row_max, row_sum, acc = softmax_step(q, k, v, row_max, row_sum, acc, scale, bias, False, PRECISION)
 
-    acc = acc / total[:, None]
+    acc = acc / row_sum[:, None]
     if coarse is not None:
         width = HEAD_DIM
         if HAS_CONTEXT:
             width = tl.where(in_context, 0, HEAD_DIM)
-        spread = tl.load(coarse + line * HEAD_DIM + dim, dim < width, other=0.0)[None, :]
+        spread = tl.load(coarse + row * HEAD_DIM + dim, dim < width, other=0.0)[None, :]
         if gate is not None:
             spread = spread * g.to(tl.float32)  # [M, BLOCK_D]
         acc += spread
-    at_output = output + item * output_b + head * output_h + tokens[:, None] * output_s + dim[None, :]
+    at_output = output + batch * output_b + head * output_h + tokens[:, None] * output_s + dim[None, :]
     tl.store(at_output, acc.to(output.dtype.element_ty), dim_mask)
     length = video_tokens + context_tokens
-    tl.store(lse + item * lse_b + head * length + tokens, (highest + tl.math.log2(total)) * LN2, row_mask)
+    tl.store(lse + batch * lse_b + head * length + tokens, (row_max + tl.math.log2(row_sum)) * LN2, row_mask)
 
 
-def attend(
-    work: Work,
+def sparse_forward(
+    launcher: Launcher,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor | None,
     context_mask: torch.Tensor | None,
-    pooled: Pooled,
-    lists: Lists,
+    pooled: PooledTiles,
+    lists: SelectedTiles,
     output: torch.Tensor,
     lse: torch.Tensor,
     problem: Problem,
@@ -279,23 +281,23 @@ def attend(
 ) -> None:
     """Write `output` `[B, S, H, D]` and `lse` fp32 `[B, H, S]` (natural logarithm) for the heads given."""
     batch, _, heads, _ = query.shape
-    reach = lists.reach if query.dtype == torch.bfloat16 else None
+    max_key_norm = lists.max_key_norm if query.dtype == torch.bfloat16 else None
     _launch(
-        work,
+        launcher,
         problem.grid.num_tiles * batch * heads,
         (query, key, value, gate, output),
         lse,
         context_mask,
         pooled.rows,
-        (*list_arguments(pooled, lists), reach, lists.coarse),
+        (*list_arguments(pooled, lists), max_key_norm, lists.coarse),
         size_arguments(query, lists, problem),
         problem,
         launch,
     )
 
 
-def attend_from_context(
-    work: Work,
+def context_forward(
+    launcher: Launcher,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -311,11 +313,11 @@ def attend_from_context(
     walked = (indices, *[None] * 8)  # nothing is taken from a list, but there must be one
     sizes = (heads, batch * heads, problem.grid.num_tiles, problem.top_k, 0, 0)
     tensors = (query, key, value, None, output)
-    _launch(work, 0, tensors, lse, context_mask, None, walked, sizes, problem, replace(launch, layout="direct"))
+    _launch(launcher, 0, tensors, lse, context_mask, None, walked, sizes, problem, replace(launch, layout="direct"))
 
 
 def _launch(
-    work: Work,
+    launcher: Launcher,
     query_tiles: int,
     tensors: tuple[Any, ...],
     lse: torch.Tensor,
@@ -331,8 +333,8 @@ def _launch(
     batch, _, heads, dim = query.shape
     block_m = power_of_two(problem.grid.tile_capacity)
     block_n = max(16, min(launch.keys, block_m))
-    work.launch(
-        attend_kernel,
+    launcher.launch(
+        sparse_forward_kernel,
         (query_tiles + -(-problem.num_context // block_m) * batch * heads,),
         query,
         key,
@@ -356,7 +358,7 @@ def _launch(
         BLOCK_N=block_n,
         GROUP=GROUP,
         STAGES=launch.stages,
-        TAIL_STAGES=launch.tail_stages,
+        PARTIAL_STAGES=launch.partial_stages,
         PRECISION="ieee",
         HAS_CONTEXT=problem.num_context > 0,
         **launch.options,
