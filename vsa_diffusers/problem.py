@@ -30,6 +30,11 @@ class Problem:
         return self.combine in ("gate", "sum")
 
     @property
+    def has_pooled_keys(self) -> bool:
+        """Whether pooled keys stand for tiles that are not kept."""
+        return self.combine == "merge" and self.top_k < self.grid.num_tiles
+
+    @property
     def num_context(self) -> int:
         """Context tokens on both sides."""
         return self.before + self.after
