@@ -25,6 +25,7 @@ from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import backward, forward, support, tuning
 from vsa_diffusers.kernels.plans import BackwardLaunch
+from vsa_diffusers.kernels.recording import form_of
 from vsa_diffusers.kernels.select import coarse, transpose_lists
 from vsa_diffusers.kernels.sparse import backward_key, backward_pooled, backward_preprocess, backward_query
 from vsa_diffusers.problem import Problem
@@ -128,7 +129,7 @@ def test_offsets_beyond_31_bits(layout):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 40, "sparse", dim**-0.5)
-    launch = tuning.backward_launch(query, problem, support.device_of(0), key.stride(1))
+    launch = tuning.backward_launch(form_of(query), problem, support.device_of(0), key.stride(1))
     launch = BackwardLaunch(replace(launch.query, layout=layout), replace(launch.key, layout=layout))
     output, indices, lse = forward(query, key, value, None, None, problem)
     ours = backward(grad, query, key, value, None, None, indices, lse, output, problem, launch)[:3]

@@ -28,6 +28,7 @@ from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, launch, support, tuning
 from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.recording import form_of
 from vsa_diffusers.kernels.select import coarse, pool, top_k
 from vsa_diffusers.kernels.sparse import forward as sparse
 from vsa_diffusers.problem import Problem
@@ -220,7 +221,8 @@ def test_offsets_beyond_31_bits(combine, layout):
     assert query.numel() > 2**31
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 40, combine, dim**-0.5)
-    launch = replace(tuning.table_launch(query, problem, support.device_of(0), key.stride(1)), layout=layout)
+    forms = [form_of(x) for x in (query, key, value)]
+    launch = replace(tuning.plan(*forms, problem, support.device_of(0)).sparse, layout=layout)
     if layout == "descriptor" and not support.can_describe(query, support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     given = gate if combine == "gate" else None

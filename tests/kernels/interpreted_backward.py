@@ -21,10 +21,10 @@ from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, fo
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import tuning
-from vsa_diffusers.kernels.recording import Launcher
+from vsa_diffusers.kernels.recording import Launcher, form_of
 from vsa_diffusers.kernels.select.pool import pool
 from vsa_diffusers.kernels.select.transpose_lists import rebuild_lists, transpose_lists
-from vsa_diffusers.kernels.sparse import backward_pooled
+from vsa_diffusers.kernels.support import Device
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -54,7 +54,7 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
 
 
 def test_the_pooled_keys_of_a_small_call_are_cut_into_parts(monkeypatch):
-    monkeypatch.setattr(backward_pooled, "POOLED_PROGRAMS", 3)
+    monkeypatch.setattr(tuning, "POOLED_PROGRAMS", 3)
     check_gradients(Case(combine="merge", top_k=2))
 
 
@@ -68,9 +68,12 @@ def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(ti
     indices = scores.topk(problem.top_k).indices.sort(-1).values.int()
     launcher = Launcher()
     x = torch.zeros(1, grid.num_tokens, 2, 16)
-    boxes = pool(launcher, x, x, x, problem, tiled=tiled).boxes
-    query_lists = rebuild_lists(launcher, indices, boxes, problem, tiled=tiled)
-    key_lists = transpose_lists(launcher, query_lists.selected_bits, problem, tiled=tiled)
+    boxes = pool(launcher, x, x, x, problem, tiled=tiled, warps=1).boxes
+    form = form_of(x)
+    plan = tuning.backward_plan(form, [form], problem, Device())
+    query_lists = rebuild_lists(launcher, indices, boxes, problem, plan.rebuild, tiled=tiled)
+    bits = query_lists.selected_bits
+    key_lists = transpose_lists(launcher, bits, problem, plan.transpose, plan.order, tiled=tiled)
     token_of = grid.token_index()
     sizes = (token_of >= 0).sum(1)
     first = sizes.cumsum(0) - sizes if tiled else token_of[:, 0]

@@ -22,10 +22,11 @@ from interpreter import bfloat16_products
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import forward, tuning
-from vsa_diffusers.kernels.recording import Launcher
+from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.recording import Launcher, form_of
 from vsa_diffusers.kernels.select import coarse, top_k
 from vsa_diffusers.kernels.select.pool import pool
-from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
+from vsa_diffusers.kernels.support import HAS_DESCRIPTORS, Device
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -94,8 +95,10 @@ def test_the_highest_scores_are_kept_however_they_are_distributed(count):
     launcher = _GivenScores(normal)
     x = torch.randn(1, grid.num_tokens, 1, 16)
     indices = torch.full((1, 1, 45, count), -1, dtype=torch.int32)
-    pooled = pool(launcher, x, x, x, problem, tiled=True)
-    top_k.select(launcher, pooled, indices, problem, tiled=True, precision="ieee", step=32)
+    pooled = pool(launcher, x, x, x, problem, tiled=True, warps=1)
+    form = form_of(x)
+    plan = tuning.plan(form, form, form, problem, Device(), Launch("tiled"))
+    top_k.select_tiles(launcher, pooled, indices, problem, plan)
     in_order = torch.where(torch.signbit(normal) & (normal == 0), -1e-45, normal)  # -0 orders below 0 here
     right = in_order.sort(descending=True, stable=True).indices[:, :count].sort().values
     assert indices[0, 0].equal(right.int())
@@ -109,7 +112,7 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("selection", ["mean", "quarters"])
 def test_scores_beyond_the_workspace_take_turns(monkeypatch, selection):
-    monkeypatch.setattr(top_k, "workspace_bytes", lambda elements: 0)
+    monkeypatch.setattr(tuning, "LEAST_WORKSPACE_BYTES", 0)
     query, key, value = (torch.randn(1, 6 * 6 * 4, 3, 16) for _ in range(3))
     problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25, selection=selection)
     _, indices, _ = forward(query, key, value, None, None, problem)

@@ -64,7 +64,7 @@ def test_heads_that_go_through_in_parts_share_the_workspace(monkeypatch, replays
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**30)
     check(case)
     at_once = next(iter(replays.known.values()))
-    assert len(in_parts.steps) == 2 * len(at_once.steps)
+    assert len(in_parts.launches) == 2 * len(at_once.launches)
     assert in_parts.workspace_bytes < at_once.workspace_bytes
 
 
@@ -117,12 +117,16 @@ def test_only_the_latest_kinds_of_calls_are_remembered(replays):
 
 def test_memory_that_was_freed_is_given_out_again_and_memory_in_use_is_not():
     like = torch.empty(0)
-    recording = Recorder([like])
-    first, second = recording.empty(like, (1000,)), recording.empty(like, (1000,))
-    recording.free(first)
-    third = recording.empty(like, (500,))
-    fourth = recording.empty(like, (1000,))
-    assert [recording.rooms[id(x)][1:] for x in (third, second, fourth)] == [(0, 2048), (4096, 8192), (8192, 12288)]
+    recorder = Recorder([like])
+    first, second = recorder.empty(like, (1000,)), recorder.empty(like, (1000,))
+    recorder.free(first)
+    third = recorder.empty(like, (500,))
+    fourth = recorder.empty(like, (1000,))
+    assert [recorder.allocations[id(x)][1:] for x in (third, second, fourth)] == [
+        (0, 2048),
+        (4096, 8192),
+        (8192, 12288),
+    ]
     with pytest.raises(AssertionError, match="neither an argument"):
-        recording._place(torch.empty(1))
+        recorder._place(torch.empty(1))
     check(Case())

@@ -9,6 +9,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("runs with Triton installed", allow_module_level=True)
 
 from vsa_diffusers.kernels.arguments import has_boxes
+from vsa_diffusers.kernels.recording import form_of
 from vsa_diffusers.kernels.support import Device
 from vsa_diffusers.kernels.tuning import plan
 from vsa_diffusers.problem import Problem
@@ -32,7 +33,8 @@ def chosen(
     query = torch.empty(1, grid.num_tokens + after, heads, head_dim, dtype=dtype, device="meta")
     top_k = num_selected_tiles(grid.num_tiles, ratio)
     problem = Problem(grid, top_k, combine, head_dim**-0.5, after=after)
-    return plan(query, problem, device, query.stride(1))
+    form = form_of(query)
+    return plan(form, form, form, problem, device)
 
 
 @pytest.mark.parametrize(("head_dim", "layout", "programs"), [(128, "descriptor", 264), (64, "tiled", 396)])
@@ -115,5 +117,5 @@ def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
 )
 def test_boxes_of_the_video_are_seen_where_heads_lie_side_by_side(change, seen):
     x = change(torch.zeros(2, 6 * 8 * 9, 3, 128, dtype=torch.bfloat16))
-    assert has_boxes(x, TileGrid((6, 8, 9), (4, 4, 4))) == seen
-    assert not has_boxes(x, TileGrid((6, 8, 9), (3, 5, 4)))
+    assert has_boxes(form_of(x), TileGrid((6, 8, 9), (4, 4, 4))) == seen
+    assert not has_boxes(form_of(x), TileGrid((6, 8, 9), (3, 5, 4)))

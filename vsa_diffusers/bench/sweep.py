@@ -20,9 +20,9 @@ from .shapes import Shape
 
 def candidates(head_dim: int) -> Iterator[Any]:
     """Launches worth trying for 16-bit inputs and tiles of at most 64 tokens, the likeliest first."""
-    from ..kernels.plans import PROGRAMS, Launch
+    from ..kernels.plans import Launch
     from ..kernels.support import HAS_DESCRIPTORS, device_of
-    from ..kernels.tuning import LAYOUTS
+    from ..kernels.tuning import HOPPER, LAYOUTS
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
     # warps, stages, keys, registers, partial_stages
@@ -37,8 +37,8 @@ def candidates(head_dim: int) -> Iterator[Any]:
         for layout in layouts:
             yield Launch(layout, *form)
     processors = device_of(torch.cuda.current_device()).processors
-    if head_dim in PROGRAMS and processors:
-        programs = PROGRAMS[head_dim] * processors
+    if head_dim in HOPPER and processors:
+        programs = HOPPER[head_dim][0] * processors
         for layout in ("descriptor", "direct"):
             yield from (Launch(layout, programs=programs, sync_chunks=sync_chunks) for sync_chunks in (0, 1, 4, 8, 16))
 

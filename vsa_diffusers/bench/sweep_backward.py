@@ -47,6 +47,7 @@ def sweep(
     A candidate that does not compile, or differs from the table's own, is a row with its error.
     """
     from ..kernels import forward
+    from ..kernels.recording import form_of
     from ..kernels.support import device_of
     from ..kernels.tuning import backward_launch
 
@@ -64,7 +65,7 @@ def sweep(
                 given = (query, key, value, gate if combine == "gate" else None, None)
                 output, indices, lse = forward(*given, problem)
                 arguments = (grad, *given, indices, lse, output, problem)
-                table = backward_launch(query, problem, device_of(query.device.index), key.stride(1))
+                table = backward_launch(form_of(query), problem, device_of(query.device.index), key.stride(1))
                 right: list[torch.Tensor] = []
                 for kernel, launch in candidates(table, shape.head_dim):
                     if time.monotonic() > end:

@@ -11,6 +11,7 @@ from ..tiles import TileGrid
 from .buffers import PooledTiles, SelectedTiles
 from .plans import Launch
 from .primitives.tile_lists import GROUP
+from .recording import TensorForm
 
 
 def power_of_two(number: int) -> int:
@@ -28,28 +29,26 @@ def grid_arguments(grid: TileGrid) -> tuple[object, ...]:
 
 
 def list_arguments(pooled: PooledTiles, lists: SelectedTiles) -> tuple[torch.Tensor | None, ...]:
-    """What both sparse kernels walk: from `starts` to `longest`, in the order of their arguments."""
+    """What both sparse kernels walk: from `full_tile_starts` to `max_norm`, in the order of their arguments."""
     walked = (lists.full_tile_starts, lists.partial_groups, lists.list_lengths, lists.selected_bits)
     return (*walked, pooled.pooled_kv, pooled.log_size, pooled.max_norm)
 
 
-def stride_arguments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor | None, output: torch.Tensor
-) -> list[int]:
-    """Strides of batch, sequence and heads: from `query_b` to `output_h`, in the order of their arguments."""
-    tensors = (query, key, value, query if gate is None else gate, output)
-    return [stride for x in tensors for stride in x.stride()[:3]]
+def strides(*tensors: torch.Tensor | None, missing: torch.Tensor | None = None) -> list[int]:
+    """Strides of batch, sequence and heads of each tensor, those of `missing` for one that is not given."""
+    given = [missing if x is None else x for x in tensors]
+    return [stride for x in given if x is not None for stride in x.stride()[:3]]
 
 
 def size_arguments(query: torch.Tensor, lists: SelectedTiles, problem: Problem) -> tuple[int, ...]:
-    """How large it is: from `heads` to `kept_width`, in the order of their arguments."""
+    """How large it is: from `heads` to `bits_width`, in the order of their arguments."""
     batch, _, heads, _ = query.shape
     widths = (0 if x is None else x.shape[3] for x in (lists.partial_groups, lists.selected_bits))
     return (heads, batch * heads, problem.grid.num_tiles, problem.top_k, *widths)
 
 
-def tiled_sources(rows: torch.Tensor | None, launch: Launch, block: int) -> tuple[object, ...]:
-    """The two tensors of a tile-ordered copy `[2, P, V, D]`, then their descriptors for `block` rows at a time."""
+def tiled_sources(rows: torch.Tensor | None, launch: Launch) -> tuple[object, ...]:
+    """The two tensors of a tile-ordered copy `[2, P, V, D]`, then their descriptors for the rows of one step."""
     if rows is None:
         return None, None, None, None
     first, second = rows.unbind(0)
@@ -57,19 +56,21 @@ def tiled_sources(rows: torch.Tensor | None, launch: Launch, block: int) -> tupl
         return first, second, None, None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    box = [1, block, power_of_two(rows.shape[-1])]
+    box = [1, launch.keys, power_of_two(rows.shape[-1])]
     return first, second, *(TensorDescriptor.from_tensor(x, box) for x in (first, second))
 
 
-def has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
-    """Whether tensor descriptors can see the tiles of `[B, S, H, D]`: they have 64 tokens and sides that are powers of
-    two, and heads lie side by side."""
+def has_boxes(x: TensorForm, grid: TileGrid) -> bool:
+    """Whether tensor descriptors can see the tiles of `[B, S, H, D]` as boxes.
+
+    They can where tiles have 64 tokens and sides that are powers of two, and heads lie side by side.
+    """
     return (
         grid.tile_capacity == 64
         and all(side & (side - 1) == 0 for side in grid.block_size)
-        and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
-        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:2])
-        and x.data_ptr() % 16 == 0
+        and (x.stride[2] == x.shape[3] or x.shape[2] == 1)
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride[:2])
+        and x.misalignment == 0
     )
 
 

@@ -1,13 +1,14 @@
-"""The whole backward pass: what it recomputes, in which order its kernels run, and for how many heads at a time."""
+"""The whole backward pass in order: what it recomputes, and what it frees for whom, some heads at a time."""
 
 from __future__ import annotations
 
 import torch
 
 from ..problem import Problem
+from .buffers import BackwardTensors
 from .launch import last_dim_contiguous, launch_or_replay, mask_to_int32
 from .plans import BackwardLaunch, BackwardPlan
-from .recording import Launcher, Tensors
+from .recording import Launcher, Tensors, form_of
 from .select.coarse import coarse_attention, coarse_gradients
 from .select.pool import pool
 from .select.transpose_lists import rebuild_lists, transpose_lists
@@ -43,76 +44,50 @@ def backward(
     grad_gate = None if gate is None else grads[3]
 
     def launch_all(launcher: Launcher, tensors: Tensors) -> None:
-        query, key, value, _, _, grad_output, *_ = tensors
-        token_stride = max(x.stride(1) for x in (query, key, value, grad_output))
-        chosen = backward_plan(query, problem, this_device(query), token_stride, launch)
-        for first in range(0, query.shape[2], chosen.heads):
-            _some_heads(launcher, tensors, problem, chosen, slice(first, first + chosen.heads))
+        whole = BackwardTensors._make(tensors)
+        form = form_of(whole.query)
+        read = [form, *(form_of(x) for x in (whole.key, whole.value, whole.grad_output))]
+        chosen = backward_plan(form, read, problem, this_device(form.device), launch)
+        for first in range(0, form.shape[2], chosen.heads):
+            _some_heads(launcher, whole, problem, chosen, slice(first, first + chosen.heads))
 
-    tensors = (query, key, value, gate, output, grad_output, *grads[:3], grad_gate, indices, lse, context_mask)
+    given = (query, key, value, gate, output, grad_output)
+    tensors = BackwardTensors(*given, grads[0], grads[1], grads[2], grad_gate, indices, lse, context_mask)
     launch_or_replay("backward", tensors, problem, launch, launch_all)
     return (*grads[:3], grad_gate)
 
 
-def _some_heads(launcher: Launcher, tensors: Tensors, problem: Problem, chosen: BackwardPlan, heads: slice) -> None:
+def _some_heads(
+    launcher: Launcher, whole: BackwardTensors, problem: Problem, chosen: BackwardPlan, heads: slice
+) -> None:
     """All kernels for some of the heads; what they need in between is free afterwards."""
-    *sequences, indices, lse, context_mask = tensors
-    sequences = launcher.slices(sequences, 2, heads)
-    query, key, value, gate, output, grad_output, grad_query, grad_key, grad_value, grad_gate = sequences
-    indices, lse = launcher.slices((indices, lse), 1, heads)
-    keys_tiled, queries_tiled = (x.layout != "direct" for x in (chosen.query, chosen.key))
-    pooled = pool(launcher, query, key, value, problem, tiled=keys_tiled)
-    coarse = None
+    tensors = whole.of_heads(launcher, heads)
+    keys_tiled, queries_tiled = chosen.query.reads_copy, chosen.key.reads_copy
+    pooled = pool(
+        launcher, tensors.query, tensors.key, tensors.value, problem, tiled=keys_tiled, warps=chosen.pool_warps
+    )
+    coarse = coarse_lse = grad_mean_query = grad_mean_kv = None
     if problem.has_coarse:
-        coarse, coarse_lse = coarse_attention(launcher, pooled.means, problem.scale, chosen.precision)
+        coarse, coarse_lse = coarse_attention(launcher, pooled.means, problem.scale, chosen.coarse, chosen.precision)
     preprocessed = backward_preprocess(
-        launcher, query, output, grad_output, gate, coarse, lse, grad_gate, problem, tiled=queries_tiled
+        launcher, tensors, coarse, problem, tiled=queries_tiled, warps=chosen.preprocess_warps
     )
-    query_lists = rebuild_lists(launcher, indices, pooled.boxes, problem, tiled=keys_tiled)
-    grad_mean_query = grad_mean_kv = None
-    if problem.has_coarse:
+    query_lists = rebuild_lists(launcher, tensors.indices, pooled.boxes, problem, chosen.rebuild, tiled=keys_tiled)
+    if coarse_lse is not None:
         grad_mean_query, grad_mean_kv = coarse_gradients(
-            launcher, pooled.means, coarse_lse, preprocessed, problem.scale, chosen.precision
+            launcher, pooled.means, coarse_lse, preprocessed, problem.scale, chosen.coarse, chosen.precision
         )
-    elif problem.combine == "merge" and problem.top_k < problem.grid.num_tiles:
+    elif problem.has_pooled_keys:
+        bits = query_lists.selected_bits
         grad_mean_kv = pooled_dkdv(
-            launcher, query, grad_output, pooled, preprocessed, query_lists.selected_bits, problem, chosen.key
+            launcher, tensors, pooled, preprocessed, bits, problem, chosen.pooled, chosen.pooled_splits
         )
-    dq(
-        launcher,
-        query,
-        key,
-        value,
-        grad_output,
-        context_mask,
-        pooled,
-        preprocessed,
-        query_lists,
-        grad_mean_query,
-        grad_query,
-        problem,
-        chosen.query,
-    )
-    # The lists of the key tiles take the room of these.
-    launcher.free(*pooled, query_lists.full_tile_starts, query_lists.partial_groups, query_lists.list_lengths)
-    if problem.has_coarse:
-        launcher.free(coarse, coarse_lse, preprocessed.grad_coarse, preprocessed.coarse_delta, grad_mean_query)
+    dq(launcher, tensors, pooled, preprocessed, query_lists, grad_mean_query, problem, chosen.query)
+    # The lists of the key tiles take the room of what dq was the last to read.
     selected_bits = query_lists.selected_bits
-    del pooled, query_lists
-    key_lists = transpose_lists(launcher, selected_bits, problem, tiled=queries_tiled)
-    dkdv(
-        launcher,
-        query,
-        key,
-        value,
-        grad_output,
-        context_mask,
-        preprocessed,
-        key_lists,
-        grad_mean_kv,
-        grad_key,
-        grad_value,
-        problem,
-        chosen.key,
-    )
-    launcher.release_all()
+    launcher.free(*pooled, *(x for x in query_lists if x is not selected_bits))
+    launcher.free(coarse, coarse_lse, preprocessed.grad_coarse, preprocessed.coarse_delta, grad_mean_query)
+    del pooled, query_lists, coarse, coarse_lse, grad_mean_query
+    key_lists = transpose_lists(launcher, selected_bits, problem, chosen.transpose, chosen.order, tiled=queries_tiled)
+    dkdv(launcher, tensors, preprocessed, key_lists, grad_mean_kv, problem, chosen.key)
+    launcher.free_all()

@@ -1,4 +1,4 @@
-"""The whole forward, launch by launch, and the reasons why it cannot run."""
+"""The whole forward in order: pool, score, top-k, sparse attention with the combine in its epilogue."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Hashable
 import torch
 
 from ..problem import Problem
+from .buffers import ForwardTensors
 from .launch import last_dim_contiguous, launch_or_replay, mask_to_int32, remember
 from .plans import Launch, Plan
-from .recording import Launcher, Tensors
+from .recording import Launcher, Tensors, form_of
 from .select.pool import pool
-from .select.top_k import select
+from .select.top_k import select_tiles
 from .sparse.forward import context_forward, sparse_forward
 from .support import this_device
 from .tuning import plan
@@ -32,7 +33,8 @@ def forward(
     """Output `[B, S, H, D]`, selected tiles `[B, H, N, K]` (int32, ascending), log-sum-exp `[B, H, S]` (fp32).
 
     `launch` overrides the tuning table for the sparse kernel. With `output_alone` the other two are `None`: they lie in
-    the workspace, which takes the host less time; `call` is then what `forward_again` finds the record of this call by.
+    the workspace, which takes the host less time; `call` is then what `repeat_forward` finds the record of this call
+    by.
     """
     query, key, value = (last_dim_contiguous(x) for x in (query, key, value))
     gate = None if gate is None else last_dim_contiguous(gate)
@@ -41,47 +43,51 @@ def forward(
     indices, lse = (None, None) if output_alone else _indices_and_lse(Launcher(), query, problem)
 
     def launch_all(launcher: Launcher, tensors: Tensors) -> None:
-        query, key, value, *_ = tensors
-        chosen = plan(query, problem, this_device(query), max(key.stride(1), value.stride(1)), launch)
-        left = False
+        whole = ForwardTensors._make(tensors)
+        query, key, value = (form_of(x) for x in whole[:3])
+        chosen = plan(query, key, value, problem, this_device(query.device), launch)
         for first in range(0, query.shape[2], chosen.heads):
-            left |= _some_heads(launcher, tensors, problem, chosen, slice(first, first + chosen.heads))
-        if left:
-            query, key, value, _, output, indices, lse, context_mask = tensors
-            if lse is None:
-                indices, lse = _indices_and_lse(launcher, query, problem)
-            context_forward(launcher, query, key, value, context_mask, indices, output, lse, problem, chosen.sparse)
+            _some_heads(launcher, whole, problem, chosen, slice(first, first + chosen.heads))
+        if chosen.context is not None:
+            context_forward(launcher, _with_indices_and_lse(launcher, whole, problem), problem, chosen.context)
 
-    tensors = (query, key, value, gate, output, indices, lse, context_mask)
+    tensors = ForwardTensors(query, key, value, gate, output, indices, lse, context_mask)
     replay = launch_or_replay("forward", tensors, problem, launch, launch_all)
     if replay is not None and call is not None:
         remember(call, tensors[:4], replay)
     return output, indices, lse
 
 
-def _some_heads(launcher: Launcher, tensors: Tensors, problem: Problem, chosen: Plan, heads: slice) -> bool:
-    """All kernels for some of the heads; what they need in between is free afterwards.
+def _some_heads(launcher: Launcher, whole: ForwardTensors, problem: Problem, chosen: Plan, heads: slice) -> None:
+    """All kernels for some of the heads; what they need in between is free afterwards."""
+    tensors = _with_indices_and_lse(launcher, whole.of_heads(launcher, heads), problem)
+    assert tensors.indices is not None
+    pooled = pool(
+        launcher,
+        tensors.query,
+        tensors.key,
+        tensors.value,
+        problem,
+        tiled=chosen.sparse.reads_copy,
+        warps=chosen.pool_warps,
+        with_quarters=problem.selection == "quarters",
+    )
+    selected = select_tiles(launcher, pooled, tensors.indices, problem, chosen)
+    if chosen.hopper is not None:
+        from .hopper.forward import hopper_forward  # needs Gluon, which not every Triton has
 
-    Returns whether context queries are left.
-    """
-    *sequences, indices, lse, context_mask = tensors
-    query, key, value, gate, output = launcher.slices(sequences, 2, heads)
-    if lse is None:
-        indices, lse = _indices_and_lse(launcher, query, problem)
+        hopper_forward(launcher, tensors, pooled, selected, problem, chosen.hopper)
     else:
-        indices, lse = launcher.slices((indices, lse), 1, heads)
-    tiled = chosen.sparse.layout != "direct"
-    pooled = pool(launcher, query, key, value, problem, tiled=tiled, with_quarters=problem.selection == "quarters")
-    lists = select(launcher, pooled, indices, problem, tiled=tiled, precision=chosen.precision, step=chosen.step)
-    left, sparse = False, sparse_forward
-    if chosen.sparse.programs:
-        from .hopper.forward import can_specialise, hopper_forward  # needs Gluon, which not every Triton has
+        sparse_forward(launcher, tensors, pooled, selected, problem, chosen.sparse)
+    launcher.free_all()
 
-        if can_specialise(query, key, value, pooled, problem):
-            left, sparse = problem.num_context > 0, hopper_forward
-    sparse(launcher, query, key, value, gate, context_mask, pooled, lists, output, lse, problem, chosen.sparse)
-    launcher.release_all()
-    return left
+
+def _with_indices_and_lse(launcher: Launcher, tensors: ForwardTensors, problem: Problem) -> ForwardTensors:
+    """The same tensors, with room for the indices and the log-sum-exp where the caller does not want them."""
+    if tensors.lse is not None:
+        return tensors
+    indices, lse = _indices_and_lse(launcher, tensors.query, problem)
+    return tensors._replace(indices=indices, lse=lse)
 
 
 def _indices_and_lse(launcher: Launcher, query: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:

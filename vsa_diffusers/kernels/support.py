@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .primitives.geometry import tile_box
+from .recording import TensorForm
 from .select.top_k import MAX_TILES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,14 +47,14 @@ def device_of(index: int) -> Device:
     )
 
 
-def this_device(x: torch.Tensor) -> Device:
-    """The device of `x`, as the tuning table knows it."""
-    return Device() if INTERPRETED else device_of(x.device.index)
+def this_device(device: torch.device) -> Device:
+    """`device` as the tuning table knows it."""
+    return Device() if INTERPRETED else device_of(device.index)
 
 
-def can_describe(query: torch.Tensor, device: Device) -> bool:
+def can_describe(query: torch.Tensor | TensorForm, device: Device) -> bool:
     """Whether rows of `query`'s head_dim can be read through tensor descriptors on this device."""
-    return device.descriptors and query.shape[-1] * query.element_size() % 16 == 0
+    return device.descriptors and query.shape[-1] * query.dtype.itemsize % 16 == 0
 
 
 def is_recent_triton() -> bool:
@@ -72,7 +73,7 @@ def _obstacles(query: torch.Tensor, num_tiles: int) -> Iterator[str]:
         yield f'they need Triton {least} or later, not {triton.__version__}; upgrade, or choose "torch".'
     if query.device.type != "cuda" and not INTERPRETED:
         yield f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
-    elif (0, 0) < (capability := this_device(query).capability) < (8, 0):
+    elif (0, 0) < (capability := this_device(query.device).capability) < (8, 0):
         yield f'they need a GPU of compute capability 8.0 or later, not {capability}; choose "torch".'
     if query.dtype not in DTYPES:
         yield f'they take float16, bfloat16 and float32, not {query.dtype}; cast the inputs, or choose "torch".'

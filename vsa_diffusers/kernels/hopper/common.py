@@ -11,13 +11,12 @@ from triton.experimental.gluon import language as gl
 from ..primitives.geometry import tile_box
 
 ROWS = gl.constexpr(64)
-STAGES = gl.constexpr(3)
 # How the products lay out logits.
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
-# Shared memory holds so many columns of all rows before the others, so a group of rows may be two pieces of it.
-COLUMNS = gl.constexpr(64)
+# The 128-byte swizzle stores panels of 64 columns, so a buffer of head_dim 128 is two panels of all its rows.
+PANEL_COLUMNS = gl.constexpr(64)
 
 
 @gluon.constexpr_function

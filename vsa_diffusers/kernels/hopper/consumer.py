@@ -23,7 +23,6 @@ from .common import (
     BOX,
     LOGITS,
     ROWS,
-    STAGES,
     first_token,
     load_task,
     output_layout,
@@ -44,6 +43,7 @@ def _step(q, buffers, barriers, count, state, scale, bias, FENCE: gl.constexpr, 
         FENCE: the buffers were filled by threads, not by the copy engine.
     """
     keys, values = buffers
+    STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, empty = barriers
     row_max, row_sum, acc, p = state
     OUTPUT: gl.constexpr = output_layout(values.shape[2])
@@ -88,6 +88,7 @@ def _take_query(q, buffers, barriers, count):
     The gate beside it must have arrived, too, even for a tile that is left out: the same bars count what comes next.
     """
     keys, values = buffers
+    STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, empty = barriers
     stage = count % STAGES
     phase = count // STAGES & 1
@@ -130,6 +131,7 @@ def consumer(
     video_t, video_h, video_w, tiles_h, tiles_w = grid
     TILE: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     DIM: gl.constexpr = q_buffer.shape[1]
+    STAGES: gl.constexpr = buffers[0].shape[0]
     dtype: gl.constexpr = q_buffer.dtype
     ROWS_LAYOUT: gl.constexpr = rows_layout(DIM)
     OUTPUT: gl.constexpr = output_layout(DIM)

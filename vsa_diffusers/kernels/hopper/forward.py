@@ -21,13 +21,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Problem
 from ...tiles import TileGrid
-from ..arguments import grid_arguments, has_boxes, list_arguments, size_arguments, stride_arguments
-from ..buffers import PooledTiles, SelectedTiles
-from ..plans import Launch, may_specialise
+from ..arguments import grid_arguments, has_boxes, list_arguments, size_arguments, strides
+from ..buffers import ForwardTensors, PooledTiles, SelectedTiles
+from ..plans import HopperLaunch
 from ..primitives.geometry import SIZES, SLICED
 from ..primitives.tile_lists import GROUP
-from ..recording import Launcher
-from .common import BOX, COLUMNS, ROWS, SHARED, STAGES
+from ..recording import Launcher, form_of
+from .common import BOX, PANEL_COLUMNS, ROWS, SHARED
 from .consumer import consumer
 from .producer import producer
 
@@ -99,6 +99,8 @@ def hopper_forward_kernel(
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
     BY_ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Programs: as many as run at once; each takes every so-manieth query tile, head by head.
@@ -162,22 +164,9 @@ def hopper_forward_kernel(
                 ),
             ),
         ],
-        [4 if BY_ROWS else 1],
+        [PRODUCER_WARPS],
         [PRODUCER_REGISTERS],
     )
-
-
-# Registers of a thread on average, and of one that fetches; the others get what that leaves.
-REGISTERS = {64: (80, 24), 128: (128, 40)}
-
-
-def can_specialise(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pooled: PooledTiles, problem: Problem
-) -> bool:
-    """Whether the kernel takes this call; without a copy in tile order, it must be able to read tiles as boxes."""
-    if not may_specialise(query, problem):
-        return False
-    return pooled.rows is not None or all(has_boxes(x, problem.grid) for x in (key, value))
 
 
 def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] | None = None) -> TensorDescriptor:
@@ -188,7 +177,7 @@ def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] | None = None) -
 
 def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor | None:
     """Of a tile of one head of `[B, S, H, D]`, where there can be one."""
-    if x is None or not has_boxes(x, grid):
+    if x is None or not has_boxes(form_of(x), grid):
         return None
     batch, _, heads, dim = x.shape
     frames, height, width = grid.video_shape
@@ -204,44 +193,38 @@ def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor 
 
 def hopper_forward(
     launcher: Launcher,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor | None,
-    context_mask: torch.Tensor | None,
+    tensors: ForwardTensors,
     pooled: PooledTiles,
-    lists: SelectedTiles,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    selected: SelectedTiles,
     problem: Problem,
-    launch: Launch,
+    launch: HopperLaunch,
 ) -> None:
-    """What `attend` does for video queries, in calls that `can_specialise` allows."""
+    """Write `output` and `lse` of the video queries; those of context queries are left to `context_forward`."""
     grid = problem.grid
     context = (None, None, None)
     if problem.num_context:
-        context = (key, value, context_mask)
-        query, key, value, gate, output = launcher.slices((query, key, value, gate, output), 1, problem.video)
-        (lse,) = launcher.slices((lse,), 2, problem.video)
-    strides = stride_arguments(query, key, value, gate, output)
+        context = (tensors.key, tensors.value, tensors.context_mask)
+        tensors = tensors.of_video(launcher, problem.video)
+    query, key, value, gate, output, _, lse, _ = tensors
+    assert lse is not None
+    sequence_strides = strides(query, key, value, gate, output, missing=query)
     groups: list[TensorDescriptor | None] = [None, None]
     if pooled.rows is not None:
         key, value = pooled.rows.unbind(0)
         descriptors = [_rows_descriptor(rows) for rows in (key, value)]
-        if lists.partial_groups is not None:
-            groups = [_rows_descriptor(rows, (GROUP, COLUMNS.value)) for rows in (key, value)]
+        if selected.partial_groups is not None:
+            groups = [_rows_descriptor(rows, (GROUP, PANEL_COLUMNS.value)) for rows in (key, value)]
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
-    dim = query.shape[3]
-    registers, producer_registers = REGISTERS[dim]
     tasks = grid.num_tiles * query.shape[0] * query.shape[2]
     programs = min(tasks, launch.programs)
     turns = -(-tasks // programs)
-    needs_online = launcher.empty(
-        lists.full_tile_starts, (tasks + programs,)
-    )  # one of each: whether the task, whether any of the program
+    # Whether each task must be done again, online, and then for each program whether any of its tasks must.
+    needs_online = launcher.empty(selected.full_tile_starts, (tasks + programs,))
     query_box, gate_box, output_box = (_box_descriptor(x, grid) for x in (query, gate, output))
     boxes_alone = query_box is not None and (gate is None or gate_box is not None)
+    partial_by_rows = selected.partial_groups is not None and pooled.rows is None
+    by_rows = not boxes_alone or problem.num_context > 0 or partial_by_rows
     launcher.launch(
         hopper_forward_kernel,
         (programs,),
@@ -254,32 +237,32 @@ def hopper_forward(
         output_box,
         *groups,
         None if pooled.pooled_kv is None else _rows_descriptor(pooled.pooled_kv),
-        *list_arguments(pooled, lists),
-        lists.max_key_norm,
+        *list_arguments(pooled, selected),
+        selected.max_key_norm,
         needs_online,
-        lists.chunk_counters,
-        lists.coarse,
+        selected.chunk_counters,
+        selected.coarse,
         gate,
         output,
         lse,
         *context,
         problem.scale * math.log2(math.e),
-        *strides,
+        *sequence_strides,
         lse.stride(0),
         min(launch.sync_chunks, tasks // turns),  # as many as can be counted
         tasks,
-        *size_arguments(query, lists, problem),
+        *size_arguments(query, selected, problem),
         problem.before,
         problem.after,
         *grid_arguments(grid),
-        DIM=dim,
+        DIM=query.shape[3],
         GROUP=GROUP,
         TILED=pooled.rows is not None,
-        BY_ROWS=not boxes_alone
-        or problem.num_context > 0
-        or (lists.partial_groups is not None and pooled.rows is None),
-        PRODUCER_REGISTERS=producer_registers,
-        num_warps=4,
-        maxnreg=registers,
-        enable_fp_fusion=False,
+        BY_ROWS=by_rows,
+        STAGES=launch.stages,
+        PRODUCER_WARPS=launch.producer_warps[by_rows],
+        PRODUCER_REGISTERS=launch.producer_registers,
+        num_warps=launch.warps,
+        maxnreg=launch.registers,
+        enable_fp_fusion=False,  # as in the sparse kernel
     )

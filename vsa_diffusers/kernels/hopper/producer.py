@@ -15,10 +15,9 @@ from ..primitives.rows import block_offset, partial_rows
 from ..primitives.softmax import MAX_BOUNDED_LOGIT
 from .common import (
     BOX,
-    COLUMNS,
+    PANEL_COLUMNS,
     ROWS,
     SHARED,
-    STAGES,
     load_task,
     query_tile,
     row_pointers,
@@ -34,13 +33,13 @@ synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # ren
 
 
 @gluon.jit
-def _wait_key_empty(barriers, count):
+def _wait_key_empty(barriers, count, STAGES: gl.constexpr):
     """Wait until step `at - STAGES` has used its keys."""
     mbarrier.wait(barriers[2].index(count % STAGES), (count // STAGES & 1) ^ 1)
 
 
 @gluon.jit
-def _wait_value_empty(barriers, count):
+def _wait_value_empty(barriers, count, STAGES: gl.constexpr):
     """Wait until step `at - STAGES` has used its values: the one after it says so, together with its own keys."""
     if count >= STAGES:
         after = count + 1
@@ -51,15 +50,16 @@ def _wait_value_empty(barriers, count):
 def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, barriers, count):
     """Copy 64 rows of key and value, wherever they lie, into the buffers of step `at`, once those are free."""
     keys, values = buffers
+    STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, _ = barriers
     DIM: gl.constexpr = keys.shape[2]
     dim = gl.arange(0, DIM, gl.SliceLayout(0, rows_layout(DIM)))
     stage = count % STAGES
     mask = exists[:, None]
-    _wait_key_empty(barriers, count)
+    _wait_key_empty(barriers, count, STAGES)
     async_copy.async_copy_global_to_shared(keys.index(stage), key + key_offset[:, None] + dim[None, :], mask=mask)
     async_copy.mbarrier_arrive(key_full.index(stage))
-    _wait_value_empty(barriers, count)
+    _wait_value_empty(barriers, count, STAGES)
     async_copy.async_copy_global_to_shared(values.index(stage), value + value_offset[:, None] + dim[None, :], mask=mask)
     async_copy.mbarrier_arrive(value_full.index(stage))
     synchronise()  # every thread's copies are counted before the phase may end
@@ -102,13 +102,14 @@ def _fetch_between(query, gate, next_tile, exists, tile, in_full, grid, buffers,
     query, query_descriptor, query_strides = query
     gate, gate_descriptor, gate_strides = gate
     keys, values = buffers
+    STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, _ = barriers
     stage = count % STAGES
     to, full = keys.index(stage), key_full.index(stage)
-    _wait_key_empty(barriers, count)
+    _wait_key_empty(barriers, count, STAGES)
     _fetch_query_tile(query, query_descriptor, query_strides, next_tile, exists, in_full, grid, to, full, BLOCK)
     to, full = values.index(stage), value_full.index(stage)
-    _wait_value_empty(barriers, count)
+    _wait_value_empty(barriers, count, STAGES)
     _fetch_query_tile(gate, gate_descriptor, gate_strides, tile, True, in_full, grid, to, full, BLOCK)
 
 
@@ -126,11 +127,12 @@ def _fetch_tile(
     """Copy 64 rows of key and value that begin at these corners: tiles of the video, or, without `BLOCK`, rows that lie
     one after another."""
     keys, values = buffers
+    STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, _ = barriers
     stage = count % STAGES
-    _wait_key_empty(barriers, count)
+    _wait_key_empty(barriers, count, STAGES)
     _copy(key_descriptor, key_corner, keys.index(stage), key_full.index(stage), BLOCK)
-    _wait_value_empty(barriers, count)
+    _wait_value_empty(barriers, count, STAGES)
     _copy(value_descriptor, value_corner, values.index(stage), value_full.index(stage), BLOCK)
 
 
@@ -139,10 +141,10 @@ def _copy_groups(descriptor, rows, buffer, full, GROUP: gl.constexpr):
     """Let the copy engine fill a buffer with the groups of rows that begin at `rows`."""
     DIM: gl.constexpr = buffer.shape[1]
     GROUPS: gl.constexpr = ROWS // GROUP
-    pieces = buffer._reinterpret(buffer.dtype, [GROUPS * (DIM // COLUMNS), GROUP, COLUMNS], SHARED)
+    pieces = buffer._reinterpret(buffer.dtype, [GROUPS * (DIM // PANEL_COLUMNS), GROUP, PANEL_COLUMNS], SHARED)
     mbarrier.expect(full, ROWS * DIM * 2)
-    for piece in gl.static_range(GROUPS * (DIM // COLUMNS)):
-        corner = [rows[piece % GROUPS], piece // GROUPS * COLUMNS]
+    for piece in gl.static_range(GROUPS * (DIM // PANEL_COLUMNS)):
+        corner = [rows[piece % GROUPS], piece // GROUPS * PANEL_COLUMNS]
         tma.async_copy_global_to_shared(descriptor, corner, full, pieces.index(piece))
 
 
@@ -152,15 +154,16 @@ def _fetch_groups(groups, first_group, left, first_row, buffers, barriers, count
     beyond the last one, and rows beyond a group's own, bring whatever lies there; they get no weight."""
     key_groups, value_groups = groups
     keys, values = buffers
+    STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, _ = barriers
     stage = count % STAGES
     rows = ()
     for group in gl.static_range(ROWS // GROUP):
         start, shape = unpack(gl.load(first_group + group, group * GROUP < left, other=0))
         rows = rows + (first_row + start,)  # type: ignore[assignment]  # noqa: RUF005 - no stars here
-    _wait_key_empty(barriers, count)
+    _wait_key_empty(barriers, count, STAGES)
     _copy_groups(key_groups, rows, keys.index(stage), key_full.index(stage), GROUP)
-    _wait_value_empty(barriers, count)
+    _wait_value_empty(barriers, count, STAGES)
     _copy_groups(value_groups, rows, values.index(stage), value_full.index(stage), GROUP)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..arguments import power_of_two
 from ..buffers import Preprocessed
+from ..plans import BlockLaunch
 from ..primitives.geometry import SIZES, workspace_width
 from ..primitives.rows import BACKWARD_SIZES
 from ..recording import Launcher
@@ -190,57 +191,103 @@ def coarse_gradient_kernel(
         tl.store(grad_mean_kv + plane + own, second_acc, mask)
 
 
-def _form(head_dim: int) -> dict[str, int]:
-    wide = head_dim > 128
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": power_of_two(head_dim),
-        "BLOCK_M": 16 if wide else 32,
-        "BLOCK_N": 16 if wide else 32,
-        "num_warps": 8 if wide else 4,
-        "num_stages": 1 if wide else 2,
-    }
+def coarse_scores(
+    launcher: Launcher,
+    means: torch.Tensor,
+    scores: torch.Tensor | None,
+    coarse: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    scale: float,
+    launch: BlockLaunch,
+    precision: str,
+) -> None:
+    """Fill `rows` rows of the workspace `scores` `[rows, width]`, and their `coarse` output fp32 `[B, H, N, D]`.
+
+    Args:
+        means: fp32 `[3, B, H, N, D]`.
+        first_row: of all rows; they are counted with each head's last block of `launch.block_m` rows full.
+        precision: of the products.
+    """
+    _, batch, heads, num_tiles, dim = means.shape
+    launcher.launch(
+        scores_kernel,
+        (rows // launch.block_m,),
+        means,
+        scores,
+        coarse,
+        first_row,
+        batch * heads,
+        num_tiles,
+        scale,
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        PRECISION=precision,
+        **launch.options,
+        enable_fp_fusion=False,  # as in the sparse kernel
+    )
 
 
 def coarse_attention(
-    launcher: Launcher, means: torch.Tensor, scale: float, precision: str
+    launcher: Launcher, means: torch.Tensor, scale: float, launch: BlockLaunch, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Coarse output fp32 `[P, N, D]` and log-sum-exp (base 2) `[P, N]`, from means fp32 `[3, B, H, N, D]`."""
     _, batch, heads, num_tiles, dim = means.shape
-    form = _form(dim)
     coarse = launcher.empty(means, (batch * heads, num_tiles, dim))
     lse = launcher.empty(means, (batch * heads, num_tiles))
-    programs = -(-num_tiles // form["BLOCK_M"]) * batch * heads
-    numbers = (batch * heads, num_tiles, scale * math.log2(math.e))
-    launcher.launch(coarse_kernel, (programs,), means, coarse, lse, *numbers, PRECISION=precision, **form)
+    launcher.launch(
+        coarse_kernel,
+        (-(-num_tiles // launch.block_m) * batch * heads,),
+        means,
+        coarse,
+        lse,
+        batch * heads,
+        num_tiles,
+        scale * math.log2(math.e),
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        PRECISION=precision,
+        **launch.options,
+    )
     return coarse, lse
 
 
 def coarse_gradients(
-    launcher: Launcher, means: torch.Tensor, lse: torch.Tensor, preprocessed: Preprocessed, scale: float, precision: str
+    launcher: Launcher,
+    means: torch.Tensor,
+    lse: torch.Tensor,
+    preprocessed: Preprocessed,
+    scale: float,
+    launch: BlockLaunch,
+    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the means of query `[P, N, D]`, and of key and value `[1, 2, P, N, D]`, fp32."""
     assert preprocessed.grad_coarse is not None
-    places, num_tiles, dim = preprocessed.grad_coarse.shape
-    form = _form(dim)
-    grad_mean_query, grad_mean_kv = (
-        launcher.empty(lse, (places, num_tiles, dim)),
-        launcher.empty(lse, (1, 2, places, num_tiles, dim)),
-    )
+    batch_heads, num_tiles, dim = preprocessed.grad_coarse.shape
+    grad_mean_query = launcher.empty(lse, (batch_heads, num_tiles, dim))
+    grad_mean_kv = launcher.empty(lse, (1, 2, batch_heads, num_tiles, dim))
     launcher.launch(
         coarse_gradient_kernel,
-        (-(-num_tiles // form["BLOCK_M"]) * places, 2),
+        (-(-num_tiles // launch.block_m) * batch_heads, 2),
         means,
         lse,
         preprocessed.grad_coarse,
         preprocessed.coarse_delta,
         grad_mean_query,
         grad_mean_kv,
-        places,
+        batch_heads,
         num_tiles,
         scale,
         scale * math.log2(math.e),
+        HEAD_DIM=dim,
+        BLOCK_D=power_of_two(dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
         PRECISION=precision,
-        **form,
+        **launch.options,
     )
     return grad_mean_query, grad_mean_kv

@@ -239,11 +239,12 @@ def pool(
     problem: Problem,
     *,
     tiled: bool,
+    warps: int,
     with_quarters: bool = False,
 ) -> PooledTiles:
-    """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order; with `parts`, quarters."""
+    """Means of `[B, S, H, D]` inputs per tile; with `tiled`, key and value in tile order; quarters if asked for."""
     batch, _, heads, dim = query.shape
-    grid, merge = problem.grid, problem.combine == "merge"
+    grid, merge = problem.grid, problem.has_pooled_keys
     num_tiles = grid.num_tiles
     means = launcher.empty(query, (3, batch, heads, num_tiles, dim), torch.float32)
     pooled_kv = launcher.empty(query, (2, batch, heads, num_tiles, dim)) if merge else None
@@ -253,7 +254,7 @@ def pool(
     quarters = launcher.empty(query, (2, batch, heads, num_tiles, 4, dim)) if with_quarters else None
     log_counts = launcher.empty(means, (num_tiles, 4)) if with_quarters else None
     boxes = launcher.empty(query, (num_tiles,), torch.int64)
-    needs_value = tiled or problem.combine != "sparse"
+    needs_value = tiled or problem.has_coarse or problem.has_pooled_keys
     launcher.launch(
         pool_kernel,
         (batch * heads * num_tiles, 3 if needs_value else 2),
@@ -279,6 +280,6 @@ def pool(
         SLOTS=power_of_two(grid.tile_capacity),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        num_warps=4 if with_quarters and dim > 128 else 1 if tiled and not with_quarters else 2,
+        num_warps=warps,
     )
     return PooledTiles(means, pooled_kv, rows, log_size, max_norm, quarters, log_counts, boxes)

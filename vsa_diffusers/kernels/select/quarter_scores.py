@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..arguments import power_of_two
 from ..buffers import PooledTiles
+from ..plans import BlockLaunch
 from ..primitives.geometry import SIZES, workspace_width
 from ..recording import Launcher
 
@@ -28,16 +29,16 @@ def quarter_scores_kernel(
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PADDED_TO: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (`TILES` query tiles): as many rows of the workspace `[rows, width]`, from row `first_row` of all.
 
-    Rows of all heads are counted with each head's last block of `BLOCK_M` rows full.
+    Rows of all heads are counted with each head's last block of `PADDED_TO` rows full.
     """
-    padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
+    padded = tl.cdiv(num_tiles, PADDED_TO) * PADDED_TO
     first = first_row + tl.program_id(0) * TILES
     batch_head = (first // padded).to(tl.int64)
     tile = first % padded
@@ -74,24 +75,23 @@ def quarter_scores(
     first_row: int,
     rows: int,
     scale: float,
+    launch: BlockLaunch,
     *,
-    block_m: int,
+    padded_to: int,
     precision: str,
 ) -> None:
     """Fill `rows` rows of the workspace `scores` `[rows, width]`.
 
     Args:
         pooled: what the pool pass left behind.
-        first_row: of all rows; they are counted with each head's last block of `block_m` rows full.
+        first_row: of all rows; they are counted with each head's last block of `padded_to` rows full.
         precision: of the products where the inputs are 32 bits wide.
     """
     assert pooled.quarters is not None
     _, batch, heads, num_tiles, _, dim = pooled.quarters.shape
-    wide = pooled.quarters.element_size() > 2
-    tiles = 8 if wide else 16 if dim > 128 else block_m
     launcher.launch(
         quarter_scores_kernel,
-        (rows // tiles,),
+        (rows // launch.block_m,),
         pooled.quarters,
         pooled.log_counts,
         scores,
@@ -101,10 +101,9 @@ def quarter_scores(
         scale,
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        BLOCK_M=block_m,
-        BLOCK_N=32 if wide or dim > 128 else 128 if tiles == 16 else 64,
-        TILES=tiles,
+        PADDED_TO=padded_to,
+        BLOCK_N=launch.block_n,
+        TILES=launch.block_m,
         PRECISION=precision,
-        num_warps=8 if tiles == 32 else 4,
-        num_stages=2,
+        **launch.options,
     )

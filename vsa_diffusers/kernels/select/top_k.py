@@ -18,19 +18,18 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import group_constants, partial_width, power_of_two
+from ..arguments import group_constants, partial_width
 from ..buffers import PooledTiles, SelectedTiles
+from ..plans import Plan
 from ..primitives.geometry import SIZES, SLICED, workspace_width
 from ..primitives.tile_lists import write_lists
 from ..recording import Launcher
-from .coarse import scores_kernel
+from .coarse import coarse_scores
 from .quarter_scores import quarter_scores
 
 MAX_TILES = 16384
 LEAST, MOST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 MAX_INTERPOLATIONS = tl.constexpr(8)  # counts of a row's values before its search goes by halves, too
-SCORES_OF_A_WARP = 1024  # top_k_kernel gives longer rows to several
-LEAST_WORKSPACE_BYTES = 2**26
 
 
 @triton.jit
@@ -114,7 +113,7 @@ def top_k_kernel(
     partial_width,
     indices_b,
     BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PADDED_TO: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     LIST_CHUNK: tl.constexpr,
@@ -123,7 +122,7 @@ def top_k_kernel(
     GROUP: tl.constexpr,
 ):
     """Program (row of the workspace). Rows of all heads are counted with each head's last block full."""
-    padded = tl.cdiv(num_tiles, BLOCK_M) * BLOCK_M
+    padded = tl.cdiv(num_tiles, PADDED_TO) * PADDED_TO
     workspace_row = first_row + tl.program_id(0)
     query_tile = workspace_row % padded
     if query_tile >= num_tiles:
@@ -195,92 +194,69 @@ def _expectation(num_tiles: int, top_k: int) -> tuple[float, float]:
     return quantile, 1 / (num_tiles * normal.pdf(quantile))
 
 
-def workspace_bytes(elements: int) -> int:
-    """Room for scores beside a key of so many elements: an eighth of what key and value take in 16 bits, if not more.
-
-    The fewer turns scores and top-k take, the more programs each of their launches has.
-    """
-    return max(LEAST_WORKSPACE_BYTES, elements // 2)
-
-
-def select(
-    launcher: Launcher,
-    pooled: PooledTiles,
-    indices: torch.Tensor,
-    problem: Problem,
-    *,
-    tiled: bool,
-    precision: str,
-    step: int,
+def select_tiles(
+    launcher: Launcher, pooled: PooledTiles, indices: torch.Tensor, problem: Problem, plan: Plan
 ) -> SelectedTiles:
-    """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks.
-
-    Args:
-        tiled: rows of the tile-ordered copy are meant, not tokens of the sequence.
-        precision: of the products between tile means.
-        step: key tiles that the scores take at a time.
-    """
-    means = pooled.means
+    """Fill `indices` int32 `[B, H, N, K]`, ascending, and return what the sparse kernel walks."""
+    means, quarters = pooled.means, pooled.quarters
     _, batch, heads, num_tiles, dim = means.shape
     grid, top_k = problem.grid, problem.top_k
-    keys = max(128, power_of_two(num_tiles))
-    block_m = 16 if dim > 128 or batch * heads * num_tiles < 16384 else 32
     width = partial_width(problem)
-    coarse, merge = problem.combine in ("gate", "sum"), problem.combine == "merge"
     per_tile = (batch, heads, num_tiles)
-    lists = SelectedTiles(
+    words = plan.top_k.keys // 32
+    selected = SelectedTiles(
         full_tile_starts=launcher.empty(indices, (*per_tile, top_k)),
         partial_groups=launcher.empty(indices, (*per_tile, width), torch.int64) if width else None,
         list_lengths=launcher.empty(indices, (*per_tile, 2)) if width else None,
-        selected_bits=launcher.empty(indices, (*per_tile, keys // 32)) if merge else None,
-        coarse=launcher.empty(means, (*per_tile, dim)) if coarse else None,
+        selected_bits=launcher.empty(indices, (*per_tile, words)) if problem.has_pooled_keys else None,
+        coarse=launcher.empty(means, (*per_tile, dim)) if problem.has_coarse else None,
         max_key_norm=launcher.empty(means, (batch, heads)),
         chunk_counters=launcher.empty(indices, per_tile),
     )
-    one_warp = keys <= SCORES_OF_A_WARP
-    all_rows = batch * heads * -(-num_tiles // block_m) * block_m
+    block = plan.scores.block_m
+    all_rows = batch * heads * -(-num_tiles // block) * block
     row_bytes = 4 * (-(-num_tiles // 32) * 32)
-    at_once = workspace_bytes(batch * heads * grid.num_tokens * dim) // (row_bytes * block_m) * block_m
-    at_once = min(all_rows, max(block_m, at_once))
+    at_once = min(all_rows, max(block, plan.workspace_bytes // (row_bytes * block) * block))
     scores = launcher.empty(means, (at_once, row_bytes // 4))
     for first_row in range(0, all_rows, at_once):
-        some_rows = min(at_once, all_rows - first_row)
-        if coarse or pooled.quarters is None:
-            launcher.launch(
-                scores_kernel,
-                (some_rows // block_m,),
+        rows = min(at_once, all_rows - first_row)
+        if problem.has_coarse or quarters is None:
+            coarse_scores(
+                launcher,
                 means,
-                scores if pooled.quarters is None else None,
-                lists.coarse,
+                scores if quarters is None else None,
+                selected.coarse,
                 first_row,
-                batch * heads,
-                num_tiles,
+                rows,
                 problem.scale,
-                HEAD_DIM=dim,
-                BLOCK_D=power_of_two(dim),
-                BLOCK_M=block_m,
-                BLOCK_N=step,
-                PRECISION=precision,
-                num_warps=4,
-                num_stages=2,
-                enable_fp_fusion=False,  # as in the sparse kernel
+                plan.scores,
+                plan.precision,
             )
-        if pooled.quarters is not None:
-            numbers = (first_row, some_rows, problem.scale)
-            quarter_scores(launcher, pooled, scores, *numbers, block_m=block_m, precision=precision)
+        if quarters is not None:
+            quarter_scores(
+                launcher,
+                pooled,
+                scores,
+                first_row,
+                rows,
+                problem.scale,
+                plan.quarter_scores,
+                padded_to=block,
+                precision=plan.precision,
+            )
         launcher.launch(
             top_k_kernel,
-            (some_rows,),
+            (rows,),
             scores,
             pooled.max_norm,
             pooled.boxes,
             indices,
-            lists.full_tile_starts,
-            lists.partial_groups,
-            lists.list_lengths,
-            lists.selected_bits,
-            lists.max_key_norm,
-            lists.chunk_counters,
+            selected.full_tile_starts,
+            selected.partial_groups,
+            selected.list_lengths,
+            selected.selected_bits,
+            selected.max_key_norm,
+            selected.chunk_counters,
             first_row,
             heads,
             batch * heads,
@@ -290,12 +266,12 @@ def select(
             width,
             indices.stride(0),
             BLOCK=grid.block_size,
-            BLOCK_M=block_m,
-            KEYS=keys,
-            CHUNK=128 if one_warp else 512,
-            LIST_CHUNK=64 if one_warp else 256,
-            TILED=tiled,
+            PADDED_TO=block,
+            KEYS=plan.top_k.keys,
+            CHUNK=plan.top_k.chunk,
+            LIST_CHUNK=plan.top_k.list_chunk,
+            TILED=plan.sparse.reads_copy,
             **group_constants(grid),
-            num_warps=1 if one_warp else max(4, keys // 1024),
+            num_warps=plan.top_k.warps,
         )
-    return lists
+    return selected

@@ -15,13 +15,11 @@ import triton.language as tl
 from ...problem import Problem
 from ..arguments import full_tiles_and_groups, grid_arguments, group_constants, partial_width
 from ..buffers import KeyLists, QueryLists
+from ..plans import BlockLaunch
 from ..primitives.geometry import SLICED, tile_box, tile_row
 from ..primitives.rows import BACKWARD_SIZES
 from ..primitives.tile_lists import GROUP, append_tiles, write_lists
 from ..recording import Launcher
-
-CHUNK = 64  # list entries that a program takes at a time
-BLOCK_M = 32  # key tiles that a program puts in order
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
@@ -97,7 +95,7 @@ def transpose_lists_kernel(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program (32 key tiles of one head): counts the query tiles that keep them; given `starts`, lists them."""
+    """Program (32 key tiles of one head): counts the query tiles that keep them, or, with `offsets`, lists them."""
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     words = tl.cdiv(num_tiles, 32)
     batch_head = (tl.program_id(0) // words).to(tl.int64)
@@ -116,14 +114,14 @@ def transpose_lists_kernel(
     for begin in range(0, num_tiles, CHUNK):
         tile = begin + tl.arange(0, CHUNK)
         column = tl.load(selected_bits + tile, tile < num_tiles, other=0)
-        lists = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, PART]
+        kept = ((column[None, :] >> lane[:, None]) & 1) != 0  # [32, CHUNK]
         t, h, w, extent_t, extent_h, extent_w = tile_box(tile, grid, BLOCK)
         if TILED:
             first = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
         else:
             first = (t * video_h + h) * video_w + w
         full_before, groups_before = append_tiles(
-            lists,
+            kept,
             (first[None, :], extent_t[None, :], extent_h[None, :], extent_w[None, :]),
             full_tile_starts,
             partial_groups,
@@ -150,7 +148,7 @@ def order_lists_kernel(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program (`LINES` key tiles of one head): where their lists begin, and their rank, the longest first."""
+    """Program (`BLOCK_M` key tiles of one head): where their lists begin, and their rank, the longest first."""
     blocks = tl.cdiv(num_tiles, BLOCK_M)
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     key_tile = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -165,7 +163,7 @@ def order_lists_kernel(
         tile = begin + tl.arange(0, CHUNK)
         full = tl.load(list_lengths + tile * 2, tile < num_tiles, other=0)[None, :]
         groups = tl.load(list_lengths + tile * 2 + 1, tile < num_tiles, other=0)[None, :]
-        earlier = tile[None, :] < key_tile[:, None]  # [LINES, PART]
+        earlier = tile[None, :] < key_tile[:, None]  # [BLOCK_M, CHUNK]
         full_before += tl.sum(tl.where(earlier, full, 0), 1)
         groups_before += tl.sum(tl.where(earlier, groups, 0), 1)
         its_rows = tl.where(tile[None, :] < num_tiles, full * TILE + groups * GROUP, -1)
@@ -177,7 +175,13 @@ def order_lists_kernel(
 
 
 def rebuild_lists(
-    launcher: Launcher, indices: torch.Tensor, boxes: torch.Tensor, problem: Problem, *, tiled: bool
+    launcher: Launcher,
+    indices: torch.Tensor,
+    boxes: torch.Tensor,
+    problem: Problem,
+    launch: BlockLaunch,
+    *,
+    tiled: bool,
 ) -> QueryLists:
     """The lists that the forward pass walked, from `indices` int32 `[B, H, N, K]`.
 
@@ -185,16 +189,16 @@ def rebuild_lists(
     """
     batch, heads, num_tiles, top_k = indices.shape
     grid, width = problem.grid, partial_width(problem)
-    places = batch * heads
+    batch_heads = batch * heads
     lists = QueryLists(
-        full_tile_starts=launcher.empty(indices, (places, num_tiles, top_k)),
-        partial_groups=launcher.empty(indices, (places, num_tiles, width), torch.int64) if width else None,
-        list_lengths=launcher.empty(indices, (places, num_tiles, 2)),
-        selected_bits=launcher.empty(indices, (places, -(-num_tiles // 32), num_tiles)),
+        full_tile_starts=launcher.empty(indices, (batch_heads, num_tiles, top_k)),
+        partial_groups=launcher.empty(indices, (batch_heads, num_tiles, width), torch.int64) if width else None,
+        list_lengths=launcher.empty(indices, (batch_heads, num_tiles, 2)),
+        selected_bits=launcher.empty(indices, (batch_heads, -(-num_tiles // 32), num_tiles)),
     )
     launcher.launch(
         rebuild_lists_kernel,
-        (places * num_tiles,),
+        (batch_heads * num_tiles,),
         indices,
         boxes,
         lists.full_tile_starts,
@@ -209,31 +213,42 @@ def rebuild_lists(
         BLOCK=grid.block_size,
         TILED=tiled,
         **group_constants(grid),
-        CHUNK=CHUNK,
-        num_warps=1,
+        CHUNK=launch.block_n,
+        **launch.options,
     )
     return lists
 
 
-def transpose_lists(launcher: Launcher, selected_bits: torch.Tensor, problem: Problem, *, tiled: bool) -> KeyLists:
-    """The lists of the key tiles, from the bits of `Kept`."""
-    places, words, num_tiles = selected_bits.shape
+def transpose_lists(
+    launcher: Launcher,
+    selected_bits: torch.Tensor,
+    problem: Problem,
+    transpose: BlockLaunch,
+    order: BlockLaunch,
+    *,
+    tiled: bool,
+) -> KeyLists:
+    """The lists of the key tiles, from the bits of `QueryLists`: their lengths, where they begin, and what is in them.
+
+    `tiled` says that they name rows of the tile-ordered copy instead of tokens of the sequence.
+    """
+    batch_heads, words, num_tiles = selected_bits.shape
     grid, top_k = problem.grid, problem.top_k
     full_tiles, groups = full_tiles_and_groups(problem)
-    key_lists = KeyLists(
-        full_tile_starts=launcher.empty(selected_bits, (places, top_k * full_tiles)),
-        partial_groups=launcher.empty(selected_bits, (places, top_k * groups), torch.int64) if groups else None,
-        list_lengths=launcher.empty(selected_bits, (places, num_tiles, 2)),
-        offsets=launcher.empty(selected_bits, (places, num_tiles, 2)),
-        order=launcher.empty(selected_bits, (places, num_tiles)),
+    lists = KeyLists(
+        full_tile_starts=launcher.empty(selected_bits, (batch_heads, top_k * full_tiles)),
+        partial_groups=launcher.empty(selected_bits, (batch_heads, top_k * groups), torch.int64) if groups else None,
+        list_lengths=launcher.empty(selected_bits, (batch_heads, num_tiles, 2)),
+        offsets=launcher.empty(selected_bits, (batch_heads, num_tiles, 2)),
+        order=launcher.empty(selected_bits, (batch_heads, num_tiles)),
     )
 
-    def walk(offsets, full_tile_starts, partial_groups) -> None:
+    def read_bits(offsets, full_tile_starts, partial_groups) -> None:
         launcher.launch(
             transpose_lists_kernel,
-            (places * words,),
+            (batch_heads * words,),
             selected_bits,
-            key_lists.list_lengths,
+            lists.list_lengths,
             offsets,
             full_tile_starts,
             partial_groups,
@@ -243,23 +258,23 @@ def transpose_lists(launcher: Launcher, selected_bits: torch.Tensor, problem: Pr
             *grid_arguments(grid),
             TILED=tiled,
             **group_constants(grid),
-            CHUNK=CHUNK,
-            num_warps=4,
+            CHUNK=transpose.block_n,
+            **transpose.options,
         )
 
-    walk(None, None, None)
+    read_bits(None, None, None)
     launcher.launch(
         order_lists_kernel,
-        (places * -(-num_tiles // BLOCK_M),),
-        key_lists.list_lengths,
-        key_lists.offsets,
-        key_lists.order,
+        (batch_heads * -(-num_tiles // order.block_m),),
+        lists.list_lengths,
+        lists.offsets,
+        lists.order,
         num_tiles,
         TILE=grid.tile_capacity,
         GROUP=GROUP,
-        BLOCK_M=BLOCK_M,
-        CHUNK=CHUNK,
-        num_warps=4,
+        BLOCK_M=order.block_m,
+        CHUNK=order.block_n,
+        **order.options,
     )
-    walk(key_lists.offsets, key_lists.full_tile_starts, key_lists.partial_groups)
-    return key_lists
+    read_bits(lists.offsets, lists.full_tile_starts, lists.partial_groups)
+    return lists

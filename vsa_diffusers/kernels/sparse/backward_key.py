@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import grid_arguments, power_of_two, tiled_sources
-from ..buffers import KeyLists, Preprocessed
-from ..plans import PARTIAL_ROWS, Launch
+from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
+from ..buffers import BackwardTensors, KeyLists, Preprocessed
+from ..plans import Launch
 from ..primitives.rows import (
     BACKWARD_SIZES,
     block_offset,
@@ -257,54 +257,44 @@ def dkdv_kernel(
 
 def dkdv(
     launcher: Launcher,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grad_output: torch.Tensor,
-    context_mask: torch.Tensor | None,
+    tensors: BackwardTensors,
     preprocessed: Preprocessed,
-    key_lists: KeyLists,
+    lists: KeyLists,
     grad_mean_kv: torch.Tensor | None,
-    grad_key: torch.Tensor,
-    grad_value: torch.Tensor,
     problem: Problem,
     launch: Launch,
 ) -> None:
-    """Write `grad_key` and `grad_value` `[B, S, H, D]`, given the gradients of the means `[parts, 2, P, N, D]`."""
+    """Write `grad_key` and `grad_value`, given the gradients of the means `[splits, 2, P, N, D]`."""
+    query = tensors.query
     batch, _, heads, dim = query.shape
     grid, context = problem.grid, problem.num_context
     block_m = power_of_two(grid.tile_capacity)
-    block_n = max(16, min(launch.keys, block_m))
     launcher.launch(
         dkdv_kernel,
         ((grid.num_tiles + -(-context // block_m)) * batch * heads,),
         query,
-        key,
-        value,
-        grad_output,
-        *tiled_sources(preprocessed.rows, launch, block_n),
+        tensors.key,
+        tensors.value,
+        tensors.grad_output,
+        *tiled_sources(preprocessed.rows, launch),
         preprocessed.lse_and_delta,
-        key_lists.full_tile_starts,
-        key_lists.partial_groups,
-        key_lists.list_lengths,
-        key_lists.offsets,
-        key_lists.order,
+        lists.full_tile_starts,
+        lists.partial_groups,
+        lists.list_lengths,
+        lists.offsets,
+        lists.order,
         grad_mean_kv,
-        context_mask,
-        grad_key,
-        grad_value,
+        tensors.context_mask,
+        tensors.grad_key,
+        tensors.grad_value,
         problem.scale,
         problem.scale * math.log2(math.e),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *grad_output.stride()[:3],
-        *grad_key.stride()[:3],
+        *strides(query, tensors.key, tensors.value, tensors.grad_output, tensors.grad_key),
         heads,
         batch * heads,
         grid.num_tiles,
-        key_lists.full_tile_starts.shape[1],
-        0 if key_lists.partial_groups is None else key_lists.partial_groups.shape[1],
+        lists.full_tile_starts.shape[1],
+        0 if lists.partial_groups is None else lists.partial_groups.shape[1],
         0 if grad_mean_kv is None else len(grad_mean_kv),
         problem.before,
         problem.after,
@@ -312,8 +302,8 @@ def dkdv(
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        PARTIAL_N=min(block_n, PARTIAL_ROWS),
+        BLOCK_N=launch.keys,
+        PARTIAL_N=launch.partial_keys,
         GROUP=GROUP,
         STAGES=launch.stages,
         PRECISION="ieee",

@@ -12,15 +12,13 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import grid_arguments, power_of_two
-from ..buffers import PooledTiles, Preprocessed
-from ..plans import PARTIAL_ROWS, Launch
+from ..arguments import grid_arguments, power_of_two, strides
+from ..buffers import BackwardTensors, PooledTiles, Preprocessed
+from ..plans import BlockLaunch
 from ..primitives.geometry import slot_offset, tile_box, tile_row
 from ..primitives.rows import BACKWARD_SIZES, load_lse_and_delta, load_rows
 from ..recording import Launcher
 from .backward_key import dkdv_step
-
-POOLED_PROGRAMS = 512  # a launch of fewer programs is cut into parts
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -118,30 +116,24 @@ def pooled_dkdv_kernel(
 
 def pooled_dkdv(
     launcher: Launcher,
-    query: torch.Tensor,
-    grad_output: torch.Tensor,
+    tensors: BackwardTensors,
     pooled: PooledTiles,
     preprocessed: Preprocessed,
     selected_bits: torch.Tensor,
     problem: Problem,
-    launch: Launch,
+    launch: BlockLaunch,
+    splits: int,
 ) -> torch.Tensor:
-    """Gradients of the pooled keys and values, fp32 `[parts, 2, P, N, D]`, to be added up over the parts."""
+    """Gradients of the pooled keys and values, fp32 `[splits, 2, P, N, D]`, to be added up over the splits."""
+    query = tensors.query
     batch, sequence, heads, dim = query.shape
     grid = problem.grid
-    block_m = 64 if dim <= 128 else 32
-    most = (
-        launch.keys if dim <= 64 else min(launch.keys, PARTIAL_ROWS)
-    )  # its masks take the registers that more would need
-    block_n = max(16, min(most, power_of_two(grid.tile_capacity)))
-    programs = -(-grid.num_tiles // block_m) * batch * heads
-    splits = max(1, min(grid.num_tiles, POOLED_PROGRAMS // programs))
     gradients = launcher.empty(preprocessed.lse_and_delta, (splits, 2, batch * heads, grid.num_tiles, dim))
     launcher.launch(
         pooled_dkdv_kernel,
-        (programs, splits),
+        (-(-grid.num_tiles // launch.block_m) * batch * heads, splits),
         query,
-        grad_output,
+        tensors.grad_output,
         *((None, None) if preprocessed.rows is None else preprocessed.rows.unbind(0)),
         preprocessed.lse_and_delta,
         selected_bits,
@@ -150,8 +142,7 @@ def pooled_dkdv(
         gradients,
         problem.scale,
         problem.scale * math.log2(math.e),
-        *query.stride()[:3],
-        *grad_output.stride()[:3],
+        *strides(query, tensors.grad_output),
         heads,
         batch * heads,
         grid.num_tiles,
@@ -161,8 +152,8 @@ def pooled_dkdv(
         *grid_arguments(grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
         STAGES=launch.stages,
         PRECISION="ieee",
         **launch.options,

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import grid_arguments, power_of_two
-from ..buffers import Preprocessed
+from ..arguments import grid_arguments, power_of_two, strides
+from ..buffers import BackwardTensors, Preprocessed
 from ..primitives.geometry import SLICED
 from ..primitives.rows import BACKWARD_SIZES, load_rows, rows_of, task_of
 from ..recording import Launcher
@@ -134,35 +134,31 @@ def backward_preprocess_kernel(
 
 def backward_preprocess(
     launcher: Launcher,
-    query: torch.Tensor,
-    output: torch.Tensor,
-    grad_output: torch.Tensor,
-    gate: torch.Tensor | None,
+    tensors: BackwardTensors,
     coarse: torch.Tensor | None,
-    lse: torch.Tensor,
-    grad_gate: torch.Tensor | None,
     problem: Problem,
     *,
     tiled: bool,
+    warps: int,
 ) -> Preprocessed:
-    """Read `[B, S, H, D]` tensors and `lse` `[B, H, S]`; write `grad_gate`. With `tiled`, positions are tile order."""
+    """Read what the forward pass left, and write `grad_gate`. With `tiled`, positions are in tile order."""
+    query, gate, lse = tensors.query, tensors.gate, tensors.lse
     batch, sequence, heads, dim = query.shape
     grid = problem.grid
-    places = batch * heads
-    rows = launcher.empty(query, (2, places, grid.num_tokens, dim)) if tiled else None
+    batch_heads = batch * heads
     preprocessed = Preprocessed(
-        lse_and_delta=launcher.empty(lse, (2, places, sequence)),
-        rows=rows,
+        lse_and_delta=launcher.empty(lse, (2, batch_heads, sequence)),
+        rows=launcher.empty(query, (2, batch_heads, grid.num_tokens, dim)) if tiled else None,
         grad_coarse=None if coarse is None else launcher.empty(coarse, coarse.shape),
         coarse_delta=None if coarse is None else launcher.empty(coarse, coarse.shape[:2]),
     )
     block_m = power_of_two(grid.tile_capacity)
     launcher.launch(
         backward_preprocess_kernel,
-        ((grid.num_tiles + -(-problem.num_context // block_m)) * places,),
+        ((grid.num_tiles + -(-problem.num_context // block_m)) * batch_heads,),
         query,
-        output,
-        grad_output,
+        tensors.output,
+        tensors.grad_output,
         gate,
         coarse,
         lse,
@@ -170,15 +166,12 @@ def backward_preprocess(
         preprocessed.rows,
         preprocessed.grad_coarse,
         preprocessed.coarse_delta,
-        grad_gate,
-        *query.stride()[:3],
-        *output.stride()[:3],
-        *grad_output.stride()[:3],
-        *(query if gate is None else gate).stride()[:3],
-        *(query if grad_gate is None else grad_gate).stride()[:3],
+        tensors.grad_gate,
+        *strides(query, tensors.output, tensors.grad_output),
+        *strides(gate, tensors.grad_gate, missing=query),
         lse.stride(0),
         heads,
-        places,
+        batch_heads,
         grid.num_tiles,
         problem.before,
         problem.after,
@@ -188,6 +181,6 @@ def backward_preprocess(
         BLOCK_M=block_m,
         TILED=tiled,
         HAS_CONTEXT=problem.num_context > 0,
-        num_warps=4 if block_m * dim <= 8192 else 8,
+        num_warps=warps,
     )
     return preprocessed

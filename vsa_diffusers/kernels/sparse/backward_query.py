@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import grid_arguments, power_of_two, tiled_sources
-from ..buffers import PooledTiles, Preprocessed, QueryLists
-from ..plans import PARTIAL_ROWS, Launch
+from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
+from ..buffers import BackwardTensors, PooledTiles, Preprocessed, QueryLists
+from ..plans import Launch
 from ..primitives.rows import (
     BACKWARD_SIZES,
     block_offset,
@@ -249,50 +249,40 @@ def dq_kernel(
 
 def dq(
     launcher: Launcher,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grad_output: torch.Tensor,
-    context_mask: torch.Tensor | None,
+    tensors: BackwardTensors,
     pooled: PooledTiles,
     preprocessed: Preprocessed,
     lists: QueryLists,
     grad_mean_query: torch.Tensor | None,
-    grad_query: torch.Tensor,
     problem: Problem,
     launch: Launch,
 ) -> None:
-    """Write `grad_query` `[B, S, H, D]`, given the gradient of the query means `[P, N, D]`."""
+    """Write `grad_query`, given the gradient of the query means `[P, N, D]`."""
+    query = tensors.query
     batch, _, heads, dim = query.shape
     grid, context = problem.grid, problem.num_context
     block_m = power_of_two(grid.tile_capacity)
-    block_n = max(16, min(launch.keys, block_m))
-    merges = problem.combine == "merge" and problem.top_k < grid.num_tiles
     launcher.launch(
         dq_kernel,
         ((grid.num_tiles + -(-context // block_m)) * batch * heads,),
         query,
-        key,
-        value,
-        grad_output,
-        *tiled_sources(pooled.rows, launch, block_n),
+        tensors.key,
+        tensors.value,
+        tensors.grad_output,
+        *tiled_sources(pooled.rows, launch),
         preprocessed.lse_and_delta,
         lists.full_tile_starts,
         lists.partial_groups,
         lists.list_lengths,
         lists.selected_bits,
-        pooled.pooled_kv if merges else None,
-        pooled.log_size if merges else None,
+        pooled.pooled_kv,
+        pooled.log_size,
         grad_mean_query,
-        context_mask,
-        grad_query,
+        tensors.context_mask,
+        tensors.grad_query,
         problem.scale,
         problem.scale * math.log2(math.e),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *grad_output.stride()[:3],
-        *grad_query.stride()[:3],
+        *strides(query, tensors.key, tensors.value, tensors.grad_output, tensors.grad_query),
         heads,
         batch * heads,
         grid.num_tiles,
@@ -304,8 +294,8 @@ def dq(
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        PARTIAL_N=min(block_n, PARTIAL_ROWS),
+        BLOCK_N=launch.keys,
+        PARTIAL_N=launch.partial_keys,
         GROUP=GROUP,
         STAGES=launch.stages,
         PRECISION="ieee",

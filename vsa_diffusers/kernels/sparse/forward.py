@@ -11,16 +11,14 @@ M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ...problem import Problem
-from ..arguments import grid_arguments, list_arguments, power_of_two, size_arguments, stride_arguments, tiled_sources
-from ..buffers import PooledTiles, SelectedTiles
+from ..arguments import grid_arguments, list_arguments, power_of_two, size_arguments, strides, tiled_sources
+from ..buffers import ForwardTensors, PooledTiles, SelectedTiles
 from ..plans import Launch
 from ..primitives.geometry import SIZES, SLICED, slot_offset, tile_box
 from ..primitives.rows import load_rows
@@ -42,7 +40,7 @@ def sparse_forward_kernel(
     full_tile_starts,
     partial_groups,
     list_lengths,
-    kept,
+    selected_bits,
     pooled_kv,
     log_size,
     max_norm,
@@ -153,8 +151,8 @@ def sparse_forward_kernel(
         full_tiles = tl.load(list_lengths + row * 2)
         groups = tl.load(list_lengths + row * 2 + 1)
         partial_groups += row * partial_width
-    if kept is not None:
-        kept += row * bits_width
+    if selected_bits is not None:
+        selected_bits += row * bits_width
     full_tile_starts += row * top_k
     first_start = tl.load(full_tile_starts)
     listed_tiles = full_tiles
@@ -201,7 +199,7 @@ def sparse_forward_kernel(
                 full_tile_starts,
                 first_start,
                 partial_groups,
-                kept,
+                selected_bits,
                 pooled_kv,
                 log_size,
                 full_tiles,
@@ -267,86 +265,60 @@ def sparse_forward_kernel(
 
 def sparse_forward(
     launcher: Launcher,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor | None,
-    context_mask: torch.Tensor | None,
+    tensors: ForwardTensors,
     pooled: PooledTiles,
-    lists: SelectedTiles,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    selected: SelectedTiles,
     problem: Problem,
     launch: Launch,
 ) -> None:
-    """Write `output` `[B, S, H, D]` and `lse` fp32 `[B, H, S]` (natural logarithm) for the heads given."""
-    batch, _, heads, _ = query.shape
-    max_key_norm = lists.max_key_norm if query.dtype == torch.bfloat16 else None
-    _launch(
-        launcher,
-        problem.grid.num_tiles * batch * heads,
-        (query, key, value, gate, output),
-        lse,
-        context_mask,
-        pooled.rows,
-        (*list_arguments(pooled, lists), max_key_norm, lists.coarse),
-        size_arguments(query, lists, problem),
-        problem,
-        launch,
-    )
+    """Write `output` and `lse` of all queries, for the heads of `tensors`."""
+    batch, _, heads, _ = tensors.query.shape
+    max_key_norm = selected.max_key_norm if tensors.query.dtype == torch.bfloat16 else None
+    lists = (*list_arguments(pooled, selected), max_key_norm, selected.coarse)
+    sizes = size_arguments(tensors.query, selected, problem)
+    _launch(launcher, problem.grid.num_tiles * batch * heads, tensors, pooled.rows, lists, sizes, problem, launch)
 
 
-def context_forward(
-    launcher: Launcher,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    context_mask: torch.Tensor | None,
-    indices: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    problem: Problem,
-    launch: Launch,
-) -> None:
-    """What the Hopper kernel leaves: the rows of context queries, dense, of all heads at a time."""
-    batch, _, heads, _ = query.shape
-    walked = (indices, *[None] * 8)  # nothing is taken from a list, but there must be one
+def context_forward(launcher: Launcher, tensors: ForwardTensors, problem: Problem, launch: Launch) -> None:
+    """Write `output` and `lse` of the context queries alone, dense, which the Hopper kernel leaves out."""
+    batch, _, heads, _ = tensors.query.shape
+    lists = (tensors.indices, *[None] * 8)  # nothing is read from the list, but Triton wants a pointer
     sizes = (heads, batch * heads, problem.grid.num_tiles, problem.top_k, 0, 0)
-    tensors = (query, key, value, None, output)
-    _launch(launcher, 0, tensors, lse, context_mask, None, walked, sizes, problem, replace(launch, layout="direct"))
+    _launch(launcher, 0, tensors._replace(gate=None), None, lists, sizes, problem, launch)
 
 
 def _launch(
     launcher: Launcher,
     query_tiles: int,
-    tensors: tuple[Any, ...],
-    lse: torch.Tensor,
-    context_mask: torch.Tensor | None,
+    tensors: ForwardTensors,
     rows: torch.Tensor | None,
-    walked: tuple[torch.Tensor | None, ...],
+    lists: tuple[torch.Tensor | None, ...],
     sizes: tuple[int, ...],
     problem: Problem,
     launch: Launch,
 ) -> None:
-    """One launch of `attend_kernel`, for so many query tiles and for all context queries."""
-    query, key, value, gate, output = tensors
+    """One launch of the kernel, for so many query tiles and for all context queries.
+
+    `lists` are its arguments from `full_tile_starts` to `coarse`.
+    """
+    query, lse = tensors.query, tensors.lse
+    assert lse is not None
     batch, _, heads, dim = query.shape
     block_m = power_of_two(problem.grid.tile_capacity)
-    block_n = max(16, min(launch.keys, block_m))
     launcher.launch(
         sparse_forward_kernel,
         (query_tiles + -(-problem.num_context // block_m) * batch * heads,),
         query,
-        key,
-        value,
-        *tiled_sources(rows, launch, block_n),
-        *walked,
-        gate,
-        context_mask,
-        output,
+        tensors.key,
+        tensors.value,
+        *tiled_sources(rows, launch),
+        *lists,
+        tensors.gate,
+        tensors.context_mask,
+        tensors.output,
         lse,
         problem.scale * math.log2(math.e),
-        *stride_arguments(*tensors),
+        *strides(query, tensors.key, tensors.value, tensors.gate, tensors.output, missing=query),
         lse.stride(0),
         *sizes,
         problem.before,
@@ -355,7 +327,7 @@ def _launch(
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=launch.keys,
         GROUP=GROUP,
         STAGES=launch.stages,
         PARTIAL_STAGES=launch.partial_stages,
