@@ -132,6 +132,29 @@ def test_a_new_size_compiles_no_other_specialised_kernel(driver):
     assert variants() == 1
 
 
+@pytest.mark.parametrize(
+    ("combine", "selection", "layout", "programs"),
+    [("gate", "mean", "direct", 0), ("merge", "quarters", "descriptor", 0), ("sum", "quarters", "descriptor", 264)],
+)
+def test_all_numbers_that_kernels_are_compiled_anew_for_are_strides(driver, combine, selection, layout, programs):
+    if programs and importlib.util.find_spec("triton.experimental.gluon") is None:
+        pytest.skip("runs with a Triton that has Gluon")
+    from compilation import BACKWARD_KERNELS, KERNELS
+
+    kernels = {kernel.fn.__name__: kernel for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values())}
+    grid = TileGrid((6, 8, 9), (4, 4, 4))
+    query = torch.empty(1, grid.num_tokens + 7, 2, 64, dtype=torch.bfloat16)
+    problem = Problem(grid, 3, combine, 0.1, 2, 5, selection)
+    given = (query, query, query, query if combine == "gate" else None, None)
+    output, indices, lse = forward(*given, problem, Launch(layout, programs=programs))
+    backward(query, *given, indices, lse, output, problem)
+    assert len(driver.launches) >= 12
+    for name, _, arguments in driver.launches:
+        free = {each.name for each in kernels[name].params if each.is_constexpr or each.do_not_specialize}
+        fixed = {each for each, value in arguments.items() if isinstance(value, int)} - free
+        assert {each for each in fixed if not each.endswith(("_b", "_s", "_h"))} == set(), name
+
+
 def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
     def call(*video_shape):
         query = torch.empty(1, TileGrid(video_shape, (4, 4, 4)).num_tokens, 1, 64, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The Triton implementation. Forward: pool, select, attend. Backward: the same lists, and their inversion."""
+"""The operation in Triton; `README.md` beside this file is the map."""
 
 from .backward import backward
 from .forward import forward

@@ -36,7 +36,8 @@ def repeat_forward(
 ) -> torch.Tensor | None:
     """The output of `forward` for a call that it has recorded, without a look at anything else; `None` if it has not.
 
-    The tensors are the caller's own. Found are those of the form of what `forward` launched on, which need no copy.
+    It hits only where dtype, shape, strides, device and alignment of all tensors equal the recorded call's, and those
+    needed no copy.
 
     Args:
         call: what `forward` was given as such, with `output_alone` and without a mask. Together with the tensors' form
@@ -56,7 +57,7 @@ def repeat_forward(
 
 
 def remember(call: Hashable, given: Tensors, replay: Replay) -> None:
-    """Let `forward_again` find `replay` for `call` and tensors of the form of those given."""
+    """Let `repeat_forward` find `replay` for `call` and tensors of the form of those given."""
     replays.remember(call, given, replay)
 
 

@@ -1,4 +1,4 @@
-"""What the fetching and the multiplying warps of the specialised kernel share: layouts, and where a query tile lies."""
+"""What the producer and consumer warps of the Hopper kernel share: layouts, and where a query tile lies."""
 
 # Tuples are taken apart whole, so that one sees what is in them.
 # ruff: noqa: RUF059

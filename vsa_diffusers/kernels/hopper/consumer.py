@@ -1,4 +1,4 @@
-"""The multiplying warps of the specialised kernel: softmax, output and log-sum-exp of query tiles in turn."""
+"""The consumer warps of the Hopper kernel: products, softmax, output and log-sum-exp of query tiles in turn."""
 
 # Tuples are taken apart whole, so that one sees what is in them.
 # ruff: noqa: RUF059
@@ -85,7 +85,7 @@ def _step(q, buffers, barriers, count, state, scale, bias, FENCE: gl.constexpr, 
 def _take_query(q, buffers, barriers, count):
     """Move the next tile's query from where keys arrive to where it stays.
 
-    The gate beside it must have arrived, too, even for a tile that is left out: the same bars count what comes next.
+    Both barriers of this stage are waited for even where the tile is skipped, or the next phase parity would be wrong.
     """
     keys, values = buffers
     STAGES: gl.constexpr = keys.shape[0]

@@ -1,7 +1,7 @@
-"""The sparse kernel for Hopper, in Gluon: half of its warps fetch keys and values, the other half multiply.
+"""The sparse kernel for Hopper, in Gluon: producer warps fetch keys and values, consumer warps multiply.
 
-What it computes is what `attend.py` does, in the same order. What differs is who waits for whom: the fetching warps run
-ahead of the multiplying ones, across the ends of query tiles, as far as the buffers reach. A program takes query tile
+What it computes is what `sparse/forward.py` does, in the same order. What differs is who waits for whom: producers run
+ahead of consumers, across the ends of query tiles, as far as the buffers reach. A program takes query tile
 after query tile, so that the last steps of one hide the first loads of the next.
 
 Tiles whose logits might not fit the bounded softmax, or turn out not to have, are done again at the end, online.
@@ -32,7 +32,7 @@ from .consumer import consumer
 from .producer import producer
 
 
-@gluon.jit(do_not_specialize=(*SIZES, "tasks", "sync_chunks"), do_not_specialize_on_alignment=SLICED)
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def hopper_forward_kernel(
     query,
     key,

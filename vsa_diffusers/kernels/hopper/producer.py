@@ -1,4 +1,7 @@
-"""The fetching warps of the specialised kernel: they fill the buffers, step by step, as soon as there is room."""
+"""The producer warps of the Hopper kernel: they fill the buffers, step by step, as soon as a stage is empty.
+
+A step is one pair of buffers, key and value; `count` is how many came before it.
+"""
 
 # Tuples are taken apart whole, so that one sees what is in them.
 # ruff: noqa: RUF059
@@ -26,21 +29,21 @@ from .common import (
     valid_context,
 )
 
-# Looks at others' progress, each a way to L2 and back, on long sequences and on short ones, where parts take so little
-# time that a long wait in vain would cost more than all of them.
+# Most polls of the chunk counter before a program goes on alone, one L2 round trip each; on short sequences all chunks
+# together take less time than many polls in vain.
 LONG_SPINS, SHORT_SPINS = gl.constexpr(1024), gl.constexpr(64)
 synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
 @gluon.jit
 def _wait_key_empty(barriers, count, STAGES: gl.constexpr):
-    """Wait until step `at - STAGES` has used its keys."""
+    """Wait until the keys of step `count - STAGES` have been consumed."""
     mbarrier.wait(barriers[2].index(count % STAGES), (count // STAGES & 1) ^ 1)
 
 
 @gluon.jit
 def _wait_value_empty(barriers, count, STAGES: gl.constexpr):
-    """Wait until step `at - STAGES` has used its values: the one after it says so, together with its own keys."""
+    """Wait until the values of step `count - STAGES` have been consumed: the next step says so with its own keys."""
     if count >= STAGES:
         after = count + 1
         mbarrier.wait(barriers[2].index(after % STAGES), (after // STAGES & 1) ^ 1)
@@ -48,7 +51,7 @@ def _wait_value_empty(barriers, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, barriers, count):
-    """Copy 64 rows of key and value, wherever they lie, into the buffers of step `at`, once those are free."""
+    """Copy 64 rows of key and value, wherever they lie, into the buffers of step `count`, once they are empty."""
     keys, values = buffers
     STAGES: gl.constexpr = keys.shape[0]
     key_full, value_full, _ = barriers
@@ -169,11 +172,11 @@ def _fetch_groups(groups, first_group, left, first_row, buffers, barriers, count
 
 @gluon.jit
 def _sync_before_chunk(chunk_counters, turn, chunk, sync_chunks, tasks, spins_left, MAX_SPINS: gl.constexpr):
-    """Count this program among those that have begun a part of the list of their so-manieth query tile, and wait until
-    every program has begun the part before; so they read the same keys at about the same time, and most of those
-    from L2.
+    """Soft barrier of the whole grid before a chunk of the `turn`-th query tile's list, so that programs read the same
+    keys at about the same time, most of them from L2.
 
-    Who waits in vain, since other work occupies the place of a program, goes on without. Returns the patience left.
+    Counts this program in, and waits until all have begun the chunk before. It gives up after `spins_left` polls, since
+    other work may hold the multiprocessor that a program waits for. Returns the polls left for the next chunk.
     """
     counter = turn * sync_chunks + chunk
     gl.atomic_add(chunk_counters + counter, 1, sem="relaxed")

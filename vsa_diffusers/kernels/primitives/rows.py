@@ -8,10 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .geometry import SIZES, slot_offset, tile_box, tile_row, unpack
-
-# Arguments whose values must not make variants of a kernel.
-BACKWARD_SIZES = (*SIZES, "length", "parts", "full_length", "partial_length")
+from .geometry import slot_offset, tile_box, tile_row, unpack
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def rows_of(
 
 @triton.jit
 def list_start(full_tile_starts, index, listed_tiles, in_context, TILE: tl.constexpr, HAS_CONTEXT: tl.constexpr):
-    """Where the tile at this place of a list begins.
+    """Where the tile at this index of a list begins.
 
     Loops ask for the next one while they work on one: looked up where it is used, it would take every other stage of
     the pipeline.
@@ -110,7 +107,7 @@ def block_offset(inside, video_h, video_w, BLOCK: tl.constexpr):
 
 @triton.jit
 def partial_rows(first_group, inside, from_list, video_h, video_w, TILED: tl.constexpr, GROUP: tl.constexpr):
-    """Rows of partial tiles, listed from `entry` on as `lists.py` says: their positions, and which of them exist."""
+    """Rows of the partial tiles whose groups begin at `first_group`: their positions, and which of them exist."""
     start, shape = unpack(tl.load(first_group + inside // GROUP, from_list, other=0))
     member = inside % GROUP
     exists = member < (shape & 255)

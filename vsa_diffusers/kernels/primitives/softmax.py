@@ -11,7 +11,7 @@ import triton.language as tl
 LN2 = tl.constexpr(math.log(2))
 # Where |logit| (base 2) cannot exceed FARTHEST, exp2(logit - offset) needs no running maximum: the exponents of bf16
 # weights and fp32 sums go up to 127, and HEADROOM leaves room for the sums. A row whose logits all lie so low that its
-# weights might have vanished shows it by its total, and is done again.
+# weights might have underflowed shows it by its sum, and is done again.
 MAX_BOUNDED_LOGIT = tl.constexpr(180.0)
 HEADROOM = tl.constexpr(90.0)
 MIN_ROW_SUM = tl.constexpr(2.0**-100)

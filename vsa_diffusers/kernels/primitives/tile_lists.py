@@ -3,7 +3,7 @@
 A list of full tiles holds int32. A group of a partial tile is one int64. Its low half is the group's first row in the
 tile-ordered copy, or its tile's first token in the order of the sequence. Its high half holds in bits 0 to 7 how many
 rows there are, and in the order of the sequence also the tile's extents along height and width in 8 to 15 and 16 to 23,
-and which group of the tile it is from 24 on. `tail_rows` in `rows.py` reads them.
+and which group of the tile it is from 24 on. `partial_rows` in `rows.py` reads them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .geometry import pack, unpack
 
-GROUP = 16  # keys of a partial tile are walked in groups of 16, the least that a matrix instruction takes
+GROUP = 16  # rows of a partial tile go in groups of 16, the least that a matrix instruction takes
 
 
 @triton.jit
@@ -42,13 +42,13 @@ def append_tiles(
     MAX_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Append tiles to lists that begin at `starts` and `tail` `[LISTS]` and have so many full tiles and groups.
+    """Append tiles to lists that begin at these pointers `[LISTS]` and hold so many full tiles and groups.
 
     Args:
-        listed: which of the tiles go into which list, `[LISTS, PART]`.
-        box: first rows (or tokens) of the tiles, and their extents, `[PART]` or `[LISTS, PART]` each.
-        starts: nothing is written where it is `None`.
-        tail: `None` where there are no partial tiles.
+        listed: which of the tiles go into which list, `[LISTS, CHUNK]`.
+        box: first rows (or tokens) of the tiles, and their extents, `[CHUNK]` or `[LISTS, CHUNK]` each.
+        full_tile_starts: nothing is written where it is `None`.
+        partial_groups: `None` where there are no partial tiles.
 
     Returns: full tiles and groups of every list after that.
     """
@@ -91,12 +91,12 @@ def write_lists(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Write the lists of one query tile, the `entry`-th of all, from the `top_k` kept tiles at `indices`.
+    """Write the lists of one query tile, the `row`-th of all, from the `top_k` kept tiles at `indices`.
 
     Args:
         boxes: what `store_box` noted of every tile, for rows or for tokens as `TILED` says.
-        counts: where to say how many full tiles and groups there are; `None` where nobody asks.
-        PART: tiles that are taken at a time.
+        list_lengths: where to say how many full tiles and groups there are; `None` where nobody asks.
+        CHUNK: tiles that are taken at a time.
     """
     row += tl.arange(0, 1)
     full_before = tl.zeros((1,), tl.int32)

@@ -15,7 +15,6 @@ from ..arguments import power_of_two
 from ..buffers import Preprocessed
 from ..plans import BlockLaunch
 from ..primitives.geometry import SIZES, workspace_width
-from ..primitives.rows import BACKWARD_SIZES
 from ..recording import Launcher
 
 
@@ -81,7 +80,7 @@ def scores_kernel(
         tl.store(coarse + batch_head * length + own, acc / row_sum[:, None], own_mask)
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def coarse_kernel(
     means,
     coarse,
@@ -124,7 +123,7 @@ def coarse_kernel(
     tl.store(lse + batch_head * num_tiles + row, row_max + tl.math.log2(row_sum), row < num_tiles)
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def coarse_gradient_kernel(
     means,
     lse,

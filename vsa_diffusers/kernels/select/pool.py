@@ -72,10 +72,10 @@ def store_quarters(
     """Means of a tile's quarters, given its tokens `[SLOTS, D]`; and the logarithms of how many there are in each."""
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     EVEN: tl.constexpr = (x.shape[0] == TILE) & (BLOCK_D == HEAD_DIM) & (BLOCK[1] % 2 == 0) & (BLOCK[2] % 2 == 0)
-    # Rows of 256 bytes are loaded so that sums stay within warps; with others they would cross them.
-    APART: tl.constexpr = (TILE <= 64) & (BLOCK_D == 128) & (x.dtype.primitive_bitwidth == 16)
+    # At 256 bytes a row, Triton's layout keeps each quarter's rows in one warp: the sums need no shared memory.
+    IN_WARP: tl.constexpr = (TILE <= 64) & (BLOCK_D == 128) & (x.dtype.primitive_bitwidth == 16)
     to_do = True
-    if EVEN and APART:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
+    if EVEN and IN_WARP:  # noqa: SIM102 - known when it is compiled, and the next only when it runs
         if size == TILE:
             _store_whole(x, quarters, log_counts, BLOCK, HEAD_DIM, BLOCK_D)
             to_do = False
@@ -89,7 +89,7 @@ def _pool_one(
     source,
     mean,
     pooled_kv,
-    proxy,
+    pooled_offset,
     rows,
     copy,
     max_norm,
@@ -109,7 +109,7 @@ def _pool_one(
     average = tl.sum(wide, 0) / size
     tl.store(mean + dim, average, dim < HEAD_DIM)
     if pooled_kv is not None:
-        tl.store(pooled_kv + proxy + dim, average.to(pooled_kv.dtype.element_ty), dim < HEAD_DIM)
+        tl.store(pooled_kv + pooled_offset + dim, average.to(pooled_kv.dtype.element_ty), dim < HEAD_DIM)
     if max_norm is not None:
         tl.store(max_norm, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
     if rows is not None:

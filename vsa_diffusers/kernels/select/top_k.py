@@ -1,9 +1,8 @@
-"""Coarse scores and coarse output, then the exact top-k of every query tile, in two launches with bounded memory.
+"""The exact top-k of every query tile, and the lists that follow from it, with bounded memory.
 
-`scores_kernel` writes the scores of a block of query tiles to a workspace, and gathers their coarse output by online
-softmax on the way. `top_k_kernel` takes one row of it, finds the k-th highest score, writes which tiles are kept, and
-from these the lists that the sparse kernel walks; a short row belongs to one warp, since the search needs sums over it.
-Where all scores do not fit the workspace, the two take turns.
+`coarse.py` or `quarter_scores.py` write the scores of some query tiles to a workspace. `top_k_kernel` takes a row of
+it, finds the k-th highest score, and writes which tiles are kept and, from these, the lists that the sparse kernel
+walks. Where all scores do not fit into the workspace, the two take turns.
 
 Shapes: B batch, H heads of this pass, N tiles, D head_dim, K kept tiles.
 """

@@ -16,13 +16,12 @@ from ...problem import Problem
 from ..arguments import full_tiles_and_groups, grid_arguments, group_constants, partial_width
 from ..buffers import KeyLists, QueryLists
 from ..plans import BlockLaunch
-from ..primitives.geometry import SLICED, tile_box, tile_row
-from ..primitives.rows import BACKWARD_SIZES
+from ..primitives.geometry import SIZES, SLICED, tile_box, tile_row
 from ..primitives.tile_lists import GROUP, append_tiles, write_lists
 from ..recording import Launcher
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def rebuild_lists_kernel(
     indices,
     boxes,
@@ -74,7 +73,7 @@ def rebuild_lists_kernel(
     )
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def transpose_lists_kernel(
     selected_bits,
     list_lengths,
@@ -137,7 +136,7 @@ def transpose_lists_kernel(
         tl.store(list_lengths + offset + 1, groups_before, key_tile_mask)
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def order_lists_kernel(
     list_lengths,
     offsets,

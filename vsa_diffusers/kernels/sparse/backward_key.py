@@ -1,7 +1,7 @@
 """The gradients of key and value: a program per key tile walks the query tiles that keep it, and adds up in fp32.
 
 A block of context keys is a key tile that every query keeps. In merge, the gradients of the pooled keys and values come
-from a launch of their own, cut into parts where there are few tiles, and are spread over the tiles in the last one.
+from `backward_pooled.py`, in splits, and are spread over the tiles here.
 
 Shapes: B batch, H heads of this pass, P = B * H, S sequence, N tiles, V video tokens, D head_dim, C context tokens.
 M = BLOCK_M key rows, L = BLOCK_N queries of one step.
@@ -19,16 +19,8 @@ from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
 from ..buffers import BackwardTensors, KeyLists, Preprocessed
 from ..plans import Launch
-from ..primitives.rows import (
-    BACKWARD_SIZES,
-    block_offset,
-    list_start,
-    load_lse_and_delta,
-    load_rows,
-    partial_rows,
-    rows_of,
-    task_of,
-)
+from ..primitives.geometry import SIZES
+from ..primitives.rows import block_offset, list_start, load_lse_and_delta, load_rows, partial_rows, rows_of, task_of
 from ..primitives.tile_lists import GROUP
 from ..recording import Launcher
 
@@ -51,7 +43,7 @@ def dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION: t
     return dk, dv
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
     query,
     key,

@@ -1,6 +1,6 @@
 """The gradients of pooled keys and values (merge): a program per block of tiles walks all queries.
 
-It is cut into parts where there are few tiles; `backward_key.py` adds them up and spreads them over the tiles.
+It is split where there are few tiles; `backward_key.py` adds them up and spreads them over the tiles.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two, strides
 from ..buffers import BackwardTensors, PooledTiles, Preprocessed
 from ..plans import BlockLaunch
-from ..primitives.geometry import slot_offset, tile_box, tile_row
-from ..primitives.rows import BACKWARD_SIZES, load_lse_and_delta, load_rows
+from ..primitives.geometry import SIZES, slot_offset, tile_box, tile_row
+from ..primitives.rows import load_lse_and_delta, load_rows
 from ..recording import Launcher
 from .backward_key import dkdv_step
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def pooled_dkdv_kernel(
     query,
     grad_output,
@@ -59,7 +59,7 @@ def pooled_dkdv_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (M tiles of one head; part of the query tiles): gradients of the pooled keys and values."""
+    """Program (M tiles of one head; a split of the query tiles): gradients of the pooled keys and values."""
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = query_rows is not None
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]

@@ -18,14 +18,14 @@ import triton.language as tl
 from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two, strides
 from ..buffers import BackwardTensors, Preprocessed
-from ..primitives.geometry import SLICED
-from ..primitives.rows import BACKWARD_SIZES, load_rows, rows_of, task_of
+from ..primitives.geometry import SIZES, SLICED
+from ..primitives.rows import load_rows, rows_of, task_of
 from ..recording import Launcher
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES, do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def backward_preprocess_kernel(
     query,
     output,

@@ -16,16 +16,8 @@ from ...problem import Problem
 from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
 from ..buffers import BackwardTensors, PooledTiles, Preprocessed, QueryLists
 from ..plans import Launch
-from ..primitives.rows import (
-    BACKWARD_SIZES,
-    block_offset,
-    list_start,
-    load_lse_and_delta,
-    load_rows,
-    partial_rows,
-    rows_of,
-    task_of,
-)
+from ..primitives.geometry import SIZES
+from ..primitives.rows import block_offset, list_start, load_lse_and_delta, load_rows, partial_rows, rows_of, task_of
 from ..primitives.tile_lists import GROUP
 from ..recording import Launcher
 
@@ -42,7 +34,7 @@ def dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION: tl.con
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     query,
     key,

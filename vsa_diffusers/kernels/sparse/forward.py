@@ -167,7 +167,7 @@ def sparse_forward_kernel(
         pooled = tl.where(in_context, 0, num_tiles)
         first_start = tl.where(in_context, 0, first_start)
 
-    # Bounded, if norms allow it; and online where they do not, or where weights have vanished.
+    # Bounded, if norms allow it; and online where they do not, or where weights have underflowed.
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
