@@ -1,4 +1,4 @@
-"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
+"""The forward pass against fp64, in a process of its own (`conftest.py`)."""
 
 import pytest
 import torch

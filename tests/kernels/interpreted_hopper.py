@@ -1,4 +1,4 @@
-"""The kernel in Gluon, on the CPU; `test_kernels.py` runs this with TRITON_INTERPRET=1, in a process of its own."""
+"""The kernel in Gluon, on the CPU; in a process of its own (`conftest.py`)."""
 
 from dataclasses import replace
 

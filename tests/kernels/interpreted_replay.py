@@ -1,4 +1,4 @@
-"""Launches that are made again; `test_kernels.py` runs this with TRITON_INTERPRET=1, in a process of its own."""
+"""Launches that are made again; in a process of its own (`conftest.py`)."""
 
 from dataclasses import replace
 
