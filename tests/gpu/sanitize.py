@@ -4,8 +4,8 @@ export PYTHONPATH=.:tests/support:tests/kernels
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 
-What racecheck is known to report on the specialised kernel is in docs/performance.md; to see the others by themselves,
-add `--kernel-name-exclude kns=specialised_kernel`.
+What racecheck is known to report on the Hopper kernel is in docs/performance.md; to see the others by themselves,
+add `--kernel-name-exclude kns=hopper_forward_kernel`.
 """
 
 import sys
@@ -20,7 +20,7 @@ from vsa_diffusers.kernels.support import can_describe, device_of
 from vsa_diffusers.kernels.tuning import LAYOUTS
 
 SMALL = Case(combine="gate", head_dim=64, dtype=torch.bfloat16)
-IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3, sync_chunks=2)  # the specialised kernel, where it can run
+IN_TURNS = replace(SMALL, head_dim=128, heads=2, programs=3, sync_chunks=2)  # the Hopper kernel, where it can run
 
 CONTEXT = replace(JOINT, head_dim=64, dtype=torch.bfloat16)
 

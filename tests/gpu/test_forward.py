@@ -79,8 +79,8 @@ def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
 
 
 @pytest.fixture
-def specialised(monkeypatch):
-    """Counts the calls of the specialised kernel."""
+def hopper_calls(monkeypatch):
+    """Counts the calls of the Hopper kernel."""
     if not support.device_of(0).processors:
         pytest.skip("runs on a GPU of compute capability 9.0, with Triton 3.6")
     from vsa_diffusers.kernels.hopper import forward as hopper
@@ -103,49 +103,47 @@ def specialised(monkeypatch):
 )
 @pytest.mark.parametrize("combine", MODES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_specialised_kernel_matches_fp64(head_dim, combine, layout, block_size, spread, specialised):
+def test_the_hopper_kernel_matches_fp64(head_dim, combine, layout, block_size, spread, hopper_calls):
     form = {"layout": layout, "block_size": block_size, "spread": spread, "programs": 7}
     check(replace(MEDIUM, head_dim=head_dim, combine=combine, batch=2, **form), "cuda")
-    assert specialised
+    assert hopper_calls
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
 @pytest.mark.parametrize(("before", "after", "masked"), [(3, 70, True), (0, 64, False), (200, 0, True)])
 @pytest.mark.parametrize(("layout", "head_dim"), [("direct", 128), ("descriptor", 128), ("descriptor", 64)])
 @pytest.mark.parametrize("combine", MODES)
-def test_the_specialised_kernel_takes_context_tokens(
-    combine, layout, head_dim, before, after, masked, spread, specialised
-):
+def test_the_hopper_kernel_takes_context_tokens(combine, layout, head_dim, before, after, masked, spread, hopper_calls):
     form = {"layout": layout, "head_dim": head_dim, "spread": spread, "programs": 7, "sync_chunks": 3}
     check(replace(MEDIUM, combine=combine, batch=2, before=before, after=after, masked=masked, **form), "cuda")
-    assert specialised
+    assert hopper_calls
 
 
 @pytest.mark.parametrize("combine", ["gate", "merge"])
-def test_the_output_alone_is_the_same_beside_context_tokens(combine, specialised, monkeypatch):
+def test_the_output_alone_is_the_same_beside_context_tokens(combine, hopper_calls, monkeypatch):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time
     form = {"layout": "descriptor", "programs": 7}
     check_output_alone(
         replace(MEDIUM, combine=combine, batch=2, heads=4, before=3, after=70, masked=True, **form), "cuda"
     )
-    assert specialised
+    assert hopper_calls
 
 
 @pytest.mark.parametrize("spread", [1.0, 2.77])  # at 2.77 some query tiles are left for the end of the kernel
 @pytest.mark.parametrize("programs", [1, 7, 264, 100_000])  # the last are more than fit on the GPU at a time
 @pytest.mark.parametrize(("layout", "video_shape"), [("descriptor", (18, 34, 42)), ("direct", (16, 32, 40))])
-def test_keeping_in_step_changes_no_bit(layout, video_shape, programs, spread, specialised):
+def test_keeping_in_step_changes_no_bit(layout, video_shape, programs, spread, hopper_calls):
     form = {"layout": layout, "video_shape": video_shape, "programs": programs}
     check_chunk_sync(replace(MEDIUM, heads=6, combine="gate", spread=spread, **form), (1, 2, 5, 20), "cuda")
 
 
 @pytest.mark.parametrize("combine", ["gate", "sparse"])
-def test_the_specialised_kernel_finds_rows_far_below_their_bound(combine, specialised):
+def test_the_hopper_kernel_finds_rows_far_below_their_bound(combine, hopper_calls):
     check_rows_far_below_their_bound(combine, "cuda", head_dim=128, programs=2)
-    assert specialised
+    assert hopper_calls
 
 
-def test_the_specialised_kernel_does_whole_tiles_like_the_ordinary_one(specialised):
+def test_the_hopper_kernel_does_whole_tiles_like_the_ordinary_one(hopper_calls):
     query, key, value, gate = (randn(2, 8 * 8 * 12, 5, 128) for _ in range(4))
     problem = Problem(TileGrid((8, 8, 12), (4, 4, 4)), 5, "gate", 128**-0.5)
     for layout in ("direct", "descriptor"):
@@ -154,16 +152,16 @@ def test_the_specialised_kernel_does_whole_tiles_like_the_ordinary_one(specialis
         other, _, other_lse = forward(query, key, value, gate, None, problem, replace(launch, programs=0))
         torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(lse, other_lse, rtol=1e-6, atol=1e-5)
-    assert len(specialised) == 2
+    assert len(hopper_calls) == 2
 
 
 @pytest.mark.parametrize("combine", ["gate", "merge"])
-def test_the_specialised_kernel_reads_queries_that_boxes_cannot_see(combine, specialised):
+def test_the_hopper_kernel_reads_queries_that_boxes_cannot_see(combine, hopper_calls):
     check(replace(MEDIUM, combine=combine, transposed=True, heads=2, layout="descriptor", programs=7), "cuda")
-    assert specialised
+    assert hopper_calls
 
 
-def test_a_call_that_the_specialised_kernel_cannot_take_goes_to_the_ordinary_one(specialised):
+def test_a_call_that_the_hopper_kernel_cannot_take_goes_to_the_ordinary_one(hopper_calls):
     for case in (
         replace(MEDIUM, head_dim=96, programs=7),
         replace(MEDIUM, dtype=torch.float16, programs=7),
@@ -171,7 +169,7 @@ def test_a_call_that_the_specialised_kernel_cannot_take_goes_to_the_ordinary_one
         replace(MEDIUM, transposed=True, heads=2, programs=7),
     ):
         check(case, "cuda")
-    assert not specialised
+    assert not hopper_calls
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--warps", type=int, default=4)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--keys", type=int, default=64)
-    parser.add_argument("--programs", type=int, default=0, help="of the specialised kernel (with --layout)")
+    parser.add_argument("--programs", type=int, default=0, help="of the Hopper kernel (with --layout)")
     args = parser.parse_args()
     form = (args.warps, args.stages, args.keys)
     launch = Launch(args.layout, *form, programs=args.programs) if args.layout else None

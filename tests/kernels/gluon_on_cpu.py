@@ -1,4 +1,4 @@
-"""Gluon's language on the CPU, as far as the specialised kernel speaks it; Triton's interpreter does not.
+"""Gluon's language on the CPU, as far as the Hopper kernel speaks it; Triton's interpreter does not.
 
 Every group of warps of every program is a thread, tensors are PyTorch's, shared memory is laid out as on Hopper. What
 the GPU does at a time of its own choosing happens here at the worst one: a copy spoils its target when it is asked for

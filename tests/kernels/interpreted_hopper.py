@@ -19,7 +19,7 @@ WHOLE = replace(BASE, video_shape=(8, 8, 12), layout="direct")
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
-    """Launches of the specialised kernel go to `gluon_on_cpu`; there must have been some."""
+    """Launches of the Hopper kernel go to `gluon_on_cpu`; there must have been some."""
     launches = []
 
     def launch(self, kernel, grid, *arguments, **options):
@@ -49,7 +49,7 @@ def launched(monkeypatch):
     ],
     ids=str,
 )
-def test_the_specialised_kernel_matches_fp64(case):
+def test_the_hopper_kernel_matches_fp64(case):
     check(case)
 
 

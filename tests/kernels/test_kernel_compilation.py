@@ -156,7 +156,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
     ],
     ids=str,
 )
-def test_the_specialised_kernel_fits_often_enough_and_does_not_spill_in_its_loop(layout, case):
+def test_the_hopper_kernel_fits_often_enough_and_does_not_spill_in_its_loop(layout, case):
     from compilation import KERNELS, SHARED_LIMIT, compile_call, report
     from vsa_diffusers.kernels.plans import Launch
     from vsa_diffusers.kernels.tuning import HOPPER

@@ -86,7 +86,7 @@ def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, comb
 
 
 @pytest.mark.usefixtures("workspaces")
-def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver, monkeypatch):
+def test_a_second_call_of_the_hopper_kernel_has_its_own_tensors_too(driver, monkeypatch):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         pytest.skip("runs with a Triton that has Gluon")
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**16)  # in two parts
@@ -111,7 +111,7 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
     assert second_head["context_key"] == ("k", head_bytes)
 
 
-def test_a_new_size_compiles_no_other_specialised_kernel(driver):
+def test_a_new_size_compiles_no_other_hopper_kernel(driver):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         pytest.skip("runs with a Triton that has Gluon")
     from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel
