@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
 
 from .tiles import TileGrid
 
@@ -18,6 +19,14 @@ class Problem:
     before: int = 0
     after: int = 0
     selection: str = "mean"
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Recorded launches are found by it, at every call."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def video(self) -> slice:

@@ -181,6 +181,7 @@ IN_CONTEXT = dict(video_shape=(8, 8, 15), context_tokens=(4, 60))
 @pytest.fixture
 def checked(monkeypatch):
     """Grows with every call of the operator that looks at its arguments."""
+    monkeypatch.setattr(attention, "_problems", attention._Problems())
     calls, check = [], attention.check_video_shape
     monkeypatch.setattr(attention, "check_video_shape", lambda shape: calls.append(shape) or check(shape))
     return calls
@@ -270,34 +271,33 @@ def test_other_arguments_and_tensors_are_looked_at_and_launched_as_the_first_cal
 @pytest.mark.parametrize("name", "qkvg")
 @pytest.mark.parametrize("change", [shifted, heads_first, spread])
 @pytest.mark.usefixtures("workspaces")
-def test_one_tensor_of_another_form_is_looked_at(driver, checked, change, name):
+def test_one_tensor_of_another_form_is_launched_as_the_first_call_would(driver, checked, change, name):
     tensors = make_tensors("qkvg")
     first = [launched(driver, tensors) for _ in range(2)][1]
-    assert len(checked) == 1
+    assert len(launch.replays.known) == 1
     other = tensors | {name: change(tensors[name])}
     after = launched(driver, other)
-    assert len(checked) == 2
+    assert len(launch.replays.known) == (1 if change is spread else 2)  # which is copied, and then like the others
     # Where Triton compiles other code, or is given a copy, the stub driver does not tell.
     assert (after == first) == (change is shifted)
     assert launched(driver, other) == after
-    assert len(checked) == (3 if change is spread else 2)  # what must be copied first is not found
+    assert len(checked) == 1
 
 
 def test_a_gate_that_must_be_cast_is_cast(driver, checked):
     tensors = make_tensors("qkv") | make_tensors("g", dtype=torch.float32)
     for _ in range(2):
         call_op(**tensors)
-    assert len(checked) == 2
     call_op(**make_tensors("qkvg"))  # is launched as the cast one was
-    assert len(checked) == 2
+    assert len(launch.replays.known) == 1
 
 
-def test_context_masks_are_looked_at(driver, checked):
+def test_context_masks_are_looked_at_in_every_call(driver, checked):
     mask = torch.ones(1, 64, dtype=torch.bool)
     for _ in range(2):
         call_op(**make_tensors(), **IN_CONTEXT, context_mask=mask)
         call_op(**make_tensors(), **IN_CONTEXT)
-    assert len(checked) == 3
+    assert len(checked) == 1
     with pytest.raises(ValueError, match="context_mask of shape"):
         call_op(**make_tensors(), **IN_CONTEXT, context_mask=mask.int())
 
@@ -403,10 +403,9 @@ def test_calls_that_the_dispatcher_or_autograd_must_see_are_looked_at(driver, ch
     assert len(checked) == 3
     tensors["k"].requires_grad_()
     assert call_op(**tensors).requires_grad
-    assert len(checked) == 4
     with torch.no_grad():
         assert not call_op(**tensors).requires_grad
-    assert len(checked) == 4
+    assert len(checked) == 3
     compiled = torch.compile(call_op, backend="eager", fullgraph=True)
     driver.launches.clear()
     assert compiled(**make_tensors()).shape == tensors["q"].shape
@@ -417,19 +416,28 @@ def test_calls_that_the_dispatcher_or_autograd_must_see_are_looked_at(driver, ch
     assert len(driver.launches) == 8
 
 
-def test_without_replays_and_once_they_are_forgotten_arguments_are_looked_at(driver, checked, monkeypatch):
+def test_without_replays_and_once_they_are_forgotten_kernels_are_launched_anew(driver, checked, monkeypatch):
     for _ in range(2):
         call_op(**make_tensors())
-    assert len(checked) == 1
     with monkeypatch.context() as patch:
         patch.setattr(launch, "may_replay", lambda query: False)
+        patch.setattr(launch, "replays", None)
+        driver.launches.clear()
         call_op(**make_tensors())
-    assert len(checked) == 2
+        assert len(driver.launches) == 4
     launch.replays.clear()
     assert not launch.replays.known
-    for _ in range(2):
-        call_op(**make_tensors())
-    assert len(checked) == 3
+    call_op(**make_tensors())
+    assert len(launch.replays.known) == 1
+    assert len(checked) == 1
+
+
+def test_only_the_latest_requests_are_remembered(driver, checked, monkeypatch):
+    monkeypatch.setattr(attention._problems, "most", 2)
+    for top_k in (1, 2, 3, 3, 2, 1):
+        call_op(**make_tensors(), top_k=top_k)
+    assert len(checked) == 4
+    assert len(attention._problems) == 2
 
 
 def test_a_call_that_is_found_launches_on_the_device_of_its_tensors(driver, monkeypatch):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 
 from ..problem import Problem
 from .buffers import ForwardTensors
-from .launch import last_dim_contiguous, launch_or_replay, mask_to_int32, remember
+from .launch import last_dim_contiguous, launch_or_replay, mask_to_int32
 from .plans import Launch, Plan
 from .recording import Launcher, Tensors, form_of
 from .select.pool import pool
@@ -28,15 +26,13 @@ def forward(
     launch: Launch | None = None,
     *,
     output_alone: bool = False,
-    call: Hashable = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Output `[B, S, H, D]`, selected tiles `[B, H, N, K]` (int32, ascending), log-sum-exp `[B, H, S]` (fp32).
 
     `launch` overrides the tuning table for the sparse kernel. With `output_alone` the other two are `None`: they lie in
-    the workspace, which takes the host less time; `call` is then what `repeat_forward` finds the record of this call
-    by.
+    the workspace, which takes the host less time.
     """
-    query, key, value = (last_dim_contiguous(x) for x in (query, key, value))
+    query, key, value = last_dim_contiguous(query), last_dim_contiguous(key), last_dim_contiguous(value)
     gate = None if gate is None else last_dim_contiguous(gate)
     context_mask = None if context_mask is None else mask_to_int32(context_mask)
     output = query.new_empty(query.shape)
@@ -52,9 +48,7 @@ def forward(
             context_forward(launcher, _with_indices_and_lse(launcher, whole, problem), problem, chosen.context)
 
     tensors = ForwardTensors(query, key, value, gate, output, indices, lse, context_mask)
-    replay = launch_or_replay("forward", tensors, problem, launch, launch_all)
-    if replay is not None and call is not None:
-        remember(call, tensors[:4], replay)
+    launch_or_replay("forward", tensors, problem, launch, launch_all)
     return output, indices, lse
 
 

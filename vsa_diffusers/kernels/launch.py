@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 
 from ..problem import Problem
-from .recording import Launcher, Replay, Replays, Tensors
+from .recording import Launcher, Replays, Tensors
 from .support import INTERPRETED
 
 ALREADY_CURRENT = contextlib.nullcontext()
@@ -17,48 +17,15 @@ replays = Replays()
 
 def launch_or_replay(
     what: str, tensors: Tensors, problem: Problem, launch: object, launch_all: Callable[[Launcher, Tensors], None]
-) -> Replay | None:
-    """Run `launch_all` on the device of `tensors`, or, on a GPU that has seen such a call, what it launched then.
-
-    Returns the record, if there is one.
-    """
+) -> None:
+    """Run `launch_all` on the device of `tensors`, or, on a GPU that has seen such a call, what it launched then."""
     query = tensors[0]
     assert query is not None
     with on_device(query.device):
         if may_replay(query):
-            return replays.run((what, problem, launch), tensors, launch_all)
-        launch_all(Launcher(), tensors)
-        return None
-
-
-def repeat_forward(
-    call: Hashable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor | None
-) -> torch.Tensor | None:
-    """The output of `forward` for a call that it has recorded, without a look at anything else; `None` if it has not.
-
-    It hits only where dtype, shape, strides, device and alignment of all tensors equal the recorded call's, and those
-    needed no copy.
-
-    Args:
-        call: what `forward` was given as such, with `output_alone` and without a mask. Together with the tensors' form
-            it decides the problem.
-    """
-    given = (query, key, value, gate)
-    try:
-        replay = replays.find(call, given)
-    except RuntimeError:  # of tensors without strides or memory
-        return None
-    if replay is None or not may_replay(query):
-        return None
-    output = query.new_empty(query.shape)
-    with on_device(query.device):
-        replay.run((*given, output, None, None, None))
-    return output
-
-
-def remember(call: Hashable, given: Tensors, replay: Replay) -> None:
-    """Let `repeat_forward` find `replay` for `call` and tensors of the form of those given."""
-    replays.remember(call, given, replay)
+            replays.run((what, problem, launch), tensors, launch_all)
+        else:
+            launch_all(Launcher(), tensors)
 
 
 def may_replay(query: torch.Tensor) -> bool:

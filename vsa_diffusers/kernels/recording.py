@@ -262,7 +262,7 @@ class Replays:
         self.known: dict[Hashable, Replay] = {}
         self.lock = threading.Lock()
 
-    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Launcher, Tensors], None]) -> Replay:
+    def run(self, key: Hashable, tensors: Tensors, launch_all: Callable[[Launcher, Tensors], None]) -> None:
         """`launch_all` the first time that `key` is seen; from then on what it did, again for these tensors.
 
         Args:
@@ -270,28 +270,18 @@ class Replays:
             tensors: those that the launches read and write.
             launch_all: takes where to launch, and `tensors`.
         """
-        replay = self.find(key, tensors)
+        key = (key, *_forms(tensors))
+        replay = self.known.get(key)
         if replay is not None:
-            replay.run(tensors)
-            return replay
+            return replay.run(tensors)
         recorder = Recorder(tensors)
         with OnlyForms():
             launch_all(recorder, recorder.tensors)
-        replay = recorder.replay()
-        self.remember(key, tensors, replay)
-        return replay
-
-    def find(self, key: Hashable, tensors: Tensors) -> Replay | None:
-        """What is remembered under `key` for tensors of this form, if anything is."""
-        return self.known.get((key, *_forms(tensors)))
-
-    def remember(self, key: Hashable, tensors: Tensors, replay: Replay) -> None:
-        """Let `find` return `replay` for `key` and all tensors of the form of these, which it does not keep."""
-        key = (key, *_forms(tensors))
         with self.lock:
             while len(self.known) >= self.most and key not in self.known:
                 del self.known[next(iter(self.known))]
-            self.known[key] = replay
+            self.known[key] = recorder.replay()
+        return None
 
     def clear(self) -> None:
         """Forget everything."""

@@ -57,6 +57,7 @@ def can_describe(query: torch.Tensor | TensorForm, device: Device) -> bool:
     return device.descriptors and query.shape[-1] * query.dtype.itemsize % 16 == 0
 
 
+@functools.lru_cache(maxsize=1)
 def is_recent_triton() -> bool:
     """Whether the installed Triton is one that the kernels are known to be right on."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= MIN_TRITON
