@@ -14,4 +14,4 @@ def pytest_configure():
 
 def pytest_collection_modifyitems(items):
     # They take minutes; begun first, they do not end last.
-    items.sort(key=lambda item: not item.name.startswith("test_the_kernels_match_fp64_in"))
+    items.sort(key=lambda item: not item.path.name.startswith("interpreted_"))

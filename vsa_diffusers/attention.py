@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Hashable, Sequence
 
@@ -11,6 +10,7 @@ import torch
 
 from .arguments import (
     COMBINES,
+    DTYPES,
     IMPLEMENTATIONS,
     check_auto_block_size,
     check_choice,
@@ -88,14 +88,16 @@ def video_sparse_attention(
     """
     tensors = query, key, value, gate, context_mask
     needs_dispatcher = _needs_dispatcher(tensors)
-    needs_gradients = not needs_dispatcher and _needs_gradients(tensors)
-    call = None
-    if context_mask is None and not (needs_dispatcher or needs_gradients):
-        call = _call_key(
-            video_shape, block_size, context_tokens, top_k_ratio, top_k, combine, scale, selection, implementation
-        )
-        if call is not None and (again := _forward_again(call, query, key, value, gate)) is not None:
-            return again
+    request = None
+    if not needs_dispatcher:
+        numbers = video_shape, block_size, context_tokens, top_k_ratio, top_k, combine, scale, selection, implementation
+        request = _request(query, gate, *numbers)
+        problem = _problems.get(request)
+        if problem is not None and _fit(query, key, value, gate):
+            if context_mask is not None:
+                check_tensors(query, key, value, gate, context_mask)
+                check_context(query, problem.grid.video_shape, context_tokens, context_mask)
+            return _attend(*tensors, problem, implementation)
     check_tensors(query, key, value, gate, context_mask)
     video_shape = check_video_shape(video_shape)
     combine = check_combine(combine, gate)
@@ -109,21 +111,40 @@ def video_sparse_attention(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     top_k = check_top_k(top_k, top_k_ratio)
     scale = check_scale(scale, query.shape[-1])
-    if gate is not None:
-        gate = gate.to(query.dtype)
-    tensors = query, key, value, gate, context_mask
     if needs_dispatcher:
         kept = _kept(block and TileGrid(video_shape, block), top_k, top_k_ratio)
         rest = combine, scale, before, after, selection, implementation
-        numbers = Numbers(video_shape, block or (), kept[0], *rest, *kept[1:])
-        return attention_op(*tensors, *numbers)[0]
+        asked = Numbers(video_shape, block or (), kept[0], *rest, *kept[1:])
+        gate = gate if gate is None else gate.to(query.dtype)
+        return attention_op(query, key, value, gate, context_mask, *asked)[0]
     grid = TileGrid(video_shape, block or _fitting_block_size(video_shape))
     if grid.num_tiles < FEW_TILES:
         _warn_few_tiles(grid)
     problem = Problem(grid, num_kept_tiles(grid, top_k, top_k_ratio), combine, scale, before, after, selection)
-    if needs_gradients:
+    if request is not None:
+        _problems.remember(request, problem)
+    return _attend(*tensors, problem, implementation)
+
+
+def _attend(query, key, value, gate, context_mask, problem: Problem, implementation: str) -> torch.Tensor:
+    """The output of a call that has passed the checks, without the dispatcher."""
+    if gate is not None and gate.dtype != query.dtype:
+        gate = gate.to(query.dtype)
+    tensors = query, key, value, gate, context_mask
+    if _needs_gradients(tensors):
         return Attention.apply(*tensors, problem, implementation)
-    return forward(*tensors, problem, implementation, output_alone=True, call=call)[0]
+    return forward(*tensors, problem, implementation, output_alone=True)[0]
+
+
+def _fit(query, key, value, gate) -> bool:
+    """Whether the tensors fit those of a call that passed the checks; if not, the checks say why."""
+    try:
+        for tensor in (key, value) if gate is None else (key, value, gate):
+            if tensor.shape != query.shape or tensor.device != query.device or tensor.layout != query.layout:
+                return False
+        return key.dtype == value.dtype == query.dtype and (gate is None or gate.dtype in DTYPES)
+    except (AttributeError, RuntimeError):  # of no tensor, or of a nested one
+        return False
 
 
 def _kept(grid: TileGrid | None, top_k: int | None, top_k_ratio: float) -> tuple[int, float, torch.Tensor | None]:
@@ -156,8 +177,8 @@ def _needs_gradients(tensors: Sequence[torch.Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _call_key(video_shape, block_size, context_tokens, *others) -> Hashable:
-    """What a call is remembered by: its arguments as they came, and their types, so that the checks treat equals alike.
+def _request(query, gate, video_shape, block_size, context_tokens, *others) -> Hashable:
+    """What decides the problem of a call: its arguments as they came, and their types, so that equals are not mixed up.
 
     Without types `Decimal("0.5")`, which is refused as a ratio, would be found as 0.5. `None` where an argument is
     unusual: it may change between calls, as a list or a tensor, or be an iterator, which can be looked at only once.
@@ -165,18 +186,27 @@ def _call_key(video_shape, block_size, context_tokens, *others) -> Hashable:
     if type(video_shape) is not tuple or type(context_tokens) is not tuple or type(block_size) not in (tuple, str):
         return None
     types = tuple(map(type, (*video_shape, *block_size, *context_tokens, *others)))
-    return (types, video_shape, block_size, context_tokens, *others) if PLAIN_VALUES.issuperset(types) else None
-
-
-def _forward_again(call: Hashable, query, key, value, gate) -> torch.Tensor | None:
-    """The output of a call whose like passed the checks and was recorded; `None` if none was."""
-    if f"{__package__}.kernels" not in sys.modules:  # nothing is recorded yet, and importing them takes a while
+    if not PLAIN_VALUES.issuperset(types):
         return None
-    from . import kernels
+    try:
+        form = query.shape, query.dtype, query.layout
+    except (AttributeError, RuntimeError):  # of no tensor, or of a nested one
+        return None
+    return types, video_shape, block_size, context_tokens, *others, *form, gate is None
 
-    return kernels.forward_again(call, query, key, value, gate)
+
+class _Problems(dict):
+    """The latest requests that passed the checks, at most `most`, and their problems; `None` is none of them."""
+
+    most = 512
+
+    def remember(self, request: Hashable, problem: Problem) -> None:
+        while len(self) >= self.most:
+            self.pop(next(iter(self)), None)
+        self[request] = problem
 
 
+_problems = _Problems()
 _fitting_block_size = functools.lru_cache(maxsize=256)(fitting_block_size)
 
 

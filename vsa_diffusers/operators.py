@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,17 +80,15 @@ def forward(
     problem: Problem,
     implementation: str,
     output_alone: bool = False,
-    call: Hashable = None,
 ):
     """What the registered operator returns, from the kernels or from PyTorch.
 
-    With `output_alone` the caller wants nothing but the output, and the kernels return nothing else. `call` is what
-    they remember it by.
+    With `output_alone` the caller wants nothing but the output, and the kernels return nothing else.
     """
     if _runs_triton(implementation, query, problem):
         from . import kernels
 
-        return kernels.forward(query, key, value, gate, context_mask, problem, output_alone=output_alone, call=call)
+        return kernels.forward(query, key, value, gate, context_mask, problem, output_alone=output_alone)
     return *torch_impl.forward(query, key, value, gate, context_mask, problem), query.new_empty(0, dtype=torch.float32)
 
 
@@ -188,16 +186,21 @@ def _nothing(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0)
 
 
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _runs_triton(implementation: str, query: torch.Tensor, problem: Problem) -> bool:
     """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
     # In fp32 the kernels do without tensor cores and spill; they are there for checking.
     if implementation == "torch" or (implementation == "auto" and query.element_size() > 2):
         return False
     reason: str | None = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
-    if importlib.util.find_spec("triton") is not None:
+    if _has_triton():
         from . import kernels
 
-        reason = kernels.why_not(query, problem.grid.num_tiles)
+        reason = kernels.unsupported_reason(query, problem.grid.num_tiles)
     if reason is not None and implementation == "triton":
         raise RuntimeError(f'implementation="triton": the kernels cannot run here: {reason}')
     return reason is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
 
 from .tiles import TileGrid
 
@@ -19,6 +20,14 @@ class Problem:
     after: int = 0
     selection: str = "mean"
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Recorded launches are found by it, at every call."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
     @property
     def video(self) -> slice:
         """The video tokens of the sequence."""
@@ -28,6 +37,11 @@ class Problem:
     def has_coarse(self) -> bool:
         """Whether the coarse branch is added to the sparse one."""
         return self.combine in ("gate", "sum")
+
+    @property
+    def has_pooled_keys(self) -> bool:
+        """Whether pooled keys stand for tiles that are not kept."""
+        return self.combine == "merge" and self.top_k < self.grid.num_tiles
 
     @property
     def num_context(self) -> int:

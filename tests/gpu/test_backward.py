@@ -23,8 +23,11 @@ from checks import (
 )
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import backward, coarse, forward, invert, key_gradient, prepare, query_gradient, tuning
-from vsa_diffusers.kernels.tuning import BackwardLaunch
+from vsa_diffusers.kernels import backward, forward, support, tuning
+from vsa_diffusers.kernels.plans import BackwardLaunch
+from vsa_diffusers.kernels.recording import form_of
+from vsa_diffusers.kernels.select import coarse, transpose_lists
+from vsa_diffusers.kernels.sparse import backward_key, backward_pooled, backward_preprocess, backward_query
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -37,13 +40,13 @@ SPREADS = [case if case.tolerance else replace(case, tolerance=4e-3 * case.sprea
 SMALL = [*MODE_CASES, *SHAPE_CASES, *CONTEXT_CASES, *DIM_CASES, *STRIDE_CASES, *SPREADS]
 MEDIUM = Case(video_shape=(9, 18, 22), top_k=20, combine="merge", head_dim=128, dtype=torch.bfloat16, heads=2)
 KERNELS = (
-    prepare.prepare_kernel,
-    invert.restore_kernel,
-    invert.invert_kernel,
-    invert.order_kernel,
-    query_gradient.query_gradient_kernel,
-    key_gradient.key_gradient_kernel,
-    key_gradient.proxy_gradient_kernel,
+    backward_preprocess.backward_preprocess_kernel,
+    transpose_lists.rebuild_lists_kernel,
+    transpose_lists.transpose_lists_kernel,
+    transpose_lists.order_lists_kernel,
+    backward_query.dq_kernel,
+    backward_key.dkdv_kernel,
+    backward_pooled.pooled_dkdv_kernel,
     coarse.coarse_kernel,
     coarse.coarse_gradient_kernel,
 )
@@ -73,7 +76,7 @@ def test_gradients_of_small_cases_match_fp64(case):
 )
 def test_gradients_of_every_layout_match_fp64(layout, combine, head_dim, dtype):
     case = replace(MEDIUM, layout=layout, combine=combine, head_dim=head_dim, dtype=dtype)
-    if layout == "descriptor" and not tuning.can_describe(randn(1, head_dim), tuning.device_of(0)):
+    if layout == "descriptor" and not support.can_describe(randn(1, head_dim), support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     check_gradients(case, "cuda")
 
@@ -122,11 +125,11 @@ def test_offsets_beyond_31_bits(layout):
     video_shape, batch, heads, dim = (50, 50, 80), 2, 64, 128
     query, key, value, grad = (randn(batch, 200_000, heads, dim) for _ in range(4))
     assert query.numel() > 2**31
-    if layout == "descriptor" and not tuning.can_describe(query, tuning.device_of(0)):
+    if layout == "descriptor" and not support.can_describe(query, support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 40, "sparse", dim**-0.5)
-    launch = tuning.backward_launch(query, problem, tuning.device_of(0), key.stride(1))
+    launch = tuning.backward_launch(form_of(query), problem, support.device_of(0), key.stride(1))
     launch = BackwardLaunch(replace(launch.query, layout=layout), replace(launch.key, layout=layout))
     output, indices, lse = forward(query, key, value, None, None, problem)
     ours = backward(grad, query, key, value, None, None, indices, lse, output, problem, launch)[:3]

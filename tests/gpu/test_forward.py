@@ -19,14 +19,18 @@ from checks import (
     STRIDE_CASES,
     Case,
     check,
-    check_keeping_in_step,
+    check_chunk_sync,
     check_output_alone,
     check_rows_far_below_their_bound,
     expected,
 )
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import attend, forward, pool, select, tuning
+from vsa_diffusers.kernels import forward, launch, support, tuning
+from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.recording import form_of
+from vsa_diffusers.kernels.select import coarse, pool, top_k
+from vsa_diffusers.kernels.sparse import forward as sparse
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -69,27 +73,27 @@ def test_quarters_of_many_tiles_match_fp64(layout, combine):
 )
 def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
     case = replace(MEDIUM, layout=layout, combine=combine, head_dim=head_dim, dtype=dtype)
-    if layout == "descriptor" and not tuning.can_describe(randn(1, head_dim), tuning.device_of(0)):
+    if layout == "descriptor" and not support.can_describe(randn(1, head_dim), support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     check(case, "cuda")
 
 
 @pytest.fixture
-def specialised(monkeypatch):
-    """Counts the calls of the specialised kernel."""
-    if not tuning.device_of(0).processors:
+def hopper_calls(monkeypatch):
+    """Counts the calls of the Hopper kernel."""
+    if not support.device_of(0).processors:
         pytest.skip("runs on a GPU of compute capability 9.0, with Triton 3.6")
-    from vsa_diffusers.kernels import run, specialised
+    from vsa_diffusers.kernels.hopper import forward as hopper
 
-    run.replays.clear()  # what is replayed is not called
+    launch.replays.clear()  # what is replayed is not called
     calls = []
-    attend = specialised.attend
+    hopper_forward = hopper.hopper_forward
 
     def count(*arguments):
         calls.append(arguments)
-        attend(*arguments)
+        hopper_forward(*arguments)
 
-    monkeypatch.setattr(specialised, "attend", count)
+    monkeypatch.setattr(hopper, "hopper_forward", count)
     return calls
 
 
@@ -99,67 +103,65 @@ def specialised(monkeypatch):
 )
 @pytest.mark.parametrize("combine", MODES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_specialised_kernel_matches_fp64(head_dim, combine, layout, block_size, spread, specialised):
+def test_the_hopper_kernel_matches_fp64(head_dim, combine, layout, block_size, spread, hopper_calls):
     form = {"layout": layout, "block_size": block_size, "spread": spread, "programs": 7}
     check(replace(MEDIUM, head_dim=head_dim, combine=combine, batch=2, **form), "cuda")
-    assert specialised
+    assert hopper_calls
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
 @pytest.mark.parametrize(("before", "after", "masked"), [(3, 70, True), (0, 64, False), (200, 0, True)])
 @pytest.mark.parametrize(("layout", "head_dim"), [("direct", 128), ("descriptor", 128), ("descriptor", 64)])
 @pytest.mark.parametrize("combine", MODES)
-def test_the_specialised_kernel_takes_context_tokens(
-    combine, layout, head_dim, before, after, masked, spread, specialised
-):
-    form = {"layout": layout, "head_dim": head_dim, "spread": spread, "programs": 7, "parts": 3}
+def test_the_hopper_kernel_takes_context_tokens(combine, layout, head_dim, before, after, masked, spread, hopper_calls):
+    form = {"layout": layout, "head_dim": head_dim, "spread": spread, "programs": 7, "sync_chunks": 3}
     check(replace(MEDIUM, combine=combine, batch=2, before=before, after=after, masked=masked, **form), "cuda")
-    assert specialised
+    assert hopper_calls
 
 
 @pytest.mark.parametrize("combine", ["gate", "merge"])
-def test_the_output_alone_is_the_same_beside_context_tokens(combine, specialised, monkeypatch):
+def test_the_output_alone_is_the_same_beside_context_tokens(combine, hopper_calls, monkeypatch):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time
     form = {"layout": "descriptor", "programs": 7}
     check_output_alone(
         replace(MEDIUM, combine=combine, batch=2, heads=4, before=3, after=70, masked=True, **form), "cuda"
     )
-    assert specialised
+    assert hopper_calls
 
 
 @pytest.mark.parametrize("spread", [1.0, 2.77])  # at 2.77 some query tiles are left for the end of the kernel
 @pytest.mark.parametrize("programs", [1, 7, 264, 100_000])  # the last are more than fit on the GPU at a time
 @pytest.mark.parametrize(("layout", "video_shape"), [("descriptor", (18, 34, 42)), ("direct", (16, 32, 40))])
-def test_keeping_in_step_changes_no_bit(layout, video_shape, programs, spread, specialised):
+def test_keeping_in_step_changes_no_bit(layout, video_shape, programs, spread, hopper_calls):
     form = {"layout": layout, "video_shape": video_shape, "programs": programs}
-    check_keeping_in_step(replace(MEDIUM, heads=6, combine="gate", spread=spread, **form), (1, 2, 5, 20), "cuda")
+    check_chunk_sync(replace(MEDIUM, heads=6, combine="gate", spread=spread, **form), (1, 2, 5, 20), "cuda")
 
 
 @pytest.mark.parametrize("combine", ["gate", "sparse"])
-def test_the_specialised_kernel_finds_rows_far_below_their_bound(combine, specialised):
+def test_the_hopper_kernel_finds_rows_far_below_their_bound(combine, hopper_calls):
     check_rows_far_below_their_bound(combine, "cuda", head_dim=128, programs=2)
-    assert specialised
+    assert hopper_calls
 
 
-def test_the_specialised_kernel_does_whole_tiles_like_the_ordinary_one(specialised):
+def test_the_hopper_kernel_does_whole_tiles_like_the_ordinary_one(hopper_calls):
     query, key, value, gate = (randn(2, 8 * 8 * 12, 5, 128) for _ in range(4))
     problem = Problem(TileGrid((8, 8, 12), (4, 4, 4)), 5, "gate", 128**-0.5)
     for layout in ("direct", "descriptor"):
-        launch = tuning.Launch(layout, programs=3)
+        launch = Launch(layout, programs=3)
         ours, _, lse = forward(query, key, value, gate, None, problem, launch)
         other, _, other_lse = forward(query, key, value, gate, None, problem, replace(launch, programs=0))
         torch.testing.assert_close(ours, other, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(lse, other_lse, rtol=1e-6, atol=1e-5)
-    assert len(specialised) == 2
+    assert len(hopper_calls) == 2
 
 
 @pytest.mark.parametrize("combine", ["gate", "merge"])
-def test_the_specialised_kernel_reads_queries_that_boxes_cannot_see(combine, specialised):
+def test_the_hopper_kernel_reads_queries_that_boxes_cannot_see(combine, hopper_calls):
     check(replace(MEDIUM, combine=combine, transposed=True, heads=2, layout="descriptor", programs=7), "cuda")
-    assert specialised
+    assert hopper_calls
 
 
-def test_a_call_that_the_specialised_kernel_cannot_take_goes_to_the_ordinary_one(specialised):
+def test_a_call_that_the_hopper_kernel_cannot_take_goes_to_the_ordinary_one(hopper_calls):
     for case in (
         replace(MEDIUM, head_dim=96, programs=7),
         replace(MEDIUM, dtype=torch.float16, programs=7),
@@ -167,7 +169,7 @@ def test_a_call_that_the_specialised_kernel_cannot_take_goes_to_the_ordinary_one
         replace(MEDIUM, transposed=True, heads=2, programs=7),
     ):
         check(case, "cuda")
-    assert not specialised
+    assert not hopper_calls
 
 
 @pytest.mark.parametrize(
@@ -217,8 +219,9 @@ def test_offsets_beyond_31_bits(combine, layout):
     assert query.numel() > 2**31
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 40, combine, dim**-0.5)
-    launch = replace(tuning.table_launch(query, problem, tuning.device_of(0), key.stride(1)), layout=layout)
-    if layout == "descriptor" and not tuning.can_describe(query, tuning.device_of(0)):
+    forms = [form_of(x) for x in (query, key, value)]
+    launch = replace(tuning.plan(*forms, problem, support.device_of(0)).sparse, layout=layout)
+    if layout == "descriptor" and not support.can_describe(query, support.device_of(0)):
         pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
     given = gate if combine == "gate" else None
     output, indices, _ = forward(query, key, value, given, None, problem, launch)
@@ -267,7 +270,7 @@ def test_the_host_never_waits():
 
 @pytest.mark.parametrize("shapes", [[(8, 16, 20), (8, 20, 24), (12, 24, 28)], [(9, 18, 22), (5, 21, 35), (10, 17, 29)]])
 def test_a_new_size_compiles_nothing(shapes):
-    kernels = (pool.pool_kernel, select.scores_kernel, select.top_k_kernel, attend.attend_kernel)
+    kernels = (pool.pool_kernel, coarse.scores_kernel, top_k.top_k_kernel, sparse.sparse_forward_kernel)
 
     def compiled():
         return [len(kernel.device_caches[0][0]) for kernel in kernels]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from oracle import SCORES, attention, relative_error
-from vsa_diffusers.kernels import backward, forward, run
-from vsa_diffusers.kernels.tuning import BackwardLaunch, Launch
+from vsa_diffusers.kernels import backward, forward
+from vsa_diffusers.kernels import launch as launching
+from vsa_diffusers.kernels.plans import BackwardLaunch, Launch
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -41,7 +42,7 @@ class Case:
     tolerance: float | None = None
     selection: str = "mean"
     programs: int = 0
-    parts: int = 0
+    sync_chunks: int = 0
 
     def __str__(self) -> str:
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case(), k)}
@@ -62,7 +63,7 @@ class Case:
     def launch(self) -> Launch:
         wide = self.dtype == torch.float32 or self.head_dim > 128 or math.prod(self.block_size) > 64
         form = (8, 1, 32) if wide else (4, 2, 64)
-        return Launch(self.layout, *form, programs=self.programs, parts=self.parts)
+        return Launch(self.layout, *form, programs=self.programs, sync_chunks=self.sync_chunks)
 
     def inputs(self, device: str = "cpu"):
         """Query, key, value, gate and context mask; views of wider tensors if `transposed`."""
@@ -197,7 +198,7 @@ def check(case: Case, device: str = "cpu", launch: Launch | None = None) -> None
 
     Another call like it comes first, so that a GPU is checked on launches that are made again.
     """
-    if run.may_replay(case.inputs(device)[0]):
+    if launching.may_replay(case.inputs(device)[0]):
         forward(*case.inputs(device), case.problem, launch or case.launch)
     query, key, value, gate, mask = case.inputs(device)
     with memory_full_of_nan(device):
@@ -226,7 +227,7 @@ def check_gradients(case: Case, device: str = "cpu", launch: BackwardLaunch | No
         output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
         return (torch.randn_like(output), query, key, value, gate, mask, indices), lse, output
 
-    if run.may_replay(case.inputs(device)[0]):
+    if launching.may_replay(case.inputs(device)[0]):
         given, lse, output = ready()
         backward(*given, lse, output, case.problem, launch or case.backward_launch)
     given, lse, output = ready()
@@ -252,10 +253,10 @@ def check_output_alone(case: Case, device: str = "cpu") -> None:
         assert torch.equal(output, forward(*arguments)[0])
 
 
-def check_keeping_in_step(case: Case, parts: Sequence[int], device: str = "cpu") -> None:
+def check_chunk_sync(case: Case, sync_chunks: Sequence[int], device: str = "cpu") -> None:
     """Programs that wait for one another before each of so many parts of their lists compute the same bits."""
     arguments = (*case.inputs(device), case.problem)
-    alone, *others = (forward(*arguments, replace(case.launch, parts=count)) for count in (0, *parts))
+    alone, *others = (forward(*arguments, replace(case.launch, sync_chunks=count)) for count in (0, *sync_chunks))
     assert alone[0].isfinite().all()
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(alone, other, strict=True))
@@ -267,8 +268,8 @@ def check_rows_far_below_their_bound(combine: str, device: str = "cpu", **change
     query, key, value, gate, mask = case.inputs(device)
     size = 3.4 * (64 / case.head_dim) ** 0.25
     query, key = (0.1 * query + size).to(query.dtype), (0.1 * key - size).to(key.dtype)
-    longest = [x.float().norm(dim=-1).max() for x in (query, key)]
-    bound = float(longest[0] * longest[1] * case.problem.scale / math.log(2))
+    max_norm = [x.float().norm(dim=-1).max() for x in (query, key)]
+    bound = float(max_norm[0] * max_norm[1] * case.problem.scale / math.log(2))
     assert 120 < bound < 180
     output, indices, lse = forward(query, key, value, gate, mask, case.problem, case.launch)
     right, right_lse = expected(query, key, value, gate, mask, indices, case.problem)

@@ -24,46 +24,38 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vsa_diffusers.kernels import (
-    attend,
-    backward,
-    coarse,
-    invert,
-    key_gradient,
-    pool,
-    prepare,
-    quarters,
-    query_gradient,
-    run,
-    select,
-)
-from vsa_diffusers.kernels.tuning import HAS_DESCRIPTORS, BackwardLaunch, Device, Launch
+from vsa_diffusers.kernels import backward, forward, support
+from vsa_diffusers.kernels.plans import BackwardLaunch, Launch
+from vsa_diffusers.kernels.select import coarse, pool, quarter_scores, top_k, transpose_lists
+from vsa_diffusers.kernels.sparse import backward_key, backward_pooled, backward_preprocess, backward_query
+from vsa_diffusers.kernels.sparse import forward as sparse_forward
+from vsa_diffusers.kernels.support import HAS_DESCRIPTORS, Device
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 KERNELS = {
     "pool": pool.pool_kernel,
-    "scores": select.scores_kernel,
-    "quarter scores": quarters.quarter_scores_kernel,
-    "top_k": select.top_k_kernel,
-    "attend": attend.attend_kernel,
+    "scores": coarse.scores_kernel,
+    "quarter scores": quarter_scores.quarter_scores_kernel,
+    "top_k": top_k.top_k_kernel,
+    "sparse forward": sparse_forward.sparse_forward_kernel,
 }
 if importlib.util.find_spec("triton.experimental.gluon") is not None:
-    from vsa_diffusers.kernels.specialised import specialised_kernel
+    from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel
 
-    KERNELS["specialised"] = specialised_kernel
+    KERNELS["hopper forward"] = hopper_forward_kernel
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 BACKWARD_KERNELS = {
     "coarse": coarse.coarse_kernel,
     "coarse gradient": coarse.coarse_gradient_kernel,
-    "prepare": prepare.prepare_kernel,
-    "restore": invert.restore_kernel,
-    "invert": invert.invert_kernel,
-    "order": invert.order_kernel,
-    "query gradient": query_gradient.query_gradient_kernel,
-    "proxy gradient": key_gradient.proxy_gradient_kernel,
-    "key gradient": key_gradient.key_gradient_kernel,
+    "backward preprocess": backward_preprocess.backward_preprocess_kernel,
+    "rebuild lists": transpose_lists.rebuild_lists_kernel,
+    "transpose lists": transpose_lists.transpose_lists_kernel,
+    "order lists": transpose_lists.order_lists_kernel,
+    "dq": backward_query.dq_kernel,
+    "pooled dkdv": backward_pooled.pooled_dkdv_kernel,
+    "dkdv": backward_key.dkdv_kernel,
 }
 
 
@@ -111,7 +103,7 @@ def target_of(name: int | str) -> GPUTarget:
     return GPUTarget("cuda", name, 32) if isinstance(name, int) else GPUTarget("hip", name, 64)
 
 
-def device_of(name: int | str) -> Device:
+def target_device(name: int | str) -> Device:
     if isinstance(name, str):
         return Device()
     return Device((name // 10, name % 10), descriptors=HAS_DESCRIPTORS and name >= 90)
@@ -119,9 +111,9 @@ def device_of(name: int | str) -> Device:
 
 @contextlib.contextmanager
 def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
-    saved = triton.runtime.driver, dict(vars(triton.runtime.driver)), run.device_of
+    saved = triton.runtime.driver, dict(vars(triton.runtime.driver)), support.device_of
     triton.runtime.driver.set_active(_Driver(target_of(name)))
-    run.device_of = lambda index: device_of(name)
+    support.device_of = lambda index: target_device(name)
     try:
         for label, kernel in {**KERNELS, **BACKWARD_KERNELS}.items():
 
@@ -135,7 +127,7 @@ def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
         for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values()):
             del kernel.run
         vars(saved[0]).update(saved[1])
-        run.device_of = saved[2]
+        support.device_of = saved[2]
 
 
 def compile_call(
@@ -170,7 +162,7 @@ def compile_call(
             lse = query.new_empty((batch, heads, shape[1]), dtype=torch.float32)
             backward(query, query, key, value, gate, mask, indices, lse, query, problem, launch)
         else:
-            run.forward(query, key, value, gate, mask, problem, launch)
+            forward(query, key, value, gate, mask, problem, launch)
     return compiled
 
 
@@ -236,7 +228,7 @@ def main() -> None:
     parser.add_argument("--warps", type=int, default=4)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--keys", type=int, default=64)
-    parser.add_argument("--programs", type=int, default=0, help="of the specialised kernel (with --layout)")
+    parser.add_argument("--programs", type=int, default=0, help="of the Hopper kernel (with --layout)")
     args = parser.parse_args()
     form = (args.warps, args.stages, args.keys)
     launch = Launch(args.layout, *form, programs=args.programs) if args.layout else None

@@ -1,4 +1,4 @@
-"""Gluon's language on the CPU, as far as the specialised kernel speaks it; Triton's interpreter does not.
+"""Gluon's language on the CPU, as far as the Hopper kernel speaks it; Triton's interpreter does not.
 
 Every group of warps of every program is a thread, tensors are PyTorch's, shared memory is laid out as on Hopper. What
 the GPU does at a time of its own choosing happens here at the worst one: a copy spoils its target when it is asked for
@@ -25,7 +25,7 @@ import triton.language
 from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.language.nvidia import ampere, hopper
 
-from vsa_diffusers.kernels import specialised_fetch
+from vsa_diffusers.kernels.hopper import producer
 
 DEADLOCK_SECONDS = 30.0
 LATEST_COPY_SECONDS = 2e-4
@@ -344,7 +344,7 @@ STANDING_IN: dict[int, Any] = {
     id(hopper.warpgroup_mma): _multiply,
     id(hopper.warpgroup_mma_init): lambda acc: acc,
     id(hopper.warpgroup_mma_wait): _wait_for_products,
-    id(specialised_fetch.synchronise): _nothing,
+    id(producer.synchronise): _nothing,
 }
 _modules: dict[int, dict[str, Any]] = {}
 

@@ -14,7 +14,7 @@ import torch
 
 from stub_driver import hopper_stub
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import run
+from vsa_diffusers.kernels import launch
 
 VIDEO_SHAPE, HEADS, HEAD_DIM = (16, 16, 24), 32, 128  # LTX-2 at 512x768
 CALLS = 200
@@ -58,7 +58,7 @@ def main() -> None:
             driver.launches.clear()
             call()
             count, again = len(driver.launches), microseconds(call)
-            with mock.patch.object(run, "may_replay", _no):
+            with mock.patch.object(launch, "may_replay", _no):
                 anew = microseconds(call)
             print(f"{name}: {count} launches; {again:.0f} us, launched anew {anew:.0f} us; first call {first:.1f} s")
 

@@ -1,4 +1,4 @@
-"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
+"""The backward pass against fp64, in a process of its own (`conftest.py`)."""
 
 from dataclasses import replace
 
@@ -20,10 +20,11 @@ from checks import (
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import key_gradient, tuning
-from vsa_diffusers.kernels.invert import invert, restore
-from vsa_diffusers.kernels.pool import pool
-from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.kernels import tuning
+from vsa_diffusers.kernels.recording import Launcher, form_of
+from vsa_diffusers.kernels.select.pool import pool
+from vsa_diffusers.kernels.select.transpose_lists import rebuild_lists, transpose_lists
+from vsa_diffusers.kernels.support import Device
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -53,7 +54,7 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
 
 
 def test_the_pooled_keys_of_a_small_call_are_cut_into_parts(monkeypatch):
-    monkeypatch.setattr(key_gradient, "PROXY_PROGRAMS", 3)
+    monkeypatch.setattr(tuning, "POOLED_PROGRAMS", 3)
     check_gradients(Case(combine="merge", top_k=2))
 
 
@@ -65,24 +66,29 @@ def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(ti
     scores[..., 5] += 1  # a tile that all keep, and one that few keep
     scores[..., 7] -= 0.9
     indices = scores.topk(problem.top_k).indices.sort(-1).values.int()
-    work = Work()
+    launcher = Launcher()
     x = torch.zeros(1, grid.num_tokens, 2, 16)
-    boxes = pool(work, x, x, x, problem, tiled=tiled).boxes
-    keepers = invert(work, restore(work, indices, boxes, problem, tiled=tiled).bits, problem, tiled=tiled)
+    boxes = pool(launcher, x, x, x, problem, tiled=tiled, warps=1).boxes
+    form = form_of(x)
+    plan = tuning.backward_plan(form, [form], problem, Device())
+    query_lists = rebuild_lists(launcher, indices, boxes, problem, plan.rebuild, tiled=tiled)
+    bits = query_lists.selected_bits
+    key_lists = transpose_lists(launcher, bits, problem, plan.transpose, plan.order, tiled=tiled)
     token_of = grid.token_index()
     sizes = (token_of >= 0).sum(1)
     first = sizes.cumsum(0) - sizes if tiled else token_of[:, 0]
     full = sizes == grid.tile_capacity
-    for place, kept in enumerate(indices.flatten(0, 1)):
+    for batch_head, kept in enumerate(indices.flatten(0, 1)):
         keeps = torch.zeros(grid.num_tiles, grid.num_tiles, dtype=torch.bool).scatter_(1, kept.long(), True)
         for tile in range(grid.num_tiles):
-            begin, group = keepers.offsets[place, tile].tolist()
-            count, groups = keepers.counts[place, tile].tolist()
-            assert keepers.starts[place, begin : begin + count].equal(first[keeps[:, tile] & full].int())
-            shapes = keepers.tail[place, group : group + groups] >> 32 & 255
+            begin, group = key_lists.offsets[batch_head, tile].tolist()
+            count, groups = key_lists.list_lengths[batch_head, tile].tolist()
+            starts = key_lists.full_tile_starts[batch_head, begin : begin + count]
+            assert starts.equal(first[keeps[:, tile] & full].int())
+            shapes = key_lists.partial_groups[batch_head, group : group + groups] >> 32 & 255
             assert shapes.sum() == sizes[keeps[:, tile] & ~full].sum()
         lengths = keeps.long().T @ torch.where(full, sizes, (sizes + 15) // 16 * 16)
-        assert (lengths[keepers.order[place]].diff() <= 0).all()
+        assert (lengths[key_lists.order[batch_head]].diff() <= 0).all()
 
 
 @pytest.mark.parametrize("combine", MODES)

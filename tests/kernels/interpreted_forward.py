@@ -1,4 +1,4 @@
-"""Run by `tests/kernels/test_kernels.py` with TRITON_INTERPRET=1, in a process of its own."""
+"""The forward pass against fp64, in a process of its own (`conftest.py`)."""
 
 import pytest
 import torch
@@ -21,9 +21,12 @@ from checks import (
 from interpreter import bfloat16_products
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.kernels import forward, select, tuning
-from vsa_diffusers.kernels.pool import pool
-from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.kernels import forward, tuning
+from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.recording import Launcher, form_of
+from vsa_diffusers.kernels.select import coarse, top_k
+from vsa_diffusers.kernels.select.pool import pool
+from vsa_diffusers.kernels.support import HAS_DESCRIPTORS, Device
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -38,7 +41,7 @@ def test_every_mode_and_shape_matches_fp64(case):
     check(case)
 
 
-@pytest.mark.skipif(not tuning.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
+@pytest.mark.skipif(not HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
 @pytest.mark.parametrize("case", DESCRIPTOR_CASES, ids=str)
 def test_tensor_descriptors_match_fp64(case):
     check(case)
@@ -62,22 +65,22 @@ def test_tiles_that_score_alike_are_kept_from_the_left():
     assert (indices == torch.arange(5)).all()
 
 
-class _GivenScores(Work):
+class _GivenScores(Launcher):
     """Launches as `Work` does, but puts scores of the test's own into the workspace."""
 
     def __init__(self, scores):
         self.scores = scores
 
     def launch(self, kernel, grid, *arguments, **options):
-        if kernel is select.scores_kernel:
+        if kernel is coarse.scores_kernel:
             workspace = arguments[1]
             workspace[: len(self.scores), : self.scores.shape[1]] = self.scores
         else:
             super().launch(kernel, grid, *arguments, **options)
 
 
-@pytest.mark.parametrize("top_k", [1, 9, 22, 44, 45])
-def test_the_highest_scores_are_kept_however_they_are_distributed(top_k):
+@pytest.mark.parametrize("count", [1, 9, 22, 44, 45])
+def test_the_highest_scores_are_kept_however_they_are_distributed(count):
     grid = TileGrid((5, 10, 14), (2, 4, 3))  # 45 tiles
     normal = torch.randn(45, 45)
     normal[:5] = normal[:5].exp() ** 8
@@ -88,14 +91,16 @@ def test_the_highest_scores_are_kept_however_they_are_distributed(top_k):
     normal[25:30, ::2] = float("-inf")
     normal[30:35, 3] = float("inf")
     normal[35] = 3.0
-    problem = Problem(grid, top_k, "sparse", 1.0)
-    work = _GivenScores(normal)
+    problem = Problem(grid, count, "sparse", 1.0)
+    launcher = _GivenScores(normal)
     x = torch.randn(1, grid.num_tokens, 1, 16)
-    indices = torch.full((1, 1, 45, top_k), -1, dtype=torch.int32)
-    pooled = pool(work, x, x, x, problem, tiled=True)
-    select.select(work, pooled, indices, problem, tiled=True, precision="ieee", step=32)
+    indices = torch.full((1, 1, 45, count), -1, dtype=torch.int32)
+    pooled = pool(launcher, x, x, x, problem, tiled=True, warps=1)
+    form = form_of(x)
+    plan = tuning.plan(form, form, form, problem, Device(), Launch("tiled"))
+    top_k.select_tiles(launcher, pooled, indices, problem, plan)
     in_order = torch.where(torch.signbit(normal) & (normal == 0), -1e-45, normal)  # -0 orders below 0 here
-    right = in_order.sort(descending=True, stable=True).indices[:, :top_k].sort().values
+    right = in_order.sort(descending=True, stable=True).indices[:, :count].sort().values
     assert indices[0, 0].equal(right.int())
 
 
@@ -107,7 +112,7 @@ def test_the_heads_of_a_large_call_go_through_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("selection", ["mean", "quarters"])
 def test_scores_beyond_the_workspace_take_turns(monkeypatch, selection):
-    monkeypatch.setattr(select, "workspace_bytes", lambda elements: 0)
+    monkeypatch.setattr(tuning, "LEAST_WORKSPACE_BYTES", 0)
     query, key, value = (torch.randn(1, 6 * 6 * 4, 3, 16) for _ in range(3))
     problem = Problem(TileGrid((6, 6, 4), (2, 2, 2)), 4, "sum", 0.25, selection=selection)
     _, indices, _ = forward(query, key, value, None, None, problem)

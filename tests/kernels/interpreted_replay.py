@@ -1,4 +1,4 @@
-"""Run by `test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: launches that are made again."""
+"""Launches that are made again; in a process of its own (`conftest.py`)."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import torch
 from checks import DESCRIPTOR_CASES, JOINT, STRIDE_CASES, Case, check, check_gradients, check_output_alone, expected
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
-from vsa_diffusers import operators, video_sparse_attention
-from vsa_diffusers.kernels import forward, run, tuning
-from vsa_diffusers.kernels.replay import Recording, Replay, Replays
+from vsa_diffusers import attention, video_sparse_attention
+from vsa_diffusers.kernels import forward, launch, support, tuning
+from vsa_diffusers.kernels.recording import Recorder, Replay, Replays
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -27,8 +27,8 @@ CASES = [
 def replays(monkeypatch):
     """Replays as on a GPU; at the end, some call must have been one."""
     fresh, made, again = Replays(), [], Replay.run
-    monkeypatch.setattr(run, "replays", fresh)
-    monkeypatch.setattr(run, "may_replay", lambda query: True)
+    monkeypatch.setattr(launch, "replays", fresh)
+    monkeypatch.setattr(launch, "may_replay", lambda query: True)
     monkeypatch.setattr(Replay, "run", lambda self, tensors: made.append(self) or again(self, tensors))
     yield fresh
     assert made
@@ -47,7 +47,7 @@ def test_the_output_alone_is_the_same(case, monkeypatch, replays):
     assert len(replays.known) == 2
 
 
-@pytest.mark.skipif(not tuning.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
+@pytest.mark.skipif(not support.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later")
 def test_descriptors_are_moved_to_the_new_workspace():
     check(DESCRIPTOR_CASES[1])
     check_gradients(DESCRIPTOR_CASES[1])
@@ -64,7 +64,7 @@ def test_heads_that_go_through_in_parts_share_the_workspace(monkeypatch, replays
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**30)
     check(case)
     at_once = next(iter(replays.known.values()))
-    assert len(in_parts.steps) == 2 * len(at_once.steps)
+    assert len(in_parts.launches) == 2 * len(at_once.launches)
     assert in_parts.workspace_bytes < at_once.workspace_bytes
 
 
@@ -82,8 +82,9 @@ def test_query_key_and_value_of_one_projection_are_told_apart():
 
 @pytest.mark.parametrize("combine", ["gate", "merge"])
 def test_the_operator_repeats_a_call_without_looking_at_its_arguments(combine, monkeypatch):
-    looked, needs = [], operators._runs_triton
-    monkeypatch.setattr(operators, "_runs_triton", lambda *given: looked.append(given) or needs(*given))
+    looked, check = [], attention.check_video_shape
+    monkeypatch.setattr(attention, "_problems", attention._Problems())
+    monkeypatch.setattr(attention, "check_video_shape", lambda shape: looked.append(shape) or check(shape))
     for _ in range(2):
         query, key, value, gate = torch.randn(4, 1, 125, 2, 16).unbind()
         arguments = dict(top_k=3, gate=gate if combine == "gate" else None, combine=combine, context_tokens=(2, 3))
@@ -92,7 +93,7 @@ def test_the_operator_repeats_a_call_without_looking_at_its_arguments(combine, m
             for name in ("triton", "torch")
         )
         assert relative_error(output, right) < 1e-5
-    assert [implementation for implementation, *_ in looked] == ["triton", "torch", "torch"]
+    assert len(looked) == 2  # of two calls for each implementation
 
 
 def test_other_shapes_strides_dtypes_and_problems_are_recorded_anew(replays):
@@ -117,12 +118,16 @@ def test_only_the_latest_kinds_of_calls_are_remembered(replays):
 
 def test_memory_that_was_freed_is_given_out_again_and_memory_in_use_is_not():
     like = torch.empty(0)
-    recording = Recording([like])
-    first, second = recording.empty(like, (1000,)), recording.empty(like, (1000,))
-    recording.free(first)
-    third = recording.empty(like, (500,))
-    fourth = recording.empty(like, (1000,))
-    assert [recording.rooms[id(x)][1:] for x in (third, second, fourth)] == [(0, 2048), (4096, 8192), (8192, 12288)]
+    recorder = Recorder([like])
+    first, second = recorder.empty(like, (1000,)), recorder.empty(like, (1000,))
+    recorder.free(first)
+    third = recorder.empty(like, (500,))
+    fourth = recorder.empty(like, (1000,))
+    assert [recorder.allocations[id(x)][1:] for x in (third, second, fourth)] == [
+        (0, 2048),
+        (4096, 8192),
+        (8192, 12288),
+    ]
     with pytest.raises(AssertionError, match="neither an argument"):
-        recording._place(torch.empty(1))
+        recorder._place(torch.empty(1))
     check(Case())

@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from vsa_diffusers.kernels import run, tuning
+from vsa_diffusers.kernels import launch, support
 
 
 class StubDriver:
@@ -47,7 +47,7 @@ def _yes(query):
 
 
 def _hopper(index):
-    return tuning.Device((9, 0), tuning.HAS_DESCRIPTORS)
+    return support.Device((9, 0), support.HAS_DESCRIPTORS)
 
 
 def _nothing(query, num_tiles):
@@ -61,9 +61,9 @@ def hopper_stub():
     driver = StubDriver()
     triton.runtime.driver.set_active(driver)
     with (
-        mock.patch.object(run, "may_replay", _yes),
-        mock.patch.object(run, "device_of", _hopper),
-        mock.patch("vsa_diffusers.kernels.why_not", _nothing),
+        mock.patch.object(launch, "may_replay", _yes),
+        mock.patch.object(support, "device_of", _hopper),
+        mock.patch("vsa_diffusers.kernels.unsupported_reason", _nothing),
     ):
         yield driver
     vars(triton.runtime.driver).update(saved)

@@ -14,14 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
 
-from vsa_diffusers.kernels.run import is_recent_triton
+from vsa_diffusers.kernels.support import is_recent_triton
 
 if not is_recent_triton():
     pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
 
 from vsa_diffusers import attention, video_sparse_attention
-from vsa_diffusers.kernels import backward, forward, run, tuning
-from vsa_diffusers.kernels.replay import Replays
+from vsa_diffusers.kernels import backward, forward, launch, tuning
+from vsa_diffusers.kernels.plans import Launch
+from vsa_diffusers.kernels.recording import Replays
+from vsa_diffusers.kernels.select.pool import pool_kernel
+from vsa_diffusers.kernels.sparse.forward import sparse_forward_kernel
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
@@ -30,7 +33,7 @@ from vsa_diffusers.tiles import TileGrid
 def driver(monkeypatch):
     from stub_driver import hopper_stub
 
-    monkeypatch.setattr(run, "replays", Replays())
+    monkeypatch.setattr(launch, "replays", Replays())
     with hopper_stub() as stub:
         yield stub
 
@@ -83,7 +86,7 @@ def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, comb
 
 
 @pytest.mark.usefixtures("workspaces")
-def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver, monkeypatch):
+def test_a_second_call_of_the_hopper_kernel_has_its_own_tensors_too(driver, monkeypatch):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         pytest.skip("runs with a Triton that has Gluon")
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**16)  # in two parts
@@ -92,15 +95,15 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
     calls = []
     for _ in range(2):
         given = {name: torch.empty(1, grid.num_tokens + 7, 2, 128, dtype=torch.bfloat16) for name in "qkvg"}
-        launch = tuning.Launch("descriptor", stages=3, programs=264)
-        given["output"], given["indices"], given["lse"] = forward(*given.values(), None, problem, launch)
+        hopper = Launch("descriptor", stages=3, programs=264)
+        given["output"], given["indices"], given["lse"] = forward(*given.values(), None, problem, hopper)
         calls.append(comparable(driver.launches, given))
         driver.launches.clear()
     first, second = calls
     assert len(first) == 9
     assert first == second
     (name, _, second_head), (last, *_) = first[-2:]
-    assert (name, last) == ("specialised_kernel", "attend_kernel")  # the last for context queries
+    assert (name, last) == ("hopper_forward_kernel", "sparse_forward_kernel")  # the last for context queries
     head_bytes = 2 * 128
     token_bytes = 2 * head_bytes
     for argument, tensor in (("query", "q"), ("gate", "g"), ("output", "output")):
@@ -108,19 +111,19 @@ def test_a_second_call_of_the_specialised_kernel_has_its_own_tensors_too(driver,
     assert second_head["context_key"] == ("k", head_bytes)
 
 
-def test_a_new_size_compiles_no_other_specialised_kernel(driver):
+def test_a_new_size_compiles_no_other_hopper_kernel(driver):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         pytest.skip("runs with a Triton that has Gluon")
-    from vsa_diffusers.kernels.specialised import specialised_kernel
+    from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel
 
-    def call(video_shape, top_k, before, after, parts):
+    def call(video_shape, top_k, before, after, sync_chunks):
         grid = TileGrid(video_shape, (4, 4, 4))
         query = torch.empty(1, grid.num_tokens + before + after, 2, 128, dtype=torch.bfloat16)
-        launch = tuning.Launch("descriptor", stages=3, programs=264, parts=parts)
-        forward(query, query, query, query, None, Problem(grid, top_k, "gate", 0.1, before, after), launch)
+        hopper = Launch("descriptor", stages=3, programs=264, sync_chunks=sync_chunks)
+        forward(query, query, query, query, None, Problem(grid, top_k, "gate", 0.1, before, after), hopper)
 
     def variants():
-        return len(specialised_kernel.device_caches[driver.get_current_device()][0])
+        return len(hopper_forward_kernel.device_caches[driver.get_current_device()][0])
 
     call((8, 8, 12), 3, 2, 5, 1)
     assert variants() == 1
@@ -129,13 +132,36 @@ def test_a_new_size_compiles_no_other_specialised_kernel(driver):
     assert variants() == 1
 
 
+@pytest.mark.parametrize(
+    ("combine", "selection", "layout", "programs"),
+    [("gate", "mean", "direct", 0), ("merge", "quarters", "descriptor", 0), ("sum", "quarters", "descriptor", 264)],
+)
+def test_all_numbers_that_kernels_are_compiled_anew_for_are_strides(driver, combine, selection, layout, programs):
+    if programs and importlib.util.find_spec("triton.experimental.gluon") is None:
+        pytest.skip("runs with a Triton that has Gluon")
+    from compilation import BACKWARD_KERNELS, KERNELS
+
+    kernels = {kernel.fn.__name__: kernel for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values())}
+    grid = TileGrid((6, 8, 9), (4, 4, 4))
+    query = torch.empty(1, grid.num_tokens + 7, 2, 64, dtype=torch.bfloat16)
+    problem = Problem(grid, 3, combine, 0.1, 2, 5, selection)
+    given = (query, query, query, query if combine == "gate" else None, None)
+    output, indices, lse = forward(*given, problem, Launch(layout, programs=programs))
+    backward(query, *given, indices, lse, output, problem)
+    assert len(driver.launches) >= 12
+    for name, _, arguments in driver.launches:
+        free = {each.name for each in kernels[name].params if each.is_constexpr or each.do_not_specialize}
+        fixed = {each for each, value in arguments.items() if isinstance(value, int)} - free
+        assert {each for each in fixed if not each.endswith(("_b", "_s", "_h"))} == set(), name
+
+
 def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
     def call(*video_shape):
         query = torch.empty(1, TileGrid(video_shape, (4, 4, 4)).num_tokens, 1, 64, dtype=torch.bfloat16)
         forward(query, query, query, None, None, Problem(TileGrid(video_shape, (4, 4, 4)), 2, "sum", 0.1))
 
     def variants():
-        kernels = (run.attend_kernel, run.pool.__globals__["pool_kernel"])
+        kernels = (sparse_forward_kernel, pool_kernel)
         return [len(kernel.device_caches[driver.get_current_device()][0]) for kernel in kernels]
 
     call(8, 8, 8)
@@ -143,7 +169,7 @@ def test_a_new_size_is_launched_anew_and_compiles_nothing(driver):
     call(8, 12, 8)
     call(12, 8, 8)
     assert variants() == before == [1, 1]
-    assert len(run.replays.known) == 3
+    assert len(launch.replays.known) == 3
     assert len(driver.launches) == 12
 
 
@@ -155,6 +181,7 @@ IN_CONTEXT = dict(video_shape=(8, 8, 15), context_tokens=(4, 60))
 @pytest.fixture
 def checked(monkeypatch):
     """Grows with every call of the operator that looks at its arguments."""
+    monkeypatch.setattr(attention, "_problems", attention._Problems())
     calls, check = [], attention.check_video_shape
     monkeypatch.setattr(attention, "check_video_shape", lambda shape: calls.append(shape) or check(shape))
     return calls
@@ -236,7 +263,7 @@ def test_other_arguments_and_tensors_are_looked_at_and_launched_as_the_first_cal
     after = launched(driver, other, **arguments)
     assert len(checked) == 2
     assert (after == first) == (change == "implementation")
-    run.replays.clear()
+    launch.replays.clear()
     assert launched(driver, other, **arguments) == after
     assert launched(driver, tensors, **IN_CONTEXT) == first
 
@@ -244,34 +271,33 @@ def test_other_arguments_and_tensors_are_looked_at_and_launched_as_the_first_cal
 @pytest.mark.parametrize("name", "qkvg")
 @pytest.mark.parametrize("change", [shifted, heads_first, spread])
 @pytest.mark.usefixtures("workspaces")
-def test_one_tensor_of_another_form_is_looked_at(driver, checked, change, name):
+def test_one_tensor_of_another_form_is_launched_as_the_first_call_would(driver, checked, change, name):
     tensors = make_tensors("qkvg")
     first = [launched(driver, tensors) for _ in range(2)][1]
-    assert len(checked) == 1
+    assert len(launch.replays.known) == 1
     other = tensors | {name: change(tensors[name])}
     after = launched(driver, other)
-    assert len(checked) == 2
+    assert len(launch.replays.known) == (1 if change is spread else 2)  # which is copied, and then like the others
     # Where Triton compiles other code, or is given a copy, the stub driver does not tell.
     assert (after == first) == (change is shifted)
     assert launched(driver, other) == after
-    assert len(checked) == (3 if change is spread else 2)  # what must be copied first is not found
+    assert len(checked) == 1
 
 
 def test_a_gate_that_must_be_cast_is_cast(driver, checked):
     tensors = make_tensors("qkv") | make_tensors("g", dtype=torch.float32)
     for _ in range(2):
         call_op(**tensors)
-    assert len(checked) == 2
     call_op(**make_tensors("qkvg"))  # is launched as the cast one was
-    assert len(checked) == 2
+    assert len(launch.replays.known) == 1
 
 
-def test_context_masks_are_looked_at(driver, checked):
+def test_context_masks_are_looked_at_in_every_call(driver, checked):
     mask = torch.ones(1, 64, dtype=torch.bool)
     for _ in range(2):
         call_op(**make_tensors(), **IN_CONTEXT, context_mask=mask)
         call_op(**make_tensors(), **IN_CONTEXT)
-    assert len(checked) == 3
+    assert len(checked) == 1
     with pytest.raises(ValueError, match="context_mask of shape"):
         call_op(**make_tensors(), **IN_CONTEXT, context_mask=mask.int())
 
@@ -377,10 +403,9 @@ def test_calls_that_the_dispatcher_or_autograd_must_see_are_looked_at(driver, ch
     assert len(checked) == 3
     tensors["k"].requires_grad_()
     assert call_op(**tensors).requires_grad
-    assert len(checked) == 4
     with torch.no_grad():
         assert not call_op(**tensors).requires_grad
-    assert len(checked) == 4
+    assert len(checked) == 3
     compiled = torch.compile(call_op, backend="eager", fullgraph=True)
     driver.launches.clear()
     assert compiled(**make_tensors()).shape == tensors["q"].shape
@@ -391,19 +416,28 @@ def test_calls_that_the_dispatcher_or_autograd_must_see_are_looked_at(driver, ch
     assert len(driver.launches) == 8
 
 
-def test_without_replays_and_once_they_are_forgotten_arguments_are_looked_at(driver, checked, monkeypatch):
+def test_without_replays_and_once_they_are_forgotten_kernels_are_launched_anew(driver, checked, monkeypatch):
     for _ in range(2):
         call_op(**make_tensors())
-    assert len(checked) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(run, "may_replay", lambda query: False)
+        patch.setattr(launch, "may_replay", lambda query: False)
+        patch.setattr(launch, "replays", None)
+        driver.launches.clear()
         call_op(**make_tensors())
-    assert len(checked) == 2
-    run.replays.clear()
-    assert not run.replays.known
-    for _ in range(2):
-        call_op(**make_tensors())
-    assert len(checked) == 3
+        assert len(driver.launches) == 4
+    launch.replays.clear()
+    assert not launch.replays.known
+    call_op(**make_tensors())
+    assert len(launch.replays.known) == 1
+    assert len(checked) == 1
+
+
+def test_only_the_latest_requests_are_remembered(driver, checked, monkeypatch):
+    monkeypatch.setattr(attention._problems, "most", 2)
+    for top_k in (1, 2, 3, 3, 2, 1):
+        call_op(**make_tensors(), top_k=top_k)
+    assert len(checked) == 4
+    assert len(attention._problems) == 2
 
 
 def test_a_call_that_is_found_launches_on_the_device_of_its_tensors(driver, monkeypatch):
@@ -416,24 +450,24 @@ def test_a_call_that_is_found_launches_on_the_device_of_its_tensors(driver, monk
         entered.append((device, len(driver.launches)))
 
     call_op(**make_tensors())
-    monkeypatch.setattr(run, "on_device", on_device)
+    monkeypatch.setattr(launch, "on_device", on_device)
     call_op(**make_tensors())
     assert entered == [(torch.device("cpu"), 4)]
     assert len(driver.launches) == 4
 
 
 def test_records_are_bounded_and_keep_no_tensors(driver, checked):
-    run.replays.most = 3
+    launch.replays.most = 3
     tensors = make_tensors()
     alive = [weakref.ref(x) for x in tensors.values()]
     for top_k in (1, 2, 3):
         call_op(**tensors, top_k=top_k)
-    known = list(run.replays.known)
+    known = list(launch.replays.known)
     assert len(known) == 3
     tensors["q"] = spread(tensors["q"])  # recorded already, but not found
     for _ in range(3):
         call_op(**tensors, top_k=3)
-    assert list(run.replays.known) == known
+    assert list(launch.replays.known) == known
     driver.launches.clear()
     del tensors
     assert [ref() for ref in alive] == [None] * 3

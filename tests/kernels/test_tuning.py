@@ -8,7 +8,10 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("runs with Triton installed", allow_module_level=True)
 
-from vsa_diffusers.kernels.tuning import Device, plan
+from vsa_diffusers.kernels.arguments import has_boxes
+from vsa_diffusers.kernels.recording import form_of
+from vsa_diffusers.kernels.support import Device
+from vsa_diffusers.kernels.tuning import plan
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
@@ -30,13 +33,14 @@ def chosen(
     query = torch.empty(1, grid.num_tokens + after, heads, head_dim, dtype=dtype, device="meta")
     top_k = num_selected_tiles(grid.num_tiles, ratio)
     problem = Problem(grid, top_k, combine, head_dim**-0.5, after=after)
-    return plan(query, problem, device, query.stride(1))
+    form = form_of(query)
+    return plan(form, form, form, problem, device)
 
 
 @pytest.mark.parametrize(("head_dim", "layout", "programs"), [(128, "descriptor", 264), (64, "tiled", 396)])
 @pytest.mark.parametrize("block_size", [(4, 4, 4), (3, 5, 4)])
 def test_hopper_specialises_as_many_programs_as_fit(block_size, head_dim, layout, programs):
-    launch = chosen(HOPPER, (21, 30, 52), 0.2, block_size=block_size, head_dim=head_dim).attend
+    launch = chosen(HOPPER, (21, 30, 52), 0.2, block_size=block_size, head_dim=head_dim).sparse
     assert (launch.layout, launch.programs) == (layout, programs)
 
 
@@ -57,7 +61,7 @@ def test_hopper_specialises_as_many_programs_as_fit(block_size, head_dim, layout
     ids=str,
 )
 def test_everything_else_takes_the_ordinary_kernel(device, case):
-    assert chosen(device, (21, 30, 52), 0.2, **case).attend.programs == 0
+    assert chosen(device, (21, 30, 52), 0.2, **case).sparse.programs == 0
 
 
 @pytest.mark.parametrize(
@@ -65,11 +69,11 @@ def test_everything_else_takes_the_ordinary_kernel(device, case):
 )
 def test_short_sequences_are_specialised_only_where_that_is_faster(case, programs):
     shapes = (21, 30, 52), (16, 16, 24)
-    assert tuple(chosen(HOPPER, shape, 0.2, **case).attend.programs for shape in shapes) == programs
+    assert tuple(chosen(HOPPER, shape, 0.2, **case).sparse.programs for shape in shapes) == programs
 
 
 @pytest.mark.parametrize(
-    ("video_shape", "ratio", "parts"),
+    ("video_shape", "ratio", "sync_chunks"),
     [
         ((21, 30, 52), 0.02, 0),
         ((21, 30, 52), 0.2, 7),
@@ -79,20 +83,20 @@ def test_short_sequences_are_specialised_only_where_that_is_faster(case, program
         ((16, 16, 24), 0.1, 0),
     ],
 )
-def test_programs_keep_in_step_where_lists_are_long(video_shape, ratio, parts):
-    assert chosen(HOPPER, video_shape, ratio).attend.parts == parts
+def test_programs_keep_in_step_where_lists_are_long(video_shape, ratio, sync_chunks):
+    assert chosen(HOPPER, video_shape, ratio).sparse.sync_chunks == sync_chunks
 
 
 @pytest.mark.parametrize(("video_shape", "layout"), [((16, 16, 24), "direct"), ((21, 30, 52), "descriptor")])
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
 def test_long_sequences_are_copied(video_shape, layout, ratio):
-    assert chosen(HOPPER, video_shape, ratio, heads=32).attend.layout == layout
+    assert chosen(HOPPER, video_shape, ratio, heads=32).sparse.layout == layout
 
 
 def test_short_sequences_go_through_in_one_part_and_uncopied_on_any_hopper():
     for device in (HOPPER, Device((9, 0), descriptors=True)):
         plan = chosen(device, (16, 16, 24), 0.3, heads=32)
-        assert (plan.heads, plan.attend.layout) == (32, "direct")
+        assert (plan.heads, plan.sparse.layout) == (32, "direct")
 
 
 def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
@@ -112,7 +116,6 @@ def test_a_large_copy_is_made_for_half_of_the_heads_at_a_time():
     ],
 )
 def test_boxes_of_the_video_are_seen_where_heads_lie_side_by_side(change, seen):
-    specialised = pytest.importorskip("vsa_diffusers.kernels.specialised", reason="runs with a Triton that has Gluon")
     x = change(torch.zeros(2, 6 * 8 * 9, 3, 128, dtype=torch.bfloat16))
-    assert specialised._has_boxes(x, TileGrid((6, 8, 9), (4, 4, 4))) == seen
-    assert not specialised._has_boxes(x, TileGrid((6, 8, 9), (3, 5, 4)))
+    assert has_boxes(form_of(x), TileGrid((6, 8, 9), (4, 4, 4))) == seen
+    assert not has_boxes(form_of(x), TileGrid((6, 8, 9), (3, 5, 4)))

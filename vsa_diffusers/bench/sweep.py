@@ -20,10 +20,12 @@ from .shapes import Shape
 
 def candidates(head_dim: int) -> Iterator[Any]:
     """Launches worth trying for 16-bit inputs and tiles of at most 64 tokens, the likeliest first."""
-    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, PROGRAMS, Launch, device_of
+    from ..kernels.plans import Launch
+    from ..kernels.support import HAS_DESCRIPTORS, device_of
+    from ..kernels.tuning import HOPPER, LAYOUTS
 
     layouts = LAYOUTS if HAS_DESCRIPTORS else LAYOUTS[:2]
-    # warps, stages, keys, registers, tail_stages
+    # warps, stages, keys, registers, partial_stages
     forms: list[tuple[int, int, int, int | None, int]]
     if head_dim > 128:
         forms = [(8, 2, 32, None, 1), (8, 3, 32, None, 1), (4, 2, 32, None, 1), (8, 2, 64, None, 1)]
@@ -35,10 +37,10 @@ def candidates(head_dim: int) -> Iterator[Any]:
         for layout in layouts:
             yield Launch(layout, *form)
     processors = device_of(torch.cuda.current_device()).processors
-    if head_dim in PROGRAMS and processors:
-        programs = PROGRAMS[head_dim] * processors
+    if head_dim in HOPPER and processors:
+        programs = HOPPER[head_dim][0] * processors
         for layout in ("descriptor", "direct"):
-            yield from (Launch(layout, programs=programs, parts=parts) for parts in (0, 1, 4, 8, 16))
+            yield from (Launch(layout, programs=programs, sync_chunks=sync_chunks) for sync_chunks in (0, 1, 4, 8, 16))
 
 
 def sweep(
@@ -87,7 +89,7 @@ def best(rows: Sequence[dict[str, Any]]) -> list[str]:
         mine = [row for row in rows if (row["shape"], row["combine"], row["ratio"]) == group and "ms" in row]
         mine = sorted((row for row in mine if row["difference"] < 0.02), key=lambda row: row["ms"])
         for row in mine[:3]:
-            fields = ("layout", "warps", "stages", "keys", "registers", "tail_stages", "programs", "parts")
+            fields = ("layout", "warps", "stages", "keys", "registers", "partial_stages", "programs", "sync_chunks")
             launch = " ".join(f"{field}={row[field]}" for field in fields)
             lines.append(f"{group[0]} {group[1]} {group[2]:g}: {row['ms']:.3f} ms {launch}")
     failed = [row for row in rows if "error" in row or not row.get("difference", 0) < 0.02]

@@ -20,7 +20,9 @@ from .shapes import Shape
 
 def candidates(table: Any, head_dim: int) -> Iterator[tuple[str, Any]]:
     """The table's own launch, then it with another launch for one of its kernels, and the name of that kernel."""
-    from ..kernels.tuning import HAS_DESCRIPTORS, LAYOUTS, Launch
+    from ..kernels.plans import Launch
+    from ..kernels.support import HAS_DESCRIPTORS
+    from ..kernels.tuning import LAYOUTS
 
     layouts = LAYOUTS[::-1] if HAS_DESCRIPTORS else LAYOUTS[1::-1]
     # warps, stages, keys, registers
@@ -45,7 +47,9 @@ def sweep(
     A candidate that does not compile, or differs from the table's own, is a row with its error.
     """
     from ..kernels import forward
-    from ..kernels.tuning import backward_launch, device_of
+    from ..kernels.recording import form_of
+    from ..kernels.support import device_of
+    from ..kernels.tuning import backward_launch
 
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -61,7 +65,7 @@ def sweep(
                 given = (query, key, value, gate if combine == "gate" else None, None)
                 output, indices, lse = forward(*given, problem)
                 arguments = (grad, *given, indices, lse, output, problem)
-                table = backward_launch(query, problem, device_of(query.device.index), key.stride(1))
+                table = backward_launch(form_of(query), problem, device_of(query.device.index), key.stride(1))
                 right: list[torch.Tensor] = []
                 for kernel, launch in candidates(table, shape.head_dim):
                     if time.monotonic() > end:

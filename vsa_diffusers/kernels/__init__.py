@@ -1,6 +1,7 @@
-"""The Triton implementation. Forward: pool, select, attend. Backward: the same lists, and their inversion."""
+"""The operation in Triton; `README.md` beside this file is the map."""
 
 from .backward import backward
-from .run import forward, forward_again, why_not
+from .forward import forward
+from .support import unsupported_reason
 
-__all__ = ["backward", "forward", "forward_again", "why_not"]
+__all__ = ["backward", "forward", "unsupported_reason"]

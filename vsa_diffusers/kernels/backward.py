@@ -1,19 +1,23 @@
-"""The whole backward pass: what it recomputes, in which order its kernels run, and for how many heads at a time."""
+"""The whole backward pass in order: what it recomputes, and what it frees for whom, some heads at a time."""
 
 from __future__ import annotations
 
 import torch
 
 from ..problem import Problem
-from .coarse import coarse_attention, coarse_gradients
-from .invert import invert, restore
-from .key_gradient import key_gradient, proxy_gradients
-from .pool import pool
-from .prepare import prepare
-from .query_gradient import query_gradient
-from .replay import Tensors, Work
-from .run import dense_rows, launch_or_replay, this_device, words_of
-from .tuning import BackwardLaunch, BackwardPlan, backward_plan
+from .buffers import BackwardTensors
+from .launch import last_dim_contiguous, launch_or_replay, mask_to_int32
+from .plans import BackwardLaunch, BackwardPlan
+from .recording import Launcher, Tensors, form_of
+from .select.coarse import coarse_attention, coarse_gradients
+from .select.pool import pool
+from .select.transpose_lists import rebuild_lists, transpose_lists
+from .sparse.backward_key import dkdv
+from .sparse.backward_pooled import pooled_dkdv
+from .sparse.backward_preprocess import backward_preprocess
+from .sparse.backward_query import dq
+from .support import this_device
+from .tuning import backward_plan
 
 
 def backward(
@@ -33,77 +37,57 @@ def backward(
 
     `launch` overrides the tuning table.
     """
-    query, key, value, output, grad_output = (dense_rows(x) for x in (query, key, value, output, grad_output))
-    gate = None if gate is None else dense_rows(gate)
-    context_mask = None if context_mask is None else words_of(context_mask)
+    query, key, value, output, grad_output = (last_dim_contiguous(x) for x in (query, key, value, output, grad_output))
+    gate = None if gate is None else last_dim_contiguous(gate)
+    context_mask = None if context_mask is None else mask_to_int32(context_mask)
     grads = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3 if gate is None else 4)]
     grad_gate = None if gate is None else grads[3]
 
-    def launch_all(work: Work, tensors: Tensors) -> None:
-        query, key, value, _, _, grad_output, *_ = tensors
-        token_stride = max(x.stride(1) for x in (query, key, value, grad_output))
-        chosen = backward_plan(query, problem, this_device(query), token_stride, launch)
-        for first in range(0, query.shape[2], chosen.heads):
-            _some_heads(work, tensors, problem, chosen, slice(first, first + chosen.heads))
+    def launch_all(launcher: Launcher, tensors: Tensors) -> None:
+        whole = BackwardTensors._make(tensors)
+        form = form_of(whole.query)
+        read = [form, *(form_of(x) for x in (whole.key, whole.value, whole.grad_output))]
+        chosen = backward_plan(form, read, problem, this_device(form.device), launch)
+        for first in range(0, form.shape[2], chosen.heads):
+            _some_heads(launcher, whole, problem, chosen, slice(first, first + chosen.heads))
 
-    tensors = (query, key, value, gate, output, grad_output, *grads[:3], grad_gate, indices, lse, context_mask)
+    given = (query, key, value, gate, output, grad_output)
+    tensors = BackwardTensors(*given, grads[0], grads[1], grads[2], grad_gate, indices, lse, context_mask)
     launch_or_replay("backward", tensors, problem, launch, launch_all)
     return (*grads[:3], grad_gate)
 
 
-def _some_heads(work: Work, tensors: Tensors, problem: Problem, chosen: BackwardPlan, heads: slice) -> None:
+def _some_heads(
+    launcher: Launcher, whole: BackwardTensors, problem: Problem, chosen: BackwardPlan, heads: slice
+) -> None:
     """All kernels for some of the heads; what they need in between is free afterwards."""
-    *sequences, indices, lse, context_mask = tensors
-    sequences = work.parts(sequences, 2, heads)
-    query, key, value, gate, output, grad_output, grad_query, grad_key, grad_value, grad_gate = sequences
-    indices, lse = work.parts((indices, lse), 1, heads)
-    keys_tiled, queries_tiled = (x.layout != "direct" for x in (chosen.query, chosen.key))
-    pooled = pool(work, query, key, value, problem, tiled=keys_tiled)
-    coarse = None
-    if problem.has_coarse:
-        coarse, coarse_lse = coarse_attention(work, pooled.means, problem.scale, chosen.precision)
-    prepared = prepare(work, query, output, grad_output, gate, coarse, lse, grad_gate, problem, tiled=queries_tiled)
-    kept = restore(work, indices, pooled.boxes, problem, tiled=keys_tiled)
-    query_means = means = None
-    if problem.has_coarse:
-        query_means, means = coarse_gradients(work, pooled.means, coarse_lse, prepared, problem.scale, chosen.precision)
-    elif problem.combine == "merge" and problem.top_k < problem.grid.num_tiles:
-        means = proxy_gradients(work, query, grad_output, pooled, prepared, kept.bits, problem, chosen.key)
-    query_gradient(
-        work,
-        query,
-        key,
-        value,
-        grad_output,
-        context_mask,
-        pooled,
-        prepared,
-        kept,
-        query_means,
-        grad_query,
-        problem,
-        chosen.query,
+    tensors = whole.of_heads(launcher, heads)
+    keys_tiled, queries_tiled = chosen.query.reads_copy, chosen.key.reads_copy
+    pooled = pool(
+        launcher, tensors.query, tensors.key, tensors.value, problem, tiled=keys_tiled, warps=chosen.pool_warps
     )
-    # The lists of the key tiles take the room of these.
-    work.free(*pooled, kept.starts, kept.tail, kept.counts)
+    coarse = coarse_lse = grad_mean_query = grad_mean_kv = None
     if problem.has_coarse:
-        work.free(coarse, coarse_lse, prepared.sums, prepared.deltas, query_means)
-    bits = kept.bits
-    del pooled, kept
-    keepers = invert(work, bits, problem, tiled=queries_tiled)
-    key_gradient(
-        work,
-        query,
-        key,
-        value,
-        grad_output,
-        context_mask,
-        prepared,
-        keepers,
-        means,
-        grad_key,
-        grad_value,
-        problem,
-        chosen.key,
+        coarse, coarse_lse = coarse_attention(launcher, pooled.means, problem.scale, chosen.coarse, chosen.precision)
+    preprocessed = backward_preprocess(
+        launcher, tensors, coarse, problem, tiled=queries_tiled, warps=chosen.preprocess_warps
     )
-    work.end_part()
+    query_lists = rebuild_lists(launcher, tensors.indices, pooled.boxes, problem, chosen.rebuild, tiled=keys_tiled)
+    if coarse_lse is not None:
+        grad_mean_query, grad_mean_kv = coarse_gradients(
+            launcher, pooled.means, coarse_lse, preprocessed, problem.scale, chosen.coarse, chosen.precision
+        )
+    elif problem.has_pooled_keys:
+        bits = query_lists.selected_bits
+        grad_mean_kv = pooled_dkdv(
+            launcher, tensors, pooled, preprocessed, bits, problem, chosen.pooled, chosen.pooled_splits
+        )
+    dq(launcher, tensors, pooled, preprocessed, query_lists, grad_mean_query, problem, chosen.query)
+    # The lists of the key tiles take the room of what dq was the last to read.
+    selected_bits = query_lists.selected_bits
+    launcher.free(*pooled, *(x for x in query_lists if x is not selected_bits))
+    launcher.free(coarse, coarse_lse, preprocessed.grad_coarse, preprocessed.coarse_delta, grad_mean_query)
+    del pooled, query_lists, coarse, coarse_lse, grad_mean_query
+    key_lists = transpose_lists(launcher, selected_bits, problem, chosen.transpose, chosen.order, tiled=queries_tiled)
+    dkdv(launcher, tensors, preprocessed, key_lists, grad_mean_kv, problem, chosen.key)
+    launcher.free_all()

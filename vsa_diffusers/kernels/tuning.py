@@ -1,95 +1,26 @@
-"""How the kernels are launched: a small table per architecture, looked up from shapes alone."""
+"""Every number of warps, stages, blocks and registers, and the two functions that settle how a call runs.
+
+They see forms of tensors instead of tensors, so that nothing but a call's form, its `Problem` and the device decides.
+"""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-import triton
 
 from ..problem import Problem
+from .arguments import has_boxes, power_of_two
+from .plans import BackwardLaunch, BackwardPlan, BlockLaunch, HopperLaunch, Launch, Plan, TopKLaunch
+from .recording import TensorForm
+from .support import Device, can_describe
 
-HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
 LAYOUTS = ("direct", "tiled", "descriptor")
-# Gluon is experimental and changes; this is the release of Triton with which the specialised kernel has been run.
-GLUON_RELEASE = ["3", "6"]
+# Sequences of fewer tokens do not repay the copy in tile order.
+LONG_SEQUENCE = 8192
 # A copy of key and value above this many bytes is made for half of the heads at a time.
 WHOLE_COPY_BYTES = 2**26
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the sparse kernel runs.
-
-    Args:
-        layout: where it reads key and value: `"direct"` from the inputs, `"tiled"` from a copy in tile order,
-            `"descriptor"` from that copy through tensor descriptors (compute capability 9.0 or later).
-        warps, stages: warps of a program, and buffers of its main loop's pipeline.
-        keys: keys of one step, at most; a power of two.
-        registers: most registers of a thread, so that more programs share a processor (CUDA only).
-        tail_stages: buffers where it walks partial tiles.
-        programs: of the kernel in `specialised.py`, which takes query tiles in turns, where it can run; 0 for the
-            ordinary one.
-        parts: of a list, before each of which those programs wait for one another; 0 where they need not.
-    """
-
-    layout: str = "direct"
-    warps: int = 4
-    stages: int = 2
-    keys: int = 64
-    registers: int | None = None
-    tail_stages: int = 1
-    programs: int = 0
-    parts: int = 0
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton's launcher takes of it."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one call runs: the sparse kernel's launch, and what the other kernels need to know of the device."""
-
-    attend: Launch
-    heads: int  # heads that go through all kernels at a time
-    precision: str  # of the products between tile means
-    step: int  # tile means that those take at a time
-
-
-@dataclass(frozen=True)
-class BackwardLaunch:
-    """How the two large kernels of the backward pass run.
-
-    Args:
-        query: the gradient of the query, which reads key and value.
-        key: the gradients of key and value, which read query and the output's gradient.
-    """
-
-    query: Launch
-    key: Launch
-
-
-@dataclass(frozen=True)
-class BackwardPlan(BackwardLaunch):
-    """How one backward call runs."""
-
-    heads: int  # heads that go through all kernels at a time
-    precision: str  # of products of tile means
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the table is looked up by. `capability` is (0, 0) where it is not a CUDA device."""
-
-    capability: tuple[int, int] = (0, 0)
-    descriptors: bool = False
-    processors: int = 0  # multiprocessors of one on which the specialised kernel is known to run, else 0
-
 
 # By CUDA major version (0: any other device), for 16-bit inputs: (head_dim at most, sequence long or short, launch).
 _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
@@ -110,75 +41,130 @@ _TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
 }
 _TABLE[10] = _TABLE[9]
 _TABLE[12] = _TABLE[8]
-# Shorter sequences do not repay the copy in tile order.
-LONG_SEQUENCE = 8192
-# Programs of the specialised kernel wait for one another before each of at most so many parts of their lists, of at
-# least so many tiles on long sequences and on short ones: then they read the same keys at about the same time.
-MOST_PARTS = 8
-LONG_PART, SHORT_PART = 16, 9
+# The Hopper kernel, by head_dim: programs that a multiprocessor has room for, registers of a thread on average, and of
+# one that fetches.
+HOPPER = {64: (3, 80, 24), 128: (2, 128, 40)}
+HOPPER_STAGES = 3
+HOPPER_WARPS = 4
+PRODUCER_WARPS = (1, 4)  # a descriptor is one thread's work, rows are copied by all
+# Its programs synchronise before each of at most so many chunks of a list, of at least so many tiles on long sequences
+# and on short ones.
+MAX_SYNC_CHUNKS = 8
+LONG_CHUNK, SHORT_CHUNK = 16, 9
 
-
-# Programs of the specialised kernel that a multiprocessor has room for, by head_dim.
-PROGRAMS = {64: 3, 128: 2}
+# Scores are made for as many rows at a time as fit into an eighth of what key and value take in 16 bits, if not more:
+# the fewer turns scores and top-k take, the more programs each of their launches has.
+LEAST_WORKSPACE_BYTES = 2**26
+FEW_ROWS = 16384  # of scores, which blocks of 16 spread over more programs
+SCORES_OF_A_WARP = 1024  # longer rows go to several warps
 
 
 def plan(
-    query: torch.Tensor, problem: Problem, device: Device, token_stride: int, launch: Launch | None = None
+    query: TensorForm,
+    key: TensorForm,
+    value: TensorForm,
+    problem: Problem,
+    device: Device,
+    launch: Launch | None = None,
 ) -> Plan:
-    """The plan for `query` `[B, S, H, D]`, given the elements between two tokens of key or value.
-
-    `launch` overrides the table's.
-    """
+    """The plan of a forward call, given the forms of `[B, S, H, D]` tensors. `launch` overrides the table's."""
     batch, _, heads, dim = query.shape
-    launch = launch or table_launch(query, problem, device, token_stride)
-    copy_bytes = 2 * batch * problem.grid.num_tokens * heads * dim * query.element_size()
-    if launch.layout != "direct" and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
+    grid, wide = problem.grid, query.dtype.itemsize > 2
+    launch = launch or _forward_launch(query, problem, device, max(key.stride[1], value.stride[1]))
+    hopper = _hopper_launch(query, key, value, problem, launch)
+    launch = _fitted_steps(launch, problem)
+    copy_bytes = 2 * batch * grid.num_tokens * heads * dim * query.dtype.itemsize
+    if launch.reads_copy and copy_bytes > WHOLE_COPY_BYTES and heads > 1:
         heads = -(-heads // 2)
-    precision = "ieee"
-    if device.capability >= (8, 0):
-        # 11 bits are more than 16-bit inputs have.
-        precision = "tf32" if query.element_size() == 2 else "tf32x3"
-    step = 16 if dim > 128 else 64 if device.capability[0] == 9 else 32
-    return Plan(launch, heads, precision, step)
+    few = batch * heads * grid.num_tiles < FEW_ROWS
+    block_m = 16 if dim > 128 or few else 32
+    return Plan(
+        sparse=launch,
+        hopper=hopper,
+        context=replace(launch, layout="direct") if hopper and problem.num_context else None,
+        heads=heads,
+        precision=_precision(query, device),
+        pool_warps=_pool_warps(problem, dim, launch.reads_copy),
+        scores=BlockLaunch(block_m, 16 if dim > 128 else 64 if device.capability[0] == 9 else 32, warps=4, stages=2),
+        quarter_scores=_quarter_scores(block_m, dim, wide),
+        top_k=_top_k(grid.num_tiles),
+        workspace_bytes=max(LEAST_WORKSPACE_BYTES, batch * heads * grid.num_tokens * dim // 2),
+    )
 
 
-def table_launch(query: torch.Tensor, problem: Problem, device: Device, token_stride: int) -> Launch:
+def _forward_launch(query: TensorForm, problem: Problem, device: Device, token_stride: int) -> Launch:
     """The table's choice, fitted to wide tiles, 32-bit inputs and what the device can do."""
-    dim, capacity = query.shape[-1], problem.grid.tile_capacity
-    rows = _TABLE.get(device.capability[0], _TABLE[0])
-    long, short = next(launches for most, *launches in rows if dim <= most)
+    dim = query.shape[-1]
+    long, short = _rows(_TABLE, device, dim)
     is_long = _is_long(problem, token_stride)
+    launch = _fitted(long if is_long else short, query, device)
+    if query.dtype.itemsize <= 2 and problem.grid.tile_capacity > 64:
+        launch = replace(launch, warps=8, stages=min(launch.stages, 2))
     # On short sequences it is no faster at head_dim 64, and context queries would need a launch of their own.
     pays = is_long or (dim == 128 and not problem.num_context)
-    specialised = device.processors > 0 and may_specialise(query, problem) and pays
-    launch = long if is_long else short
-    if launch.layout == "descriptor" and not can_describe(query, device):
-        launch = replace(launch, layout="tiled")
-    if query.element_size() == 4:
-        return replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
-    if capacity > 64:
-        launch = replace(launch, warps=8, stages=min(launch.stages, 2))
-    if specialised:
-        parts = parts_of(problem.top_k, is_long)
-        launch = replace(launch, programs=PROGRAMS[dim] * device.processors, parts=parts)
+    if pays and device.processors and _hopper_fits(query, problem):
+        programs = HOPPER[dim][0] * device.processors
+        launch = replace(launch, programs=programs, sync_chunks=sync_chunks_of(problem.top_k, is_long))
     return launch
 
 
-def parts_of(top_k: int, is_long: bool) -> int:
-    """Into how many parts programs that keep in step divide a list of `top_k` tiles; 0 where they need not."""
-    parts = min(MOST_PARTS, top_k // (LONG_PART if is_long else SHORT_PART))
-    return parts if is_long or parts > 1 else 0  # on short sequences to begin together is not worth a wait
+def _hopper_launch(
+    query: TensorForm, key: TensorForm, value: TensorForm, problem: Problem, launch: Launch
+) -> HopperLaunch | None:
+    """How the Hopper kernel runs, if it is asked for and has been written for such a call."""
+    if not launch.programs or not _hopper_fits(query, problem):
+        return None
+    if not launch.reads_copy and not all(has_boxes(x, problem.grid) for x in (key, value)):
+        return None
+    _, registers, producer_registers = HOPPER[query.shape[-1]]
+    return HopperLaunch(
+        programs=launch.programs,
+        stages=HOPPER_STAGES,
+        warps=HOPPER_WARPS,
+        registers=registers,
+        producer_warps=PRODUCER_WARPS,
+        producer_registers=producer_registers,
+        sync_chunks=launch.sync_chunks,
+    )
 
 
-def may_specialise(query: torch.Tensor, problem: Problem) -> bool:
-    """Whether the kernel in `specialised.py` has been written for such a call, wherever key and value lie."""
-    shape_fits = query.shape[-1] in PROGRAMS and 32 < problem.grid.tile_capacity <= 64
-    return shape_fits and query.dtype == torch.bfloat16
+def _hopper_fits(query: TensorForm, problem: Problem) -> bool:
+    """Whether the Hopper kernel has been written for such rows and tiles, wherever key and value lie."""
+    return query.dtype == torch.bfloat16 and query.shape[-1] in HOPPER and 32 < problem.grid.tile_capacity <= 64
+
+
+def sync_chunks_of(top_k: int, is_long: bool) -> int:
+    """Into how many chunks synchronised programs divide a list of `top_k` tiles; 0 where they need not."""
+    sync_chunks = min(MAX_SYNC_CHUNKS, top_k // (LONG_CHUNK if is_long else SHORT_CHUNK))
+    return sync_chunks if is_long or sync_chunks > 1 else 0  # on short sequences to begin together is not worth a wait
+
+
+def _pool_warps(problem: Problem, dim: int, copies: bool, backward: bool = False) -> int:
+    if problem.selection == "quarters" and not backward:
+        return 4 if dim > 128 else 2
+    return 1 if copies else 2
+
+
+def _quarter_scores(block_m: int, dim: int, wide: bool) -> BlockLaunch:
+    """`block_m` counts tiles, of four rows each."""
+    if wide:
+        return BlockLaunch(8, 32, warps=4, stages=2)
+    if dim > 128:
+        return BlockLaunch(16, 32, warps=4, stages=2)
+    return BlockLaunch(block_m, 128 if block_m == 16 else 64, warps=8 if block_m == 32 else 4, stages=2)
+
+
+def _top_k(num_tiles: int) -> TopKLaunch:
+    """A short row belongs to one warp, since the search needs sums over it."""
+    keys = max(128, power_of_two(num_tiles))
+    if keys <= SCORES_OF_A_WARP:
+        return TopKLaunch(keys, chunk=128, list_chunk=64, warps=1)
+    return TopKLaunch(keys, chunk=512, list_chunk=256, warps=max(4, keys // 1024))
 
 
 # Copies above this many bytes are made for some of the heads at a time.
 WHOLE_BACKWARD_COPY_BYTES = 2**27
-# As `_TABLE`, for the backward pass; `keys` counts queries where the kernel walks those.
+# As `_TABLE`, for the backward pass.
 _BACKWARD_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
     9: (
         (64, Launch("descriptor", 4, 2), Launch("descriptor", 4, 2)),
@@ -199,42 +185,88 @@ _BACKWARD_TABLE: dict[int, tuple[tuple[int, Launch, Launch], ...]] = {
 _BACKWARD_TABLE[10] = _BACKWARD_TABLE[9]
 _BACKWARD_TABLE[12] = _BACKWARD_TABLE[8]
 
+PARTIAL_KEYS = 32  # more, in the loops beside the main one, would hold registers that it needs
+POOLED_PROGRAMS = 512  # a launch of fewer programs is split
+
 
 def backward_plan(
-    query: torch.Tensor, problem: Problem, device: Device, token_stride: int, launch: BackwardLaunch | None = None
+    query: TensorForm,
+    read: Sequence[TensorForm],
+    problem: Problem,
+    device: Device,
+    launch: BackwardLaunch | None = None,
 ) -> BackwardPlan:
-    """The plan of a backward call, given the most elements between two tokens of a tensor that is read in place.
+    """The plan of a backward call, given the forms of the query and of all that is `read` in place.
 
     `launch` overrides the table's.
     """
     batch, _, heads, dim = query.shape
-    launch = launch or backward_launch(query, problem, device, token_stride)
-    copies = 2 * ((launch.query.layout != "direct") + (launch.key.layout != "direct"))
-    if copies * batch * problem.grid.num_tokens * heads * dim * query.element_size() > WHOLE_BACKWARD_COPY_BYTES:
+    grid = problem.grid
+    launch = launch or backward_launch(query, problem, device, max(x.stride[1] for x in read))
+    by_query, by_key = (
+        _fitted_steps(replace(each, partial_keys=PARTIAL_KEYS), problem) for each in (launch.query, launch.key)
+    )
+    copies = 2 * (by_query.reads_copy + by_key.reads_copy)
+    if copies * batch * grid.num_tokens * heads * dim * query.dtype.itemsize > WHOLE_BACKWARD_COPY_BYTES:
         heads = -(-4 * heads // (3 * copies))  # together at most four thirds of the query
-    precision = "ieee"
-    if device.capability >= (8, 0):  # tf32 is closer than the rounding of 16-bit gradients
-        precision = "tf32" if query.element_size() == 2 else "tf32x3"
-    return BackwardPlan(launch.query, launch.key, heads, precision)
+    pooled = _pooled(by_key, dim)
+    pooled_programs = -(-grid.num_tiles // pooled.block_m) * batch * heads
+    return BackwardPlan(
+        query=by_query,
+        key=by_key,
+        heads=heads,
+        precision=_precision(query, device),
+        pool_warps=_pool_warps(problem, dim, by_query.reads_copy, backward=True),
+        coarse=BlockLaunch(16, 16, warps=8, stages=1) if dim > 128 else BlockLaunch(32, 32, warps=4, stages=2),
+        preprocess_warps=4 if power_of_two(grid.tile_capacity) * dim <= 8192 else 8,
+        rebuild=BlockLaunch(1, 64, warps=1),
+        transpose=BlockLaunch(32, 64, warps=4),
+        order=BlockLaunch(32, 64, warps=4),
+        pooled=pooled,
+        pooled_splits=max(1, min(grid.num_tiles, POOLED_PROGRAMS // pooled_programs)),
+    )
 
 
-def backward_launch(query: torch.Tensor, problem: Problem, device: Device, token_stride: int) -> BackwardLaunch:
-    """The table's choice, fitted as in `table_launch`."""
-    dim, capacity = query.shape[-1], problem.grid.tile_capacity
-    rows = _BACKWARD_TABLE.get(device.capability[0], _BACKWARD_TABLE[0])
-    launches = next(pair for most, *pair in rows if dim <= most)
+def backward_launch(query: TensorForm, problem: Problem, device: Device, token_stride: int) -> BackwardLaunch:
+    """The table's choice, fitted as for the forward, given the most elements between two tokens."""
+    by_query, by_key = _rows(_BACKWARD_TABLE, device, query.shape[-1])
     if not _is_long(problem, token_stride):
-        launches[0] = replace(launches[0], layout="direct")
-    fitted = []
-    for launch in launches:
-        if launch.layout == "descriptor" and not can_describe(query, device):
-            launch = replace(launch, layout="tiled")
-        if query.element_size() == 4:
-            launch = replace(launch, layout=launch.layout.replace("descriptor", "tiled"), warps=8, stages=1, keys=16)
-        elif capacity > 64:
-            launch = replace(launch, warps=8, stages=1, keys=32)
-        fitted.append(launch)
-    return BackwardLaunch(*fitted)
+        by_query = replace(by_query, layout="direct")
+    by_query, by_key = (_fitted(each, query, device) for each in (by_query, by_key))
+    if query.dtype.itemsize <= 2 and problem.grid.tile_capacity > 64:
+        by_query, by_key = (replace(each, warps=8, stages=1, keys=32) for each in (by_query, by_key))
+    return BackwardLaunch(by_query, by_key)
+
+
+def _pooled(by_key: Launch, dim: int) -> BlockLaunch:
+    """Of the pooled keys' gradients: masks take the registers that more queries a step would need."""
+    queries = by_key.keys if dim <= 64 else min(by_key.keys, PARTIAL_KEYS)
+    return BlockLaunch(64 if dim <= 128 else 32, queries, by_key.warps, by_key.stages, by_key.registers)
+
+
+def _rows(table: dict[int, tuple[tuple[int, Launch, Launch], ...]], device: Device, dim: int) -> tuple[Launch, Launch]:
+    rows = table.get(device.capability[0], table[0])
+    return next((first, second) for most, first, second in rows if dim <= most)
+
+
+def _fitted(launch: Launch, query: TensorForm, device: Device) -> Launch:
+    """The table's launch for 32-bit inputs, and without descriptors where the device has none."""
+    if launch.layout == "descriptor" and (query.dtype.itemsize > 2 or not can_describe(query, device)):
+        launch = replace(launch, layout="tiled")
+    return replace(launch, warps=8, stages=1, keys=16) if query.dtype.itemsize > 2 else launch
+
+
+def _fitted_steps(launch: Launch, problem: Problem) -> Launch:
+    """Steps of no more rows than a tile has, and of no fewer than a matrix instruction takes."""
+    keys = max(16, min(launch.keys, power_of_two(problem.grid.tile_capacity)))
+    return replace(launch, keys=keys, partial_keys=min(keys, launch.partial_keys))
+
+
+def _precision(query: TensorForm, device: Device) -> str:
+    """Of products of tile means: tf32 has 11 bits, more than 16-bit inputs have."""
+    if device.capability < (8, 0):
+        return "ieee"
+    return "tf32" if query.dtype.itemsize == 2 else "tf32x3"
 
 
 def _is_long(problem: Problem, token_stride: int) -> bool:
@@ -242,28 +274,3 @@ def _is_long(problem: Problem, token_stride: int) -> bool:
     _, height, width = problem.grid.video_shape
     reaches_far = problem.grid.block_size[0] * height * width * token_stride >= 2**31
     return reaches_far or problem.grid.num_tokens >= LONG_SEQUENCE
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is at least `number`, and at least 16, the least that a matrix instruction takes."""
-    return max(16, 1 << (number - 1).bit_length())
-
-
-def can_describe(query: torch.Tensor, device: Device) -> bool:
-    """Whether rows of `query`'s head_dim can be read through tensor descriptors on this device."""
-    return device.descriptors and query.shape[-1] * query.element_size() % 16 == 0
-
-
-@functools.lru_cache(maxsize=64)
-def device_of(index: int) -> Device:
-    """What the table needs to know of a CUDA or HIP device."""
-    if torch.version.hip:
-        return Device()
-    capability = torch.cuda.get_device_capability(index)
-    properties = torch.cuda.get_device_properties(index)
-    specialises = capability[0] == 9 and triton.__version__.split(".")[:2] == GLUON_RELEASE
-    return Device(
-        capability,
-        HAS_DESCRIPTORS and capability >= (9, 0),
-        processors=properties.multi_processor_count if specialises else 0,
-    )

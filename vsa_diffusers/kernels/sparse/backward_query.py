@@ -12,30 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ..problem import Problem
-from .geometry import grid_arguments
-from .invert import Kept
-from .lists import GROUP
-from .pool import Pooled
-from .prepare import Prepared
-from .replay import Work
-from .rows import (
-    BACKWARD_SIZES,
-    TAIL,
-    block_offset,
-    list_start,
-    load_rows,
-    load_stats,
-    rows_of,
-    tail_rows,
-    task_of,
-    tiled_sources,
-)
-from .tuning import Launch, power_of_two
+from ...problem import Problem
+from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
+from ..buffers import BackwardTensors, PooledTiles, Preprocessed, QueryLists
+from ..plans import Launch
+from ..primitives.geometry import SIZES
+from ..primitives.rows import block_offset, list_start, load_lse_and_delta, load_rows, partial_rows, rows_of, task_of
+from ..primitives.tile_lists import GROUP
+from ..recording import Launcher
 
 
 @triton.jit
-def _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION: tl.constexpr):
+def dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION: tl.constexpr):
     """Add the keys of one step; `bias` is added to their logits (base 2), `None` where all are full keys."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale - lse[:, None]  # [M, L]
     if bias is not None:
@@ -46,8 +34,8 @@ def _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION: tl.const
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=BACKWARD_SIZES)
-def query_gradient_kernel(
+@triton.jit(do_not_specialize=SIZES)
+def dq_kernel(
     query,
     key,
     value,
@@ -56,14 +44,14 @@ def query_gradient_kernel(
     value_rows,
     key_descriptor,
     value_descriptor,
-    stats,
-    starts,
-    tail,
-    counts,
-    bits,
-    proxies,
+    lse_and_delta,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
+    selected_bits,
+    pooled_kv,
     log_size,
-    mean_gradient,
+    grad_mean_query,
     context_mask,
     grad_query,
     scale,
@@ -87,7 +75,7 @@ def query_gradient_kernel(
     batch_heads,
     num_tiles,
     top_k,
-    tail_width,
+    partial_width,
     tokens_before,
     tokens_after,
     video_t,
@@ -101,10 +89,10 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
-    TAIL_N: tl.constexpr,
+    PARTIAL_N: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    STATS_TILED: tl.constexpr,
+    POSITIONS_TILED: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
 ):
     """Programs: the blocks of context queries of all heads first (the longest), then query tiles, head by head."""
@@ -118,39 +106,41 @@ def query_gradient_kernel(
     video_tokens = video_t * video_h * video_w
     context_tokens = tokens_before + tokens_after
     length = video_tokens + context_tokens
-    in_context, item, head, place, tile, at = task_of(
+    in_context, batch, head, batch_head, tile, context_index = task_of(
         tl.program_id(0), heads, num_tiles, batch_heads, context_tokens, BLOCK_M, HAS_CONTEXT
     )
     tokens, position, exists, size = rows_of(
         in_context,
         tile,
-        at,
+        context_index,
         tokens_before,
         context_tokens,
         grid,
         BLOCK,
         BLOCK_M,
-        STATS_TILED,
+        POSITIONS_TILED,
         HAS_CONTEXT,
     )
-    line = place * num_tiles + tile
-    q = load_rows(query + item * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
-    grad = load_rows(grad_output + item * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
-    lse, delta = load_stats(stats + place * length, batch_heads.to(tl.int64) * length, position, exists)
-    key += item * key_b + head * key_h
-    value += item * value_b + head * value_h
+    row = batch_head * num_tiles + tile
+    q = load_rows(query + batch * query_b + head * query_h, tokens * query_s, exists, dim, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_output + batch * grad_b + head * grad_h, tokens * grad_s, exists, dim, HEAD_DIM, BLOCK_D)
+    lse, delta = load_lse_and_delta(
+        lse_and_delta + batch_head * length, batch_heads.to(tl.int64) * length, position, exists
+    )
+    key += batch * key_b + head * key_h
+    value += batch * value_b + head * value_h
     if TILED:
-        key_base = key_rows + place * video_tokens * HEAD_DIM
-        value_base = value_rows + place * video_tokens * HEAD_DIM
+        key_base = key_rows + batch_head * video_tokens * HEAD_DIM
+        value_base = value_rows + batch_head * video_tokens * HEAD_DIM
     else:
         key_base = key + tokens_before.to(tl.int64) * key_s
         value_base = value + tokens_before.to(tl.int64) * value_s
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # Full tiles, without masks.
-    if tail is not None:
-        full_tiles = tl.load(counts + line * 2)
-        groups = tl.load(counts + line * 2 + 1)
+    if partial_groups is not None:
+        full_tiles = tl.load(list_lengths + row * 2)
+        groups = tl.load(list_lengths + row * 2 + 1)
     else:
         full_tiles = top_k
         groups = 0
@@ -158,18 +148,18 @@ def query_gradient_kernel(
     if HAS_CONTEXT:
         listed_tiles = tl.where(in_context, 0, listed_tiles)
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
-    starts += line * top_k
-    next_start = list_start(starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
+    full_tile_starts += row * top_k
+    next_start = list_start(full_tile_starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
         inside = step % STEPS * BLOCK_N + column
         start = next_start
-        next_start = list_start(starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
+        next_start = list_start(full_tile_starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
         present = inside < TILE if RAGGED else None
         bias = tl.where(present, 0.0, float("-inf")) if RAGGED else None
         if key_descriptor is not None:
             first = start + step % STEPS * BLOCK_N
-            k = key_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
-            v = value_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
+            k = key_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
+            v = value_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
         elif TILED:
             first = start.to(tl.int64) * HEAD_DIM
             k = load_rows(key_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
@@ -181,39 +171,41 @@ def query_gradient_kernel(
             first = start.to(tl.int64)
             k = load_rows(key_base + first * key_s, offset * key_s, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
             v = load_rows(value_base + first * value_s, offset * value_s, present, dim, HEAD_DIM, BLOCK_D)
-        acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+        acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
 
     # Partial tiles, in groups of 16 keys; for context queries, the rows that the loop above left over.
-    if tail is not None or HAS_CONTEXT:
+    if partial_groups is not None or HAS_CONTEXT:
         walked = full_tiles * TILE
         listed_keys = groups * GROUP
         keys_left = listed_keys
         if HAS_CONTEXT:
             listed_keys = tl.where(in_context, 0, listed_keys)
             keys_left = tl.where(in_context, video_tokens - walked, listed_keys)
-        for first in tl.range(0, keys_left, TAIL_N, num_stages=1):
-            inside = first + tl.arange(0, TAIL_N)
+        for first in tl.range(0, keys_left, PARTIAL_N, num_stages=1):
+            inside = first + tl.arange(0, PARTIAL_N)
             present = inside < keys_left
             offset = walked + inside
-            if tail is not None:
+            if partial_groups is not None:
                 from_list = inside < listed_keys
-                listed, there = tail_rows(tail + line * tail_width, inside, from_list, video_h, video_w, TILED, GROUP)
+                listed, there = partial_rows(
+                    partial_groups + row * partial_width, inside, from_list, video_h, video_w, TILED, GROUP
+                )
                 present &= there | ~from_list
                 offset = tl.where(from_list, listed, offset)
             offset = offset.to(tl.int64)
             k = load_rows(key_base, offset * (HEAD_DIM if TILED else key_s), present, dim, HEAD_DIM, BLOCK_D)
             v = load_rows(value_base, offset * (HEAD_DIM if TILED else value_s), present, dim, HEAD_DIM, BLOCK_D)
             bias = tl.where(present, 0.0, float("-inf"))
-            acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+            acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
 
     # Merge: the pooled key and value of each tile that is not kept.
-    if proxies is not None:
+    if pooled_kv is not None:
         pooled = num_tiles
         if HAS_CONTEXT:
             pooled = tl.where(in_context, 0, num_tiles)
-        mean_key = proxies + place * num_tiles * HEAD_DIM
+        mean_key = pooled_kv + batch_head * num_tiles * HEAD_DIM
         mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-        words = bits + place * tl.cdiv(num_tiles, 32) * num_tiles + tile
+        words = selected_bits + batch_head * tl.cdiv(num_tiles, 32) * num_tiles + tile
         for first in tl.range(0, pooled, BLOCK_N, num_stages=STAGES):
             index = first + column
             present = index < num_tiles
@@ -222,94 +214,84 @@ def query_gradient_kernel(
             bias = tl.load(log_size + index, present, other=float("-inf"))
             k = load_rows(mean_key, index * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)
             v = load_rows(mean_value, index * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)
-            acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+            acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
 
     # Context keys.
     if HAS_CONTEXT:
-        for first in tl.range(0, context_tokens, TAIL_N, num_stages=1):
-            index = first + tl.arange(0, TAIL_N)
+        for first in tl.range(0, context_tokens, PARTIAL_N, num_stages=1):
+            index = first + tl.arange(0, PARTIAL_N)
             valid = index < context_tokens
             if context_mask is not None:
-                valid &= tl.load(context_mask + item * context_tokens + index, valid, other=0) != 0
+                valid &= tl.load(context_mask + batch * context_tokens + index, valid, other=0) != 0
             offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
             k = load_rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
             v = load_rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
             bias = tl.where(valid, 0.0, float("-inf"))
-            acc = _step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+            acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
 
     acc *= scale
-    if mean_gradient is not None:
+    if grad_mean_query is not None:
         width = HEAD_DIM
         if HAS_CONTEXT:
             width = tl.where(in_context, 0, HEAD_DIM)
-        acc += tl.load(mean_gradient + line * HEAD_DIM + dim, dim < width, other=0.0)[None, :] / size
-    to = grad_query + item * grad_query_b + head * grad_query_h + tokens[:, None] * grad_query_s + dim[None, :]
+        acc += tl.load(grad_mean_query + row * HEAD_DIM + dim, dim < width, other=0.0)[None, :] / size
+    to = grad_query + batch * grad_query_b + head * grad_query_h + tokens[:, None] * grad_query_s + dim[None, :]
     tl.store(to, acc.to(grad_query.dtype.element_ty), exists[:, None] & (dim[None, :] < HEAD_DIM))
 
 
-def query_gradient(
-    work: Work,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grad_output: torch.Tensor,
-    context_mask: torch.Tensor | None,
-    pooled: Pooled,
-    prepared: Prepared,
-    kept: Kept,
-    mean_gradient: torch.Tensor | None,
-    grad_query: torch.Tensor,
+def dq(
+    launcher: Launcher,
+    tensors: BackwardTensors,
+    pooled: PooledTiles,
+    preprocessed: Preprocessed,
+    lists: QueryLists,
+    grad_mean_query: torch.Tensor | None,
     problem: Problem,
     launch: Launch,
 ) -> None:
-    """Write `grad_query` `[B, S, H, D]`, given the gradient of the query means `[P, N, D]`."""
+    """Write `grad_query`, given the gradient of the query means `[P, N, D]`."""
+    query = tensors.query
     batch, _, heads, dim = query.shape
     grid, context = problem.grid, problem.num_context
     block_m = power_of_two(grid.tile_capacity)
-    block_n = max(16, min(launch.keys, block_m))
-    merges = problem.combine == "merge" and problem.top_k < grid.num_tiles
-    work.launch(
-        query_gradient_kernel,
+    launcher.launch(
+        dq_kernel,
         ((grid.num_tiles + -(-context // block_m)) * batch * heads,),
         query,
-        key,
-        value,
-        grad_output,
-        *tiled_sources(pooled.rows, launch, block_n),
-        prepared.stats,
-        kept.starts,
-        kept.tail,
-        kept.counts,
-        kept.bits,
-        pooled.proxies if merges else None,
-        pooled.log_size if merges else None,
-        mean_gradient,
-        context_mask,
-        grad_query,
+        tensors.key,
+        tensors.value,
+        tensors.grad_output,
+        *tiled_sources(pooled.rows, launch),
+        preprocessed.lse_and_delta,
+        lists.full_tile_starts,
+        lists.partial_groups,
+        lists.list_lengths,
+        lists.selected_bits,
+        pooled.pooled_kv,
+        pooled.log_size,
+        grad_mean_query,
+        tensors.context_mask,
+        tensors.grad_query,
         problem.scale,
         problem.scale * math.log2(math.e),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *grad_output.stride()[:3],
-        *grad_query.stride()[:3],
+        *strides(query, tensors.key, tensors.value, tensors.grad_output, tensors.grad_query),
         heads,
         batch * heads,
         grid.num_tiles,
         problem.top_k,
-        0 if kept.tail is None else kept.tail.shape[2],
+        0 if lists.partial_groups is None else lists.partial_groups.shape[2],
         problem.before,
         problem.after,
         *grid_arguments(grid),
         HEAD_DIM=dim,
         BLOCK_D=power_of_two(dim),
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        TAIL_N=min(block_n, TAIL),
+        BLOCK_N=launch.keys,
+        PARTIAL_N=launch.partial_keys,
         GROUP=GROUP,
         STAGES=launch.stages,
         PRECISION="ieee",
-        STATS_TILED=prepared.rows is not None,
+        POSITIONS_TILED=preprocessed.rows is not None,
         HAS_CONTEXT=context > 0,
         **launch.options,
     )

@@ -1,4 +1,4 @@
-"""The loops of the sparse kernel over the video's keys, and the softmax step that they share.
+"""The loops of the sparse kernel over the video's keys.
 
 M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
 """
@@ -6,60 +6,33 @@ M = BLOCK_M query rows, K_N = BLOCK_N keys of one step.
 import triton
 import triton.language as tl
 
-from .rows import list_start, load_rows, tail_rows
+from .rows import list_start, load_rows, partial_rows
+from .softmax import softmax_step
 
 
 @triton.jit
-def softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the softmax in base 2; `bias` is added to the logits, `None` for full keys.
-
-    Bounded logits are taken relative to a fixed `highest`: there is no maximum to find and nothing to shrink, and since
-    nothing but the product touches the accumulator, the next step's products queue up behind it.
-    """
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, K_N]
-    if BOUNDED:
-        shift = -highest[:, None]
-        if bias is not None:
-            shift = bias[None, :] - highest[:, None]
-        p = tl.math.exp2(tl.fma(s, scale, shift))
-        total += tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    else:
-        s = s * scale
-        if bias is not None:
-            s += bias[None, :]
-        new_highest = tl.maximum(highest, tl.max(s, 1))
-        p = tl.math.exp2(s - new_highest[:, None])
-        shrink = tl.math.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new_highest
-    return highest, total, acc
-
-
-@triton.jit
-def walk_video(
+def tile_loop(
     q,
-    highest,
+    row_max,
     scale,
     key_base,
     value_base,
     key_descriptor,
     value_descriptor,
-    starts,
+    full_tile_starts,
     first_start,
-    tail,
-    kept,
-    proxies,
+    partial_groups,
+    selected_bits,
+    pooled_kv,
     log_size,
     full_tiles,
     listed_tiles,
     keys_left,
     listed_keys,
-    pooled,
+    pooled_tiles,
     in_context,
-    place,
-    line,
+    batch_head,
+    row,
     key_s,
     value_s,
     batch_heads,
@@ -73,7 +46,7 @@ def walk_video(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
-    TAIL_STAGES: tl.constexpr,
+    PARTIAL_STAGES: tl.constexpr,
     TILED: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -84,7 +57,7 @@ def walk_video(
     STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
     column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # Full tiles, without masks.
@@ -92,13 +65,13 @@ def walk_video(
     for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
         inside = step % STEPS * BLOCK_N + column
         start = next_start
-        next_start = list_start(starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
+        next_start = list_start(full_tile_starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
         exists = inside < TILE if TILE % BLOCK_N != 0 else None
         bias = tl.where(exists, 0.0, float("-inf")) if TILE % BLOCK_N != 0 else None
         if key_descriptor is not None:
             first = start + step % STEPS * BLOCK_N
-            k = key_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
-            v = value_descriptor.load([place.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
+            k = key_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
+            v = value_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [K_N, BLOCK_D]
         elif TILED:
             first = start.to(tl.int64) * HEAD_DIM
             k = load_rows(key_base + first, inside * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)  # [K_N, BLOCK_D]
@@ -113,17 +86,17 @@ def walk_video(
             v = load_rows(
                 value_base + first * value_s, offset * value_s, exists, dim, HEAD_DIM, BLOCK_D
             )  # [K_N, BLOCK_D]
-        highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED, PRECISION)
+        row_max, row_sum, acc = softmax_step(q, k, v, row_max, row_sum, acc, scale, bias, BOUNDED, PRECISION)
 
     # Partial tiles, in groups of 16 keys; for context queries, the rows that the loop above left over.
-    if tail is not None or HAS_CONTEXT:
-        for first in tl.range(0, keys_left, BLOCK_N, num_stages=TAIL_STAGES):
+    if partial_groups is not None or HAS_CONTEXT:
+        for first in tl.range(0, keys_left, BLOCK_N, num_stages=PARTIAL_STAGES):
             inside = first + column
             exists = inside < keys_left
             offset = full_tiles * TILE + inside
-            if tail is not None:
+            if partial_groups is not None:
                 from_list = inside < listed_keys
-                listed, there = tail_rows(tail, inside, from_list, video_h, video_w, TILED, GROUP)
+                listed, there = partial_rows(partial_groups, inside, from_list, video_h, video_w, TILED, GROUP)
                 if HAS_CONTEXT:
                     exists &= (inside >= listed_keys) | there
                     offset = tl.where(in_context, offset, listed)
@@ -134,20 +107,20 @@ def walk_video(
             k = load_rows(key_base, offset * (HEAD_DIM if TILED else key_s), exists, dim, HEAD_DIM, BLOCK_D)
             v = load_rows(value_base, offset * (HEAD_DIM if TILED else value_s), exists, dim, HEAD_DIM, BLOCK_D)
             bias = tl.where(exists, 0.0, float("-inf"))
-            highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED, PRECISION)
+            row_max, row_sum, acc = softmax_step(q, k, v, row_max, row_sum, acc, scale, bias, BOUNDED, PRECISION)
 
     # Merge: one pooled key and value for each tile that is not kept, as heavy as the tile is large.
-    if proxies is not None:
-        mean_key = proxies + place * num_tiles * HEAD_DIM
+    if pooled_kv is not None:
+        mean_key = pooled_kv + batch_head * num_tiles * HEAD_DIM
         mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
         # More stages than two would take the room of a second program.
-        for first in tl.range(0, pooled, BLOCK_N, num_stages=min(STAGES, 2)):
+        for first in tl.range(0, pooled_tiles, BLOCK_N, num_stages=min(STAGES, 2)):
             index = first + column
             exists = index < num_tiles
-            word = tl.load(kept + index // 32, exists, other=-1)
+            word = tl.load(selected_bits + index // 32, exists, other=-1)
             exists &= ((word >> (index % 32)) & 1) == 0
             bias = tl.load(log_size + index, exists, other=float("-inf"))
             k = load_rows(mean_key, index * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)
             v = load_rows(mean_value, index * HEAD_DIM, exists, dim, HEAD_DIM, BLOCK_D)
-            highest, total, acc = softmax_step(q, k, v, highest, total, acc, scale, bias, BOUNDED, PRECISION)
-    return highest, total, acc
+            row_max, row_sum, acc = softmax_step(q, k, v, row_max, row_sum, acc, scale, bias, BOUNDED, PRECISION)
+    return row_max, row_sum, acc

@@ -5,57 +5,38 @@ A row's position counts the video tokens, in the order of the sequence or of the
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .geometry import SIZES, slot_offset, tile_box, tile_row, unpack
-from .tuning import Launch, power_of_two
-
-TAIL = 32  # rows that the shorter loops take in one step, at most: they must not hold registers from the main one
-# Arguments whose values must not make variants of a kernel.
-BACKWARD_SIZES = (*SIZES, "length", "parts", "full_length", "tail_length")
-
-
-def tiled_sources(rows: torch.Tensor | None, launch: Launch, block: int) -> tuple[object, ...]:
-    """The two tensors of a tile-ordered copy `[2, P, V, D]`, then their descriptors for `block` rows at a time."""
-    if rows is None:
-        return None, None, None, None
-    first, second = rows.unbind(0)
-    if launch.layout != "descriptor":
-        return first, second, None, None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    box = [1, block, power_of_two(rows.shape[-1])]
-    return first, second, *(TensorDescriptor.from_tensor(x, box) for x in (first, second))
+from .geometry import slot_offset, tile_box, tile_row, unpack
 
 
 @triton.jit
 def task_of(program, heads, num_tiles, batch_heads, context_tokens, ROWS: tl.constexpr, HAS_CONTEXT: tl.constexpr):
     """Whether a program takes a block of context rows (these come first), its batch item, its head there and of all
     items, its tile and its context rows."""
-    at = tl.arange(0, ROWS)
+    context_index = tl.arange(0, ROWS)
     if HAS_CONTEXT:
         blocks = tl.cdiv(context_tokens, ROWS)
         in_context = program < blocks * batch_heads
         rest = tl.where(in_context, program, program - blocks * batch_heads)
-        place = tl.where(in_context, rest // tl.maximum(blocks, 1), rest // num_tiles)
+        batch_head = tl.where(in_context, rest // tl.maximum(blocks, 1), rest // num_tiles)
         tile = tl.where(in_context, 0, rest % num_tiles)
-        at += rest % tl.maximum(blocks, 1) * ROWS
+        context_index += rest % tl.maximum(blocks, 1) * ROWS
     else:
         in_context = program < 0
-        place = program // num_tiles
+        batch_head = program // num_tiles
         tile = program % num_tiles
-    item = (place // heads).to(tl.int64)
-    head = (place % heads).to(tl.int64)
-    return in_context, item, head, place.to(tl.int64), tile, at
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    return in_context, batch, head, batch_head.to(tl.int64), tile, context_index
 
 
 @triton.jit
 def rows_of(
     in_context,
     tile,
-    at,
+    context_index,
     tokens_before,
     context_tokens,
     grid,
@@ -76,20 +57,22 @@ def rows_of(
     exists = slot < size
     if HAS_CONTEXT:
         video_tokens = video_t * video_h * video_w
-        tokens = tl.where(in_context, tl.where(at < tokens_before, at, at + video_tokens), tokens)
-        position = tl.where(in_context, at + video_tokens, position)
-        exists = tl.where(in_context, at < context_tokens, exists)
+        tokens = tl.where(
+            in_context, tl.where(context_index < tokens_before, context_index, context_index + video_tokens), tokens
+        )
+        position = tl.where(in_context, context_index + video_tokens, position)
+        exists = tl.where(in_context, context_index < context_tokens, exists)
     return tokens.to(tl.int64), position.to(tl.int64), exists, size
 
 
 @triton.jit
-def list_start(starts, index, listed_tiles, in_context, TILE: tl.constexpr, HAS_CONTEXT: tl.constexpr):
-    """Where the tile at this place of a list begins.
+def list_start(full_tile_starts, index, listed_tiles, in_context, TILE: tl.constexpr, HAS_CONTEXT: tl.constexpr):
+    """Where the tile at this index of a list begins.
 
     Loops ask for the next one while they work on one: looked up where it is used, it would take every other stage of
     the pipeline.
     """
-    start = tl.load(starts + index, mask=index < listed_tiles, other=0)
+    start = tl.load(full_tile_starts + index, mask=index < listed_tiles, other=0)
     if HAS_CONTEXT:
         start = tl.where(in_context, index * TILE, start)
     return start
@@ -98,21 +81,21 @@ def list_start(starts, index, listed_tiles, in_context, TILE: tl.constexpr, HAS_
 @triton.jit
 def load_rows(base, offset, exists, dim, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `[ROWS, BLOCK_D]` that begin at `base + offset`; `exists` is `None` where every row does."""
-    at = base + offset[:, None] + dim[None, :]
+    pointers = base + offset[:, None] + dim[None, :]
     if exists is not None:
-        x = tl.load(at, exists[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
+        x = tl.load(pointers, exists[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
     elif HEAD_DIM < BLOCK_D:
-        x = tl.load(at, dim[None, :] < HEAD_DIM, other=0.0)
+        x = tl.load(pointers, dim[None, :] < HEAD_DIM, other=0.0)
     else:
-        x = tl.load(at)
+        x = tl.load(pointers)
     return x
 
 
 @triton.jit
-def load_stats(stats, plane, position, exists):
+def load_lse_and_delta(lse_and_delta, plane, position, exists):
     """Log-sum-exp (base 2) and delta of rows; a row that does not exist has no weight."""
-    lse = tl.load(stats + position, exists, other=float("inf"))
-    delta = tl.load(stats + plane + position, exists, other=0.0)
+    lse = tl.load(lse_and_delta + position, exists, other=float("inf"))
+    delta = tl.load(lse_and_delta + plane + position, exists, other=0.0)
     return lse, delta
 
 
@@ -123,9 +106,9 @@ def block_offset(inside, video_h, video_w, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tail_rows(entry, inside, from_list, video_h, video_w, TILED: tl.constexpr, GROUP: tl.constexpr):
-    """Rows of partial tiles, listed from `entry` on as `lists.py` says: their positions, and which of them exist."""
-    start, shape = unpack(tl.load(entry + inside // GROUP, from_list, other=0))
+def partial_rows(first_group, inside, from_list, video_h, video_w, TILED: tl.constexpr, GROUP: tl.constexpr):
+    """Rows of the partial tiles whose groups begin at `first_group`: their positions, and which of them exist."""
+    start, shape = unpack(tl.load(first_group + inside // GROUP, from_list, other=0))
     member = inside % GROUP
     exists = member < (shape & 255)
     if TILED:

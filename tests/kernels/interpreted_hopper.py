@@ -1,16 +1,16 @@
-"""Run by `test_kernels.py` with TRITON_INTERPRET=1, in a process of its own: the kernel in Gluon, on the CPU."""
+"""The kernel in Gluon, on the CPU; in a process of its own (`conftest.py`)."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from checks import Case, check, check_keeping_in_step, check_rows_far_below_their_bound
+from checks import Case, check, check_chunk_sync, check_rows_far_below_their_bound
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
-from vsa_diffusers.kernels.replay import Work
+from vsa_diffusers.kernels.recording import Launcher
 
 gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with a Triton that has Gluon")
-from vsa_diffusers.kernels.specialised import specialised_kernel  # noqa: E402 - needs Gluon, too
+from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel  # noqa: E402 - needs Gluon, too
 
 # Of 2 x 3 x 3 tiles most are partial, down to two tokens.
 BASE = Case((5, 9, 10), top_k=7, combine="gate", head_dim=128, dtype=torch.bfloat16, programs=3, layout="tiled")
@@ -19,17 +19,17 @@ WHOLE = replace(BASE, video_shape=(8, 8, 12), layout="direct")
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
-    """Launches of the specialised kernel go to `gluon_on_cpu`; there must have been some."""
+    """Launches of the Hopper kernel go to `gluon_on_cpu`; there must have been some."""
     launches = []
 
     def launch(self, kernel, grid, *arguments, **options):
-        if kernel is specialised_kernel:
+        if kernel is hopper_forward_kernel:
             launches.append(grid)
             gluon_on_cpu.run(kernel, grid[0], arguments, options)
         else:
             kernel[grid](*arguments, **options)
 
-    monkeypatch.setattr(Work, "launch", launch)
+    monkeypatch.setattr(Launcher, "launch", launch)
     yield
     assert launches
 
@@ -38,18 +38,18 @@ def launched(monkeypatch):
     "case",
     [
         BASE,
-        replace(BASE, combine="merge", batch=2, parts=2),
-        replace(BASE, combine="sum", head_dim=64, programs=5, parts=3),
+        replace(BASE, combine="merge", batch=2, sync_chunks=2),
+        replace(BASE, combine="sum", head_dim=64, programs=5, sync_chunks=3),
         replace(BASE, combine="merge", head_dim=64, block_size=(3, 5, 4)),
         replace(BASE, combine="merge", layout="direct", spread=16.0),
         replace(BASE, combine="sparse", before=3, after=70, masked=True),
         replace(BASE, combine="gate", before=65, transposed=True, heads=2, spread=4.0),
-        replace(WHOLE, heads=2, parts=2),
+        replace(WHOLE, heads=2, sync_chunks=2),
         replace(WHOLE, combine="merge", batch=2, spread=4.0, programs=100),
     ],
     ids=str,
 )
-def test_the_specialised_kernel_matches_fp64(case):
+def test_the_hopper_kernel_matches_fp64(case):
     check(case)
 
 
@@ -59,7 +59,7 @@ def test_it_finds_rows_far_below_their_bound(combine):
 
 
 def test_keeping_in_step_changes_no_bit():
-    check_keeping_in_step(replace(BASE, head_dim=64, programs=4), (3, 7))
+    check_chunk_sync(replace(BASE, head_dim=64, programs=4), (3, 7))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The sparse kernel for Hopper, in Gluon: half of its warps fetch keys and values, the other half multiply.
+"""The sparse kernel for Hopper, in Gluon: producer warps fetch keys and values, consumer warps multiply.
 
-What it computes is what `attend.py` does, in the same order. What differs is who waits for whom: the fetching warps run
-ahead of the multiplying ones, across the ends of query tiles, as far as the buffers reach. A program takes query tile
+What it computes is what `sparse/forward.py` does, in the same order. What differs is who waits for whom: producers run
+ahead of consumers, across the ends of query tiles, as far as the buffers reach. A program takes query tile
 after query tile, so that the last steps of one hide the first loads of the next.
 
 Tiles whose logits might not fit the bounded softmax, or turn out not to have, are done again at the end, online.
@@ -19,22 +19,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..problem import Problem
-from ..tiles import TileGrid
-from .attend import list_arguments, size_arguments, stride_arguments
-from .geometry import SIZES, SLICED, grid_arguments
-from .lists import GROUP
-from .pool import Pooled
-from .replay import Work
-from .select import Lists
-from .specialised_common import BOX, COLUMNS, ROWS, SHARED, STAGES
-from .specialised_fetch import fetch
-from .specialised_multiply import multiply
-from .tuning import Launch, may_specialise
+from ...problem import Problem
+from ...tiles import TileGrid
+from ..arguments import grid_arguments, has_boxes, list_arguments, size_arguments, strides
+from ..buffers import ForwardTensors, PooledTiles, SelectedTiles
+from ..plans import HopperLaunch
+from ..primitives.geometry import SIZES, SLICED
+from ..primitives.tile_lists import GROUP
+from ..recording import Launcher, form_of
+from .common import BOX, PANEL_COLUMNS, ROWS, SHARED
+from .consumer import consumer
+from .producer import producer
 
 
-@gluon.jit(do_not_specialize=(*SIZES, "tasks", "parts"), do_not_specialize_on_alignment=SLICED)
-def specialised_kernel(
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
+def hopper_forward_kernel(
     query,
     key,
     value,
@@ -45,17 +44,17 @@ def specialised_kernel(
     output_descriptor,
     key_groups,
     value_groups,
-    proxy_descriptor,
-    starts,
-    tail,
-    counts,
-    kept,
-    proxies,
+    pooled_descriptor,
+    full_tile_starts,
+    partial_groups,
+    list_lengths,
+    selected_bits,
+    pooled_kv,
     log_size,
-    longest,
-    reach,
-    redo,
-    progress,
+    max_norm,
+    max_key_norm,
+    needs_online,
+    chunk_counters,
     coarse,
     gate,
     output,
@@ -80,14 +79,14 @@ def specialised_kernel(
     output_s,
     output_h,
     lse_b,
-    parts,
+    sync_chunks,
     tasks,
     heads,
     batch_heads,
     num_tiles,
     top_k,
-    tail_width,
-    kept_width,
+    partial_width,
+    bits_width,
     tokens_before,
     tokens_after,
     video_t,
@@ -100,6 +99,8 @@ def specialised_kernel(
     GROUP: gl.constexpr,
     TILED: gl.constexpr,
     BY_ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """Programs: as many as run at once; each takes every so-manieth query tile, head by head.
@@ -111,25 +112,25 @@ def specialised_kernel(
     q_buffer = gl.allocate_shared_memory(dtype, [ROWS, DIM], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], SHARED)
     values = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], SHARED)
-    key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     finished = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(key_ready.index(stage), count=1)
-        mbarrier.init(value_ready.index(stage), count=1)
-        mbarrier.init(used.index(stage), count=1)
+        mbarrier.init(key_full.index(stage), count=1)
+        mbarrier.init(value_full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
     mbarrier.init(finished, count=1)
-    ring = ((keys, values), (key_ready, value_ready, used), finished)
+    pipeline = ((keys, values), (key_full, value_full, empty), finished)
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
-    lists = (starts, tail, counts, longest, reach, redo)
-    numbers = (tasks, heads, batch_heads, num_tiles, top_k, tail_width, kept_width, scale)
+    lists = (full_tile_starts, partial_groups, list_lengths, max_norm, max_key_norm, needs_online)
+    numbers = (tasks, heads, batch_heads, num_tiles, top_k, partial_width, bits_width, scale)
     gl.warp_specialize(
         [
             (
-                multiply,
+                consumer,
                 (
-                    (gate, proxies, coarse, kept, log_size),
+                    (gate, pooled_kv, coarse, selected_bits, log_size),
                     (output, output_descriptor, lse),
                     (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
@@ -137,16 +138,16 @@ def specialised_kernel(
                     numbers,
                     grid,
                     q_buffer,
-                    ring,
+                    pipeline,
                     BLOCK,
                     GROUP,
                     TILED,
                 ),
             ),
             (
-                fetch,
+                producer,
                 (
-                    (key, value, key_descriptor, value_descriptor, (key_groups, value_groups), proxy_descriptor),
+                    (key, value, key_descriptor, value_descriptor, (key_groups, value_groups), pooled_descriptor),
                     (context_key, context_value, context_mask, tokens_before, tokens_after),
                     lists,
                     (key_b, key_s, key_h, value_b, value_s, value_h),
@@ -154,8 +155,8 @@ def specialised_kernel(
                     (gate, gate_descriptor, (gate_b, gate_s, gate_h)),
                     numbers,
                     grid,
-                    ring,
-                    (progress, parts),
+                    pipeline,
+                    (chunk_counters, sync_chunks),
                     BLOCK,
                     GROUP,
                     TILED,
@@ -163,33 +164,8 @@ def specialised_kernel(
                 ),
             ),
         ],
-        [4 if BY_ROWS else 1],
+        [PRODUCER_WARPS],
         [PRODUCER_REGISTERS],
-    )
-
-
-# Registers of a thread on average, and of one that fetches; the others get what that leaves.
-REGISTERS = {64: (80, 24), 128: (128, 40)}
-
-
-def can_specialise(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pooled: Pooled, problem: Problem
-) -> bool:
-    """Whether the kernel takes this call; without a copy in tile order, it must be able to read tiles as boxes."""
-    if not may_specialise(query, problem):
-        return False
-    return pooled.rows is not None or all(_has_boxes(x, problem.grid) for x in (key, value))
-
-
-def _has_boxes(x: torch.Tensor, grid: TileGrid) -> bool:
-    """Whether tensor descriptors can see the tiles of `[B, S, H, D]`: they have 64 tokens and sides that are powers of
-    two, and heads lie side by side."""
-    return (
-        grid.tile_capacity == ROWS.value
-        and all(side & (side - 1) == 0 for side in grid.block_size)
-        and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
-        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:2])
-        and x.data_ptr() % 16 == 0
     )
 
 
@@ -201,7 +177,7 @@ def _rows_descriptor(rows: torch.Tensor, block: tuple[int, int] | None = None) -
 
 def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor | None:
     """Of a tile of one head of `[B, S, H, D]`, where there can be one."""
-    if x is None or not _has_boxes(x, grid):
+    if x is None or not has_boxes(form_of(x), grid):
         return None
     batch, _, heads, dim = x.shape
     frames, height, width = grid.video_shape
@@ -215,46 +191,42 @@ def _box_descriptor(x: torch.Tensor | None, grid: TileGrid) -> TensorDescriptor 
     )
 
 
-def attend(
-    work: Work,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor | None,
-    context_mask: torch.Tensor | None,
-    pooled: Pooled,
-    lists: Lists,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+def hopper_forward(
+    launcher: Launcher,
+    tensors: ForwardTensors,
+    pooled: PooledTiles,
+    selected: SelectedTiles,
     problem: Problem,
-    launch: Launch,
+    launch: HopperLaunch,
 ) -> None:
-    """What `attend` does for video queries, in calls that `can_specialise` allows."""
+    """Write `output` and `lse` of the video queries; those of context queries are left to `context_forward`."""
     grid = problem.grid
     context = (None, None, None)
     if problem.num_context:
-        context = (key, value, context_mask)
-        query, key, value, gate, output = work.parts((query, key, value, gate, output), 1, problem.video)
-        (lse,) = work.parts((lse,), 2, problem.video)
-    strides = stride_arguments(query, key, value, gate, output)
+        context = (tensors.key, tensors.value, tensors.context_mask)
+        tensors = tensors.of_video(launcher, problem.video)
+    query, key, value, gate, output, _, lse, _ = tensors
+    assert lse is not None
+    sequence_strides = strides(query, key, value, gate, output, missing=query)
     groups: list[TensorDescriptor | None] = [None, None]
     if pooled.rows is not None:
         key, value = pooled.rows.unbind(0)
         descriptors = [_rows_descriptor(rows) for rows in (key, value)]
-        if lists.tail is not None:
-            groups = [_rows_descriptor(rows, (GROUP, COLUMNS.value)) for rows in (key, value)]
+        if selected.partial_groups is not None:
+            groups = [_rows_descriptor(rows, (GROUP, PANEL_COLUMNS.value)) for rows in (key, value)]
     else:
         descriptors = [_box_descriptor(x, grid) for x in (key, value)]
-    dim = query.shape[3]
-    registers, producer_registers = REGISTERS[dim]
     tasks = grid.num_tiles * query.shape[0] * query.shape[2]
     programs = min(tasks, launch.programs)
     turns = -(-tasks // programs)
-    redo = work.empty(lists.starts, (tasks + programs,))  # one of each: whether the task, whether any of the program
+    # Whether each task must be done again, online, and then for each program whether any of its tasks must.
+    needs_online = launcher.empty(selected.full_tile_starts, (tasks + programs,))
     query_box, gate_box, output_box = (_box_descriptor(x, grid) for x in (query, gate, output))
     boxes_alone = query_box is not None and (gate is None or gate_box is not None)
-    work.launch(
-        specialised_kernel,
+    partial_by_rows = selected.partial_groups is not None and pooled.rows is None
+    by_rows = not boxes_alone or problem.num_context > 0 or partial_by_rows
+    launcher.launch(
+        hopper_forward_kernel,
         (programs,),
         query,
         key,
@@ -264,31 +236,33 @@ def attend(
         gate_box,
         output_box,
         *groups,
-        None if pooled.proxies is None else _rows_descriptor(pooled.proxies),
-        *list_arguments(pooled, lists),
-        lists.reach,
-        redo,
-        lists.progress,
-        lists.coarse,
+        None if pooled.pooled_kv is None else _rows_descriptor(pooled.pooled_kv),
+        *list_arguments(pooled, selected),
+        selected.max_key_norm,
+        needs_online,
+        selected.chunk_counters,
+        selected.coarse,
         gate,
         output,
         lse,
         *context,
         problem.scale * math.log2(math.e),
-        *strides,
+        *sequence_strides,
         lse.stride(0),
-        min(launch.parts, tasks // turns),  # as many as can be counted
+        min(launch.sync_chunks, tasks // turns),  # as many as can be counted
         tasks,
-        *size_arguments(query, lists, problem),
+        *size_arguments(query, selected, problem),
         problem.before,
         problem.after,
         *grid_arguments(grid),
-        DIM=dim,
+        DIM=query.shape[3],
         GROUP=GROUP,
         TILED=pooled.rows is not None,
-        BY_ROWS=not boxes_alone or problem.num_context > 0 or (lists.tail is not None and pooled.rows is None),
-        PRODUCER_REGISTERS=producer_registers,
-        num_warps=4,
-        maxnreg=registers,
-        enable_fp_fusion=False,
+        BY_ROWS=by_rows,
+        STAGES=launch.stages,
+        PRODUCER_WARPS=launch.producer_warps[by_rows],
+        PRODUCER_REGISTERS=launch.producer_registers,
+        num_warps=launch.warps,
+        maxnreg=launch.registers,
+        enable_fp_fusion=False,  # as in the sparse kernel
     )

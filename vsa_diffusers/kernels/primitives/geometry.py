@@ -9,25 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import TileGrid
-
-# Arguments whose values must not make variants of a kernel.
+# Integer arguments whose values must not make variants of a kernel: all but strides of batch, sequence and heads.
 SIZES = (
-    *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w", "scale"),
-    *("tokens_before", "tokens_after", "top_k", "tail_width", "kept_width", "indices_b", "lse_b", "first_row"),
-    *("quantile", "spacing"),
+    *("heads", "batch_heads", "num_tiles", "video_t", "video_h", "video_w", "tiles_h", "tiles_w"),
+    *("tokens_before", "tokens_after", "length", "top_k", "first_row", "tasks", "sync_chunks", "splits"),
+    *("partial_width", "bits_width", "full_length", "partial_length", "indices_b", "lse_b"),
 )
-# Some heads or tokens of a tensor: whether 16 divides their address depends on the size, too.
+# Sliced pointers: whether 16 divides their address varies with the problem's size, and a variant for it would be
+# compiled anew.
 SLICED = ("lse", "indices")
-
-
-def grid_arguments(grid: TileGrid) -> tuple[object, ...]:
-    """Video shape, tiles along height and width, and block size, as the kernels take them.
-
-    One by one: Triton makes variants of a kernel for the numbers in a tuple, whatever `do_not_specialize` says. Inside,
-    the first five are the tuple `grid`.
-    """
-    return (*grid.video_shape, *grid.tiles_per_axis[1:], grid.block_size)
 
 
 @triton.jit

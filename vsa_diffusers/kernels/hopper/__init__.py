@@ -1,0 +1,1 @@
+"""The forward of the sparse branch for Hopper, in Gluon."""

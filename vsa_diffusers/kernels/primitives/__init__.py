@@ -1,0 +1,1 @@
+"""Triton helpers that kernels are made of; nothing here is launched."""

@@ -1,0 +1,1 @@
+"""Tile means, scores, and which tiles are kept, as lists."""

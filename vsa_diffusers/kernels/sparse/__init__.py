@@ -1,0 +1,1 @@
+"""Attention over lists of tiles, and its gradients, for every GPU."""
