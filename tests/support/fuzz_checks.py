@@ -219,16 +219,24 @@ class _Exact:
         leaves = [x for x in exact if x is not None]
         output = self._attention(*exact, mask, kept)
         right = torch.autograd.grad(output, leaves, grad_output.double())
-        allowed = 2 * STEPS * self.unit + self.sums + 4 * self.logits.amax(-1)  # [B, H]
+        # Gradients of equal keys cancel, so that the roundings of all summands are left of them.
+        allowed = 2 * STEPS * self.unit + 2 * self.sums + 4 * self.logits.amax(-1)  # [B, H]
         query, key, value = (x.detach().double().norm(dim=-1).amax(1) for x in given[:3])  # [B, H]
         scale = abs(self.case.logit_scale)
         into = grad_output.double().norm(dim=-1).amax(1)
         gates = 1.0 if exact[3] is None else exact[3].detach().abs().amax((1, 3)).clamp_min(1.0)
         largest = (scale * into * value * key * gates, scale * into * value * query * gates, into * gates, into * value)
+        # The gradient of a weight is rounded as the inputs are, before the scale: it may be too large, or vanish.
+        most = torch.finfo(self.case.dtype).max / 4
+        holds = 2 * into * value * gates < most
+        lost = SMALLEST[self.case.dtype] / self.unit * output.shape[1]
         names = ("query", "key", "value", "gate")
-        for name, ours, theirs, summand in zip(names, grads, right, largest, strict=False):
-            clear = (allowed < TOO_VAGUE) & (theirs.abs().amax((1, 3)) < torch.finfo(self.case.dtype).max / 4)
-            size = theirs.norm(dim=(1, 3)) + summand + SMALLEST[self.case.dtype] * theirs.shape[1] / self.unit
+        factors = (scale * key, scale * query, 1.0, 1.0)
+        for name, ours, theirs, summand, factor in zip(names, grads, right, largest, factors, strict=False):
+            clear = (allowed < TOO_VAGUE) & (theirs.abs().amax((1, 3)) < most)
+            if name in ("query", "key"):
+                clear &= holds
+            size = theirs.norm(dim=(1, 3)) + summand + lost * (1 + factor)
             error = (ours.double() - theirs).norm(dim=(1, 3)) / size.clamp_min(1e-300)
             report.rows += int(clear.sum())
             report.vague_rows += int((~clear).sum())
