@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(math.log2(math.e))
 # Where |logit| (base 2) cannot exceed FARTHEST, exp2(logit - offset) needs no running maximum: the exponents of bf16
 # weights and fp32 sums go up to 127, and HEADROOM leaves room for the sums. A row whose logits all lie so low that its
 # weights might have underflowed shows it by its sum, and is done again.
@@ -18,12 +19,16 @@ MIN_ROW_SUM = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def softmax_step(q, k, v, row_max, row_sum, acc, scale, bias, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the softmax in base 2; `bias` is added to the logits, `None` for full keys.
+def softmax_step(k, v, position, exists, bias, own, state, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the softmax in base 2, as `tile_loop.py` calls it.
+
+    `own` is `(q, scale)`, `state` is `(row_max, row_sum, acc)`.
 
     Bounded logits are taken relative to a fixed `highest`: there is no maximum to find and nothing to shrink, and since
     nothing but the product touches the accumulator, the next step's products queue up behind it.
     """
+    q, scale = own
+    row_max, row_sum, acc = state
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, K_N]
     if BOUNDED:
         shift = -row_max[:, None]

@@ -20,8 +20,9 @@ from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
 from ..buffers import BackwardTensors, KeyLists, Preprocessed
 from ..plans import Launch
 from ..primitives.geometry import SIZES
-from ..primitives.rows import block_offset, list_start, load_lse_and_delta, load_rows, partial_rows, rows_of, task_of
+from ..primitives.rows import load_lse_and_delta, load_rows, rows_of, task_of
 from ..primitives.tile_lists import GROUP
+from ..primitives.tile_loop import context_loop, full_loop, partial_loop
 from ..recording import Launcher
 
 
@@ -41,6 +42,23 @@ def dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, bias, PRECISION: t
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
+
+
+@triton.jit
+def query_step(q, grad, position, exists, bias, own, state, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the queries at these positions, as `tile_loop.py` calls it.
+
+    `own` is `(k, v, lse_and_delta, plane, logit_scale)`: rows that do not exist have no weight by their statistics.
+    """
+    k, v, lse_and_delta, plane, logit_scale = own
+    dk, dv = state
+    if exists is not None:
+        lse, delta = load_lse_and_delta(lse_and_delta, plane, position, exists)
+    else:
+        pointers = lse_and_delta + position
+        lse = tl.load(pointers)
+        delta = tl.load(pointers + plane)
+    return dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -111,9 +129,6 @@ def dkdv_kernel(
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = query_rows is not None
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
-    RAGGED: tl.constexpr = TILE % BLOCK_N != 0
-    column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     video_tokens = video_t * video_h * video_w
     context_tokens = tokens_before + tokens_after
@@ -150,45 +165,38 @@ def dkdv_kernel(
     dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    # Full query tiles, without masks.
     listed_tiles = tl.load(list_lengths + lengths_offset)
     full_tiles = listed_tiles
     if HAS_CONTEXT:
         listed_tiles = tl.where(in_context, 0, listed_tiles)
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
     full_tile_starts += batch_head * full_length + tl.load(offsets + lengths_offset)
-    next_start = list_start(full_tile_starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
-    for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
-        inside = step % STEPS * BLOCK_N + column
-        start = next_start
-        next_start = list_start(full_tile_starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
-        present = inside < TILE if RAGGED else None
-        offset = inside
-        if query_descriptor is not None:
-            first = start + step % STEPS * BLOCK_N
-            q = query_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
-            grad = grad_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
-        elif TILED:
-            first = start.to(tl.int64) * HEAD_DIM
-            q = load_rows(query_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
-            grad = load_rows(grad_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
-        else:
-            offset = block_offset(inside, video_h, video_w, BLOCK)
-            if HAS_CONTEXT:
-                offset = tl.where(in_context, inside, offset)
-            first = start.to(tl.int64)
-            q = load_rows(query_base + first * query_s, offset * query_s, present, dim, HEAD_DIM, BLOCK_D)
-            grad = load_rows(grad_base + first * grad_s, offset * grad_s, present, dim, HEAD_DIM, BLOCK_D)
-        if RAGGED:
-            lse, delta = load_lse_and_delta(lse_and_delta + start, plane, offset, present)
-        else:
-            lse = tl.load(lse_and_delta + start + offset)
-            delta = tl.load(lse_and_delta + plane + start + offset)
-        dk, dv = dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
-
-    # Partial query tiles, in groups of 16 queries; for context keys, the rows that the loop above left over.
+    own = (k, v, lse_and_delta, plane, logit_scale)
+    source = (query_base, grad_base, query_s, grad_s)
+    state = full_loop(
+        query_step,
+        own,
+        (dk, dv),
+        source,
+        (query_descriptor, grad_descriptor),
+        full_tile_starts,
+        full_tiles,
+        listed_tiles,
+        in_context,
+        batch_head,
+        video_h,
+        video_w,
+        BLOCK,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_N,
+        STAGES,
+        TILED,
+        HAS_CONTEXT,
+        False,
+        PRECISION,
+    )
     if partial_groups is not None or HAS_CONTEXT:
-        walked = full_tiles * TILE
         listed_rows = 0
         if partial_groups is not None:
             listed_rows = tl.load(list_lengths + lengths_offset + 1) * GROUP
@@ -196,32 +204,43 @@ def dkdv_kernel(
         rows_left = listed_rows
         if HAS_CONTEXT:
             listed_rows = tl.where(in_context, 0, listed_rows)
-            rows_left = tl.where(in_context, video_tokens - walked, listed_rows)
-        for first in tl.range(0, rows_left, PARTIAL_N, num_stages=1):
-            inside = first + tl.arange(0, PARTIAL_N)
-            present = inside < rows_left
-            offset = walked + inside
-            if partial_groups is not None:
-                from_list = inside < listed_rows
-                listed, there = partial_rows(partial_groups, inside, from_list, video_h, video_w, TILED, GROUP)
-                present &= there | ~from_list
-                offset = tl.where(from_list, listed, offset)
-            offset = offset.to(tl.int64)
-            q = load_rows(query_base, offset * (HEAD_DIM if TILED else query_s), present, dim, HEAD_DIM, BLOCK_D)
-            grad = load_rows(grad_base, offset * (HEAD_DIM if TILED else grad_s), present, dim, HEAD_DIM, BLOCK_D)
-            lse, delta = load_lse_and_delta(lse_and_delta, plane, offset, present)
-            dk, dv = dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
-
-    # Context queries.
+            rows_left = tl.where(in_context, video_tokens - full_tiles * TILE, listed_rows)
+        state = partial_loop(
+            query_step,
+            own,
+            state,
+            source,
+            partial_groups,
+            full_tiles * TILE,
+            rows_left,
+            listed_rows,
+            video_h,
+            video_w,
+            HEAD_DIM,
+            BLOCK_D,
+            PARTIAL_N,
+            GROUP,
+            1,
+            TILED,
+            False,
+            PRECISION,
+        )
     if HAS_CONTEXT:
-        for first in tl.range(0, context_tokens, PARTIAL_N, num_stages=1):
-            index = first + tl.arange(0, PARTIAL_N)
-            present = index < context_tokens
-            offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
-            q = load_rows(query, offset * query_s, present, dim, HEAD_DIM, BLOCK_D)
-            grad = load_rows(grad_output, offset * grad_s, present, dim, HEAD_DIM, BLOCK_D)
-            lse, delta = load_lse_and_delta(lse_and_delta, plane, video_tokens + index, present)
-            dk, dv = dkdv_step(k, v, q, grad, lse, delta, dk, dv, logit_scale, None, PRECISION)
+        state = context_loop(
+            query_step,
+            own,
+            state,
+            (query, grad_output, query_s, grad_s),
+            None,
+            tokens_before,
+            context_tokens,
+            video_tokens,
+            HEAD_DIM,
+            BLOCK_D,
+            PARTIAL_N,
+            PRECISION,
+        )
+    dk, dv = state
 
     dk *= scale
     if grad_mean_kv is not None:

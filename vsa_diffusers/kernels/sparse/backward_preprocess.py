@@ -9,8 +9,6 @@ Shapes: B batch, S sequence, H heads of this pass, P = B * H, N tiles, V video t
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -20,9 +18,8 @@ from ..arguments import grid_arguments, power_of_two, strides
 from ..buffers import BackwardTensors, Preprocessed
 from ..primitives.geometry import SIZES, SLICED
 from ..primitives.rows import load_rows, rows_of, task_of
+from ..primitives.softmax import LOG2E
 from ..recording import Launcher
-
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)

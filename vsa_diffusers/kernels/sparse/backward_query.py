@@ -17,21 +17,24 @@ from ..arguments import grid_arguments, power_of_two, strides, tiled_sources
 from ..buffers import BackwardTensors, PooledTiles, Preprocessed, QueryLists
 from ..plans import Launch
 from ..primitives.geometry import SIZES
-from ..primitives.rows import block_offset, list_start, load_lse_and_delta, load_rows, partial_rows, rows_of, task_of
+from ..primitives.rows import load_lse_and_delta, load_rows, rows_of, task_of
 from ..primitives.tile_lists import GROUP
+from ..primitives.tile_loop import context_loop, full_loop, partial_loop, pooled_loop
 from ..recording import Launcher
 
 
 @triton.jit
-def dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION: tl.constexpr):
-    """Add the keys of one step; `bias` is added to their logits (base 2), `None` where all are full keys."""
+def dq_step(k, v, position, exists, bias, own, state, BOUNDED: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the keys of one step, as `tile_loop.py` calls it; `own` is `(q, grad, lse, delta, logit_scale)`."""
+    q, grad, lse, delta, logit_scale = own
+    (acc,) = state
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale - lse[:, None]  # [M, L]
     if bias is not None:
         s += bias[None, :]
     p = tl.math.exp2(s)
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, L]
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    return (tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION),)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -99,9 +102,6 @@ def dq_kernel(
     grid = (video_t, video_h, video_w, tiles_h, tiles_w)
     TILED: tl.constexpr = key_rows is not None
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-    STEPS: tl.constexpr = (TILE + BLOCK_N - 1) // BLOCK_N
-    RAGGED: tl.constexpr = TILE % BLOCK_N != 0
-    column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     video_tokens = video_t * video_h * video_w
     context_tokens = tokens_before + tokens_after
@@ -135,9 +135,7 @@ def dq_kernel(
     else:
         key_base = key + tokens_before.to(tl.int64) * key_s
         value_base = value + tokens_before.to(tl.int64) * value_s
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    # Full tiles, without masks.
     if partial_groups is not None:
         full_tiles = tl.load(list_lengths + row * 2)
         groups = tl.load(list_lengths + row * 2 + 1)
@@ -149,85 +147,96 @@ def dq_kernel(
         listed_tiles = tl.where(in_context, 0, listed_tiles)
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
     full_tile_starts += row * top_k
-    next_start = list_start(full_tile_starts, 0, listed_tiles, in_context, TILE, HAS_CONTEXT)
-    for step in tl.range(0, full_tiles * STEPS, num_stages=STAGES):
-        inside = step % STEPS * BLOCK_N + column
-        start = next_start
-        next_start = list_start(full_tile_starts, (step + 1) // STEPS, listed_tiles, in_context, TILE, HAS_CONTEXT)
-        present = inside < TILE if RAGGED else None
-        bias = tl.where(present, 0.0, float("-inf")) if RAGGED else None
-        if key_descriptor is not None:
-            first = start + step % STEPS * BLOCK_N
-            k = key_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
-            v = value_descriptor.load([batch_head.to(tl.int32), first, 0]).reshape(BLOCK_N, BLOCK_D)  # [L, BLOCK_D]
-        elif TILED:
-            first = start.to(tl.int64) * HEAD_DIM
-            k = load_rows(key_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
-            v = load_rows(value_base + first, inside * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
-        else:
-            offset = block_offset(inside, video_h, video_w, BLOCK)
-            if HAS_CONTEXT:
-                offset = tl.where(in_context, inside, offset)
-            first = start.to(tl.int64)
-            k = load_rows(key_base + first * key_s, offset * key_s, present, dim, HEAD_DIM, BLOCK_D)  # [L, BLOCK_D]
-            v = load_rows(value_base + first * value_s, offset * value_s, present, dim, HEAD_DIM, BLOCK_D)
-        acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
-
-    # Partial tiles, in groups of 16 keys; for context queries, the rows that the loop above left over.
+    own = (q, grad, lse, delta, logit_scale)
+    source = (key_base, value_base, key_s, value_s)
+    state = full_loop(
+        dq_step,
+        own,
+        (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),),
+        source,
+        (key_descriptor, value_descriptor),
+        full_tile_starts,
+        full_tiles,
+        listed_tiles,
+        in_context,
+        batch_head,
+        video_h,
+        video_w,
+        BLOCK,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_N,
+        STAGES,
+        TILED,
+        HAS_CONTEXT,
+        False,
+        PRECISION,
+    )
     if partial_groups is not None or HAS_CONTEXT:
-        walked = full_tiles * TILE
         listed_keys = groups * GROUP
         keys_left = listed_keys
         if HAS_CONTEXT:
             listed_keys = tl.where(in_context, 0, listed_keys)
-            keys_left = tl.where(in_context, video_tokens - walked, listed_keys)
-        for first in tl.range(0, keys_left, PARTIAL_N, num_stages=1):
-            inside = first + tl.arange(0, PARTIAL_N)
-            present = inside < keys_left
-            offset = walked + inside
-            if partial_groups is not None:
-                from_list = inside < listed_keys
-                listed, there = partial_rows(
-                    partial_groups + row * partial_width, inside, from_list, video_h, video_w, TILED, GROUP
-                )
-                present &= there | ~from_list
-                offset = tl.where(from_list, listed, offset)
-            offset = offset.to(tl.int64)
-            k = load_rows(key_base, offset * (HEAD_DIM if TILED else key_s), present, dim, HEAD_DIM, BLOCK_D)
-            v = load_rows(value_base, offset * (HEAD_DIM if TILED else value_s), present, dim, HEAD_DIM, BLOCK_D)
-            bias = tl.where(present, 0.0, float("-inf"))
-            acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
-
-    # Merge: the pooled key and value of each tile that is not kept.
+            keys_left = tl.where(in_context, video_tokens - full_tiles * TILE, listed_keys)
+        state = partial_loop(
+            dq_step,
+            own,
+            state,
+            source,
+            None if partial_groups is None else partial_groups + row * partial_width,
+            full_tiles * TILE,
+            keys_left,
+            listed_keys,
+            video_h,
+            video_w,
+            HEAD_DIM,
+            BLOCK_D,
+            PARTIAL_N,
+            GROUP,
+            1,
+            TILED,
+            False,
+            PRECISION,
+        )
     if pooled_kv is not None:
-        pooled = num_tiles
+        pooled_tiles = num_tiles
         if HAS_CONTEXT:
-            pooled = tl.where(in_context, 0, num_tiles)
-        mean_key = pooled_kv + batch_head * num_tiles * HEAD_DIM
-        mean_value = mean_key + batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-        words = selected_bits + batch_head * tl.cdiv(num_tiles, 32) * num_tiles + tile
-        for first in tl.range(0, pooled, BLOCK_N, num_stages=STAGES):
-            index = first + column
-            present = index < num_tiles
-            word = tl.load(words + index // 32 * num_tiles, present, other=-1)
-            present &= ((word >> (index % 32)) & 1) == 0
-            bias = tl.load(log_size + index, present, other=float("-inf"))
-            k = load_rows(mean_key, index * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)
-            v = load_rows(mean_value, index * HEAD_DIM, present, dim, HEAD_DIM, BLOCK_D)
-            acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
-
-    # Context keys.
+            pooled_tiles = tl.where(in_context, 0, num_tiles)
+        state = pooled_loop(
+            dq_step,
+            own,
+            state,
+            pooled_kv,
+            log_size,
+            selected_bits + batch_head * tl.cdiv(num_tiles, 32) * num_tiles + tile,
+            num_tiles,
+            pooled_tiles,
+            batch_head,
+            batch_heads,
+            num_tiles,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            STAGES,
+            False,
+            PRECISION,
+        )
     if HAS_CONTEXT:
-        for first in tl.range(0, context_tokens, PARTIAL_N, num_stages=1):
-            index = first + tl.arange(0, PARTIAL_N)
-            valid = index < context_tokens
-            if context_mask is not None:
-                valid &= tl.load(context_mask + batch * context_tokens + index, valid, other=0) != 0
-            offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
-            k = load_rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
-            v = load_rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
-            bias = tl.where(valid, 0.0, float("-inf"))
-            acc = dq_step(q, grad, k, v, lse, delta, acc, logit_scale, bias, PRECISION)
+        state = context_loop(
+            dq_step,
+            own,
+            state,
+            (key, value, key_s, value_s),
+            None if context_mask is None else context_mask + batch * context_tokens,
+            tokens_before,
+            context_tokens,
+            video_tokens,
+            HEAD_DIM,
+            BLOCK_D,
+            PARTIAL_N,
+            PRECISION,
+        )
+    (acc,) = state
 
     acc *= scale
     if grad_mean_query is not None:

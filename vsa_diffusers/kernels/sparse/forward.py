@@ -21,10 +21,9 @@ from ..arguments import grid_arguments, list_arguments, power_of_two, size_argum
 from ..buffers import ForwardTensors, PooledTiles, SelectedTiles
 from ..plans import Launch
 from ..primitives.geometry import SIZES, SLICED, slot_offset, tile_box
-from ..primitives.rows import load_rows
 from ..primitives.softmax import HEADROOM, LN2, MAX_BOUNDED_LOGIT, MIN_ROW_SUM, softmax_step
 from ..primitives.tile_lists import GROUP
-from ..primitives.tile_loop import tile_loop
+from ..primitives.tile_loop import context_loop, full_loop, partial_loop, pooled_loop
 from ..recording import Launcher
 
 
@@ -96,7 +95,6 @@ def sparse_forward_kernel(
     TILED: tl.constexpr = key_rows is not None
     TILE: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     slot = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     video_tokens = video_t * video_h * video_w
     context_tokens = tokens_before + tokens_after
@@ -143,6 +141,7 @@ def sparse_forward_kernel(
     else:
         key_base = key + tokens_before.to(tl.int64) * key_s
         value_base = value + tokens_before.to(tl.int64) * value_s
+    source = (key_base, value_base, key_s, value_s)
 
     # How long each part of the walk is.
     full_tiles = top_k
@@ -154,18 +153,16 @@ def sparse_forward_kernel(
     if selected_bits is not None:
         selected_bits += row * bits_width
     full_tile_starts += row * top_k
-    first_start = tl.load(full_tile_starts)
     listed_tiles = full_tiles
     listed_keys = groups * GROUP
     keys_left = listed_keys
-    pooled = num_tiles
+    pooled_tiles = num_tiles
     if HAS_CONTEXT:
         full_tiles = tl.where(in_context, video_tokens // TILE, full_tiles)
         listed_keys = tl.where(in_context, 0, listed_keys)
         listed_tiles = tl.where(in_context, 0, listed_tiles)
         keys_left = tl.where(in_context, video_tokens % TILE, listed_keys)
-        pooled = tl.where(in_context, 0, num_tiles)
-        first_start = tl.where(in_context, 0, first_start)
+        pooled_tiles = tl.where(in_context, 0, num_tiles)
 
     # Bounded, if norms allow it; and online where they do not, or where weights have underflowed.
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -188,65 +185,92 @@ def sparse_forward_kernel(
                 row_max = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.maximum(bound - HEADROOM, 0.0)
             else:
                 row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            row_max, row_sum, acc = tile_loop(
-                q,
-                row_max,
-                scale,
-                key_base,
-                value_base,
-                key_descriptor,
-                value_descriptor,
+            LOOP_STAGES: tl.constexpr = STAGES if attempt == 0 or max_key_norm is None or HAS_CONTEXT else 1
+            state = full_loop(
+                softmax_step,
+                (q, scale),
+                (row_max, tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)),
+                source,
+                (key_descriptor, value_descriptor),
                 full_tile_starts,
-                first_start,
-                partial_groups,
-                selected_bits,
-                pooled_kv,
-                log_size,
                 full_tiles,
                 listed_tiles,
-                keys_left,
-                listed_keys,
-                pooled,
                 in_context,
                 batch_head,
-                row,
-                key_s,
-                value_s,
-                batch_heads,
-                num_tiles,
                 video_h,
                 video_w,
                 BLOCK,
                 HEAD_DIM,
-                BLOCK_M,
                 BLOCK_D,
                 BLOCK_N,
-                GROUP,
-                STAGES if attempt == 0 or max_key_norm is None or HAS_CONTEXT else 1,
-                PARTIAL_STAGES if attempt == 0 else 1,
+                LOOP_STAGES,
                 TILED,
                 HAS_CONTEXT,
                 attempt == 0,
                 PRECISION,
             )
+            if partial_groups is not None or HAS_CONTEXT:
+                state = partial_loop(
+                    softmax_step,
+                    (q, scale),
+                    state,
+                    source,
+                    partial_groups,
+                    full_tiles * TILE,
+                    keys_left,
+                    listed_keys,
+                    video_h,
+                    video_w,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    GROUP,
+                    PARTIAL_STAGES if attempt == 0 else 1,
+                    TILED,
+                    attempt == 0,
+                    PRECISION,
+                )
+            if pooled_kv is not None:  # more stages than two would take the room of a second program
+                state = pooled_loop(
+                    softmax_step,
+                    (q, scale),
+                    state,
+                    pooled_kv,
+                    log_size,
+                    selected_bits,
+                    1,
+                    pooled_tiles,
+                    batch_head,
+                    batch_heads,
+                    num_tiles,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    min(LOOP_STAGES, 2),
+                    attempt == 0,
+                    PRECISION,
+                )
+            row_max, row_sum, acc = state
             if attempt == 0:
                 to_do = tl.min(tl.where(row_mask, row_sum, 1.0), 0) <= MIN_ROW_SUM
         elif attempt == 0:
             to_do = True
 
-    # Context keys.
     if HAS_CONTEXT:
-        for first in tl.range(0, context_tokens, BLOCK_N, num_stages=1):
-            index = first + column
-            exists = index < context_tokens
-            valid = exists
-            if context_mask is not None:
-                valid &= tl.load(context_mask + batch * context_tokens + index, exists, other=0) != 0
-            offset = tl.where(index < tokens_before, index, index + video_tokens).to(tl.int64)
-            k = load_rows(key, offset * key_s, valid, dim, HEAD_DIM, BLOCK_D)
-            v = load_rows(value, offset * value_s, valid, dim, HEAD_DIM, BLOCK_D)
-            bias = tl.where(valid, 0.0, float("-inf"))
-            row_max, row_sum, acc = softmax_step(q, k, v, row_max, row_sum, acc, scale, bias, False, PRECISION)
+        row_max, row_sum, acc = context_loop(
+            softmax_step,
+            (q, scale),
+            (row_max, row_sum, acc),
+            (key, value, key_s, value_s),
+            None if context_mask is None else context_mask + batch * context_tokens,
+            tokens_before,
+            context_tokens,
+            video_tokens,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            PRECISION,
+        )
 
     acc = acc / row_sum[:, None]
     if coarse is not None:
