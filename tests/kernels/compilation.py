@@ -35,7 +35,7 @@ from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
 KERNELS = {
     "pool": pool.pool_kernel,
-    "scores": coarse.scores_kernel,
+    "coarse": coarse.coarse_kernel,
     "quarter scores": quarter_scores.quarter_scores_kernel,
     "top_k": top_k.top_k_kernel,
     "sparse forward": sparse_forward.sparse_forward_kernel,
@@ -124,7 +124,7 @@ def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
             kernel.run = compile_only
         yield
     finally:
-        for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values()):
+        for kernel in {**KERNELS, **BACKWARD_KERNELS}.values():
             del kernel.run
         vars(saved[0]).update(saved[1])
         support.device_of = saved[2]

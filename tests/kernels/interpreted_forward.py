@@ -72,7 +72,7 @@ class _GivenScores(Launcher):
         self.scores = scores
 
     def launch(self, kernel, grid, *arguments, **options):
-        if kernel is coarse.scores_kernel:
+        if kernel is coarse.coarse_kernel:
             workspace = arguments[1]
             workspace[: len(self.scores), : self.scores.shape[1]] = self.scores
         else:

@@ -38,7 +38,7 @@ def _reports(target, **case):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_shipped_configurations_compile_without_spills(target, head_dim):
     reports = _reports(target, head_dim=head_dim, combine="merge")
-    assert [each.kernel for each in reports] == ["pool", "scores", "top_k", "sparse forward"]
+    assert [each.kernel for each in reports] == ["pool", "coarse", "top_k", "sparse forward"]
     for each in reports:
         assert not each.serialized, each
         assert not each.main_loop_spills, each
@@ -49,7 +49,7 @@ def test_shipped_configurations_compile_without_spills(target, head_dim):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_quarter_scores_compile_without_spills(target, head_dim):
-    kernels = ["pool", "scores", "quarter scores"]  # the others are those of means
+    kernels = ["pool", "coarse", "quarter scores"]  # the others are those of means
     reports = _reports(target, head_dim=head_dim, combine="sum", selection="quarters", only=kernels)
     assert [each.kernel for each in reports] == kernels
     for each in reports:
@@ -100,9 +100,9 @@ def test_every_kind_of_backward_call_compiles_within_shared_memory(case):
     ids=str,
 )
 def test_every_kind_of_call_compiles_within_shared_memory(case):
-    scored = {"quarter scores"} if "selection" in case else {"scores"}
+    scored = {"quarter scores"} if "selection" in case else {"coarse"}
     if "selection" in case and case.get("combine") == "gate":
-        scored |= {"scores"}  # for the coarse output
+        scored |= {"coarse"}  # for the coarse output
     assert _compiled(90, **case).keys() == {"pool", "top_k", "sparse forward"} | scored
 
 

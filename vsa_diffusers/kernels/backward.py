@@ -68,7 +68,7 @@ def _some_heads(
     )
     coarse = coarse_lse = grad_mean_query = grad_mean_kv = None
     if problem.has_coarse:
-        coarse, coarse_lse = coarse_attention(launcher, pooled.means, problem.scale, chosen.coarse, chosen.precision)
+        coarse, coarse_lse = _recomputed_coarse(launcher, pooled.means, problem, chosen)
     preprocessed = backward_preprocess(
         launcher, tensors, coarse, problem, tiled=queries_tiled, warps=chosen.preprocess_warps
     )
@@ -91,3 +91,14 @@ def _some_heads(
     key_lists = transpose_lists(launcher, selected_bits, problem, chosen.transpose, chosen.order, tiled=queries_tiled)
     dkdv(launcher, tensors, preprocessed, key_lists, grad_mean_kv, problem, chosen.key)
     launcher.free_all()
+
+
+def _recomputed_coarse(
+    launcher: Launcher, means: torch.Tensor, problem: Problem, chosen: BackwardPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coarse output fp32 `[P, N, D]` and its log-sum-exp (base 2) `[P, N]`."""
+    _, batch, heads, num_tiles, dim = means.shape
+    coarse = launcher.empty(means, (batch * heads, num_tiles, dim))
+    lse = launcher.empty(means, (batch * heads, num_tiles))
+    coarse_attention(launcher, means, None, coarse, lse, problem.scale, chosen.coarse, chosen.precision)
+    return coarse, lse

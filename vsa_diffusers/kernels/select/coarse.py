@@ -15,6 +15,7 @@ from ..arguments import power_of_two
 from ..buffers import Preprocessed
 from ..plans import BlockLaunch
 from ..primitives.geometry import SIZES, workspace_width
+from ..primitives.softmax import LOG2E
 from ..recording import Launcher
 
 
@@ -26,10 +27,11 @@ def _means(base, tile, num_tiles, dim, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def scores_kernel(
+def coarse_kernel(
     means,
     scores,
     coarse,
+    lse,
     first_row,
     batch_heads,
     num_tiles,
@@ -40,36 +42,40 @@ def scores_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (block of query tiles): `BLOCK_M` rows of the workspace `[rows, width]`, from row `first_row` of all."""
+    """Program (M query tiles of one head, from row `first_row` of all on): what is asked for of these.
+
+    Args:
+        scores: `[rows, width]`, the workspace of `top_k.py`.
+        coarse: their coarse output.
+        lse: its log-sum-exp (base 2).
+    """
     blocks = tl.cdiv(num_tiles, BLOCK_M)
     task = first_row // BLOCK_M + tl.program_id(0)
     batch_head = (task // blocks).to(tl.int64)
-    block = task % blocks
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = task % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
-    length = num_tiles * HEAD_DIM
-    mean_query = means + batch_head * length
-    mean_key = mean_query + batch_heads.to(tl.int64) * length
-    mean_value = mean_key + batch_heads.to(tl.int64) * length
-    own = row[:, None] * HEAD_DIM + dim[None, :]
+    plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
+    start = batch_head * num_tiles * HEAD_DIM
+    own = start + row[:, None] * HEAD_DIM + dim[None, :]
     own_mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-    q = tl.load(mean_query + own, own_mask, other=0.0)  # [M, D]
-    lane = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    means += start
+    q = _means(means, row, num_tiles, dim, HEAD_DIM)  # [M, D]
+    workspace_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, num_tiles, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
+    for first in range(0, num_tiles, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
         offset = column[:, None] * HEAD_DIM + dim[None, :]
         mask = (column[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-        k = tl.load(mean_key + offset, mask, other=0.0)  # [N, D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        k = tl.load(means + plane + offset, mask, other=0.0)  # [L, D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, L]
         if scores is not None:
-            to = lane[:, None] * workspace_width(num_tiles) + column[None, :]
+            to = workspace_row[:, None] * workspace_width(num_tiles) + column[None, :]
             tl.store(scores + to, s, column[None, :] < num_tiles)
         if coarse is not None:
             s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
-            v = tl.load(mean_value + offset, mask, other=0.0)  # [N, D]
+            v = tl.load(means + 2 * plane + offset, mask, other=0.0)  # [L, D]
             new_max = tl.maximum(row_max, tl.max(s, 1))
             p = tl.exp(s - new_max[:, None])
             rescale = tl.exp(row_max - new_max)
@@ -77,50 +83,9 @@ def scores_kernel(
             acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
             row_max = new_max
     if coarse is not None:
-        tl.store(coarse + batch_head * length + own, acc / row_sum[:, None], own_mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def coarse_kernel(
-    means,
-    coarse,
-    lse,
-    batch_heads,
-    num_tiles,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (M query tiles of one head): their coarse output and log-sum-exp (base 2)."""
-    blocks = tl.cdiv(num_tiles, BLOCK_M)
-    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    plane = batch_heads.to(tl.int64) * num_tiles * HEAD_DIM
-    means += batch_head * num_tiles * HEAD_DIM
-    q = _means(means, row, num_tiles, dim, HEAD_DIM)  # [M, D]
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(0, num_tiles, BLOCK_N):
-        column = first + tl.arange(0, BLOCK_N)
-        k = _means(means + plane, column, num_tiles, dim, HEAD_DIM)  # [L, D]
-        v = _means(means + 2 * plane, column, num_tiles, dim, HEAD_DIM)  # [L, D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = tl.where(column[None, :] < num_tiles, s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        p = tl.math.exp2(s - new_max[:, None])
-        rescale = tl.math.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        acc = tl.dot(p, v, acc * rescale[:, None], input_precision=PRECISION)
-        row_max = new_max
-    mask = (row[:, None] < num_tiles) & (dim[None, :] < HEAD_DIM)
-    offset = (batch_head * num_tiles + row[:, None]) * HEAD_DIM + dim[None, :]
-    tl.store(coarse + offset, acc / row_sum[:, None], mask)
-    tl.store(lse + batch_head * num_tiles + row, row_max + tl.math.log2(row_sum), row < num_tiles)
+        tl.store(coarse + own, acc / row_sum[:, None], own_mask)
+    if lse is not None:
+        tl.store(lse + batch_head * num_tiles + row, (row_max + tl.log(row_sum)) * LOG2E, row < num_tiles)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -190,31 +155,37 @@ def coarse_gradient_kernel(
         tl.store(grad_mean_kv + plane + own, second_acc, mask)
 
 
-def coarse_scores(
+def coarse_attention(
     launcher: Launcher,
     means: torch.Tensor,
     scores: torch.Tensor | None,
     coarse: torch.Tensor | None,
-    first_row: int,
-    rows: int,
+    lse: torch.Tensor | None,
     scale: float,
     launch: BlockLaunch,
     precision: str,
+    rows: slice | None = None,
 ) -> None:
-    """Fill `rows` rows of the workspace `scores` `[rows, width]`, and their `coarse` output fp32 `[B, H, N, D]`.
+    """Write the scores, coarse output and log-sum-exp (base 2) of query tiles, those that are given.
 
     Args:
         means: fp32 `[3, B, H, N, D]`.
-        first_row: of all rows; they are counted with each head's last block of `launch.block_m` rows full.
+        scores: `[rows, width]`, for the rows alone.
+        coarse: fp32 `[P, N, D]`.
+        lse: fp32 `[P, N]`.
         precision: of the products.
+        rows: some of all rows, which are counted with each head's last block of `launch.block_m` rows full.
     """
     _, batch, heads, num_tiles, dim = means.shape
+    blocks = -(-num_tiles // launch.block_m) * batch * heads
+    first_row, last_row = (0, blocks * launch.block_m) if rows is None else (rows.start, rows.stop)
     launcher.launch(
-        scores_kernel,
-        (rows // launch.block_m,),
+        coarse_kernel,
+        ((last_row - first_row) // launch.block_m,),
         means,
         scores,
         coarse,
+        lse,
         first_row,
         batch * heads,
         num_tiles,
@@ -227,32 +198,6 @@ def coarse_scores(
         **launch.options,
         enable_fp_fusion=False,  # as in the sparse kernel
     )
-
-
-def coarse_attention(
-    launcher: Launcher, means: torch.Tensor, scale: float, launch: BlockLaunch, precision: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coarse output fp32 `[P, N, D]` and log-sum-exp (base 2) `[P, N]`, from means fp32 `[3, B, H, N, D]`."""
-    _, batch, heads, num_tiles, dim = means.shape
-    coarse = launcher.empty(means, (batch * heads, num_tiles, dim))
-    lse = launcher.empty(means, (batch * heads, num_tiles))
-    launcher.launch(
-        coarse_kernel,
-        (-(-num_tiles // launch.block_m) * batch * heads,),
-        means,
-        coarse,
-        lse,
-        batch * heads,
-        num_tiles,
-        scale * math.log2(math.e),
-        HEAD_DIM=dim,
-        BLOCK_D=power_of_two(dim),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        PRECISION=precision,
-        **launch.options,
-    )
-    return coarse, lse
 
 
 def coarse_gradients(

@@ -23,7 +23,7 @@ from ..plans import Plan
 from ..primitives.geometry import SIZES, SLICED, workspace_width
 from ..primitives.tile_lists import write_lists
 from ..recording import Launcher
-from .coarse import coarse_scores
+from .coarse import coarse_attention
 from .quarter_scores import quarter_scores
 
 MAX_TILES = 16384
@@ -220,16 +220,16 @@ def select_tiles(
     for first_row in range(0, all_rows, at_once):
         rows = min(at_once, all_rows - first_row)
         if problem.has_coarse or quarters is None:
-            coarse_scores(
+            coarse_attention(
                 launcher,
                 means,
                 scores if quarters is None else None,
                 selected.coarse,
-                first_row,
-                rows,
+                None,
                 problem.scale,
                 plan.scores,
                 plan.precision,
+                slice(first_row, first_row + rows),
             )
         if quarters is not None:
             quarter_scores(
