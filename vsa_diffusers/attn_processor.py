@@ -184,6 +184,7 @@ class VSAAttnProcessor:
         if parallel is not None and self._parallel_config is None:
             self._parallel_config = parallel
         hooks.were_in_place = True
+        family.prepare(transformer)
 
     def _put(self, attn: torch.nn.Module, processor: Any) -> None:
         if isinstance(processor, FamilyAttnProcessor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,13 @@ from .attention import video_sparse_attention
 from .config import VSAConfig
 from .gate_state import is_trained
 from .layer_skip import why_scores_are_skipped
+from .parallel import RING, dense_attention, exchange_of
 from .running import RunningForward
 
 logger = logging.getLogger(__name__)
+
+DENSE = ()
+"""In the place of a video shape: attention over all tokens, which several ranks hold together."""
 
 
 class FamilyAttnProcessor:
@@ -38,6 +42,8 @@ class FamilyAttnProcessor:
     """The first arguments of the attention module's forward, of each of which it returns an output."""
     surplus: str | None = None
     """Where tokens beyond the grid sit in this family's video stream: "before", "after", or None if there are none."""
+    stays_dense: bool = False
+    """Whether this one only makes several ranks attend together, densely."""
     only_video: bool = True
     """Whether the modules' class attends within the video only; in some families text or audio layers share it."""
 
@@ -49,6 +55,7 @@ class FamilyAttnProcessor:
         self.strict = strict
         self.owner: Any = None
         self.is_video = True
+        self.exchange = exchange_of(self._parallel_config)
         self._logged: set[str] = set()
 
     @classmethod
@@ -80,11 +87,15 @@ class FamilyAttnProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
+        self.exchange = exchange_of(config)
 
     def sparse_shape(
         self, sequence: int, attention_mask: torch.Tensor | None, obstacle: str | None = None
-    ) -> tuple[int, int, int] | None:
+    ) -> tuple[int, ...] | None:
         """The video shape if this call can be sparse. If it cannot, `None`, and the reason is logged, once per reason.
+
+        Where other ranks have the rest of the tokens, the processor that this one stands in for would attend to its
+        own: a dense call is `DENSE` there, and goes through `attend`, too.
 
         Args:
             sequence: number of tokens in the video stream, without a text stream that `attend` gets as `text`.
@@ -92,33 +103,67 @@ class FamilyAttnProcessor:
             obstacle: the family's own reason why this call cannot be sparse, if there is one.
 
         Raises:
-            ValueError: the user's own `video_shape` does not match the `sequence` tokens.
+            ValueError: the user's own `video_shape` does not match the `sequence` tokens; or a dense call is one that
+                several ranks cannot make together.
         """
         if not self.is_video:
             return None
+        exchange = self.exchange
         if not torch.compiler.is_compiling() and not self.state.is_active:
-            self.state.catch_up(sequence)
-        obstacle = obstacle or why_scores_are_skipped()
+            self.state.catch_up(sequence if exchange is None else sum(exchange.sizes(sequence)))
         shape = self.state.video_shape or self.config.video_shape
-        kind, reason = (obstacle, obstacle) if obstacle else self._why_dense(shape, sequence, attention_mask)
+        if exchange is not None:
+            sequence = self._all_tokens(sequence, shape)
+        kind, reason = self._why_dense(shape, sequence, attention_mask, obstacle)
         if reason is None:
             return shape
+        if exchange is not None and (obstacle or attention_mask is not None):
+            raise ValueError(
+                f"{self.name or 'attention'} runs dense, since {reason}, and such calls are not served under context "
+                "parallelism; call the pipeline without enable_parallelism."
+            )
         if not torch.compiler.is_compiling() and kind not in self._logged:
             self._logged.add(kind)
-            level = logging.INFO if self.state.dense_step else logging.WARNING
+            level = logging.INFO if self.state.dense_step or self.stays_dense else logging.WARNING
             logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
-        return None
+        return None if exchange is None else DENSE
+
+    def _all_tokens(self, local: int, shape: tuple[int, int, int] | None) -> int:
+        """The number of tokens on all ranks together, for that of this one."""
+        assert self.exchange is not None
+        sizes = self._sizes(local, shape)
+        if sizes[self.exchange.rank] != local:
+            raise ValueError(
+                f"{self.name or 'attention'}: video_shape={shape} has {math.prod(shape or ())} tokens, of which rank "
+                f"{self.exchange.rank} of {self.exchange.ranks} would have {sizes[self.exchange.rank]}, but it has "
+                f"{local}; pass the (T, H, W) grid of the whole video after patchification."
+            )
+        return sum(sizes)
+
+    def _sizes(self, local: int, shape: tuple[int, ...] | None, videos: int = 1) -> list[int]:
+        """Number of tokens of every rank, of one video."""
+        assert self.exchange is not None
+        return self.exchange.sizes(local, math.prod(shape) // videos if shape and self.surplus is None else None)
 
     def _why_dense(
-        self, shape: tuple[int, int, int] | None, sequence: int, attention_mask: torch.Tensor | None
+        self,
+        shape: tuple[int, int, int] | None,
+        sequence: int,
+        attention_mask: torch.Tensor | None,
+        obstacle: str | None,
     ) -> tuple[str, str | None]:
         """The kind of the reason, which is logged once, and the reason; `None` if there is none."""
-        if self.state.dense_step:
-            return "step", "this denoising step is one of dense_steps"
-        if attention_mask is not None:
-            return "mask", "the call has an attention mask"
-        if self._parallel_config is not None:
-            return "parallel", "context parallelism splits the sequence"
+        reasons = {
+            obstacle or "": obstacle,
+            "scores": why_scores_are_skipped(),
+            "layer": "this layer is one of those that stay dense" if self.stays_dense else None,
+            "step": "this denoising step is one of dense_steps" if self.state.dense_step else None,
+            "mask": None if attention_mask is None else "the call has an attention mask",
+            "parallel": RING if self._parallel_config is not None and self.exchange is None else None,
+        }
+        for kind, reason in reasons.items():
+            if reason is not None:
+                return kind, reason
         if shape is None:
             return "grid", self.state.reason
         tokens = math.prod(shape)
@@ -159,40 +204,62 @@ class FamilyAttnProcessor:
     def attend(
         self,
         attn: torch.nn.Module,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         hidden: torch.Tensor,
         text: tuple[int, int] = (0, 0),
         text_mask: torch.Tensor | None = None,
+        videos: int = 1,
     ) -> torch.Tensor:
         """Sparse attention of `[batch, sequence, heads, head_dim]`; the gate, if any, is projected from `hidden`.
 
+        Where several ranks have the tokens, each attends to all of them with a part of the heads in between.
+
         Args:
+            shape: what `sparse_shape` returned.
             hidden: the video stream `[batch, sequence without text, channels]`, surplus tokens included.
             text: number of text tokens before and after the video stream in `query`, `key` and `value`.
             text_mask: bool `[batch, sum(text)]`, False where text is padding.
+            videos: how many of one size make up the grid, one after the other.
         """
-        query, key, value = _autocast(query, key, value)
-        before, after = text
-        surplus = query.shape[1] - math.prod(shape) - before - after
-        gate = None
-        if self.config.combine == "gate":
+        tensors = list(_autocast(query, key, value))
+        if shape and self.config.combine == "gate":
             gate = attn.to_gate_compress(hidden).unflatten(-1, query.shape[2:])
             if gate.shape != query.shape:
-                gate = F.pad(gate, (0, 0, 0, 0, before, query.shape[1] - before - gate.shape[1]))
+                gate = F.pad(gate, (0, 0, 0, 0, text[0], query.shape[1] - text[0] - gate.shape[1]))
+            tensors.append(gate)
+        if self.exchange is None:
+            return self._attend(shape, tensors, text, text_mask)
+        sizes = self._sizes((query.shape[1] - sum(text)) // videos, shape, videos)
+        output = self._attend(shape, self.exchange.to_heads(tensors, sizes, *text, videos), text, text_mask)
+        return self.exchange.to_tokens(output, sizes, query.shape[2], *text, videos)
+
+    def _attend(
+        self,
+        shape: tuple[int, ...],
+        tensors: Sequence[torch.Tensor],
+        text: tuple[int, int],
+        text_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over whole sequences: query, key, value, and perhaps the gate."""
+        query, key, value, *gate = tensors
+        before, after = text
+        surplus = query.shape[1] - math.prod(shape) - before - after if shape else query.shape[1] - before - after
         if surplus and text_mask is not None:
             text_mask = torch.cat(
                 [text_mask[:, :before], text_mask.new_ones(len(text_mask), surplus), text_mask[:, before:]], 1
             )
+        if not shape:
+            return dense_attention(query, key, value, text_mask, self._attention_backend)
         return video_sparse_attention(
             query,
             key,
             value,
             shape,
             **self._tiles(),
-            gate=gate,
+            gate=gate[0] if gate else None,
             combine=self.config.combine,
             context_tokens=(before + surplus, after) if self.surplus == "before" else (before, after + surplus),
             context_mask=text_mask,

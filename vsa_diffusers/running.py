@@ -105,6 +105,7 @@ class ReadsGrid(Protocol):
     """What the hooks need of a model family."""
 
     def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]: ...
+    def prepare(self, transformer: torch.nn.Module) -> None: ...
 
 
 class ForwardHooks:
@@ -196,6 +197,7 @@ class ForwardHooks:
         """Learn the grid and the step of the forward that begins."""
         self._notice_replaced_processors()
         self._notice_trained_gates()
+        self.family.prepare(transformer)
         facts = self._facts(transformer, args, kwargs)
         self._tell(facts)
         if torch.is_grad_enabled():

@@ -1,8 +1,6 @@
 """VSA on what people put around a transformer, and processors that are set by hand."""
 
 import gc
-import logging
-import types
 import weakref
 
 import pytest
@@ -62,19 +60,6 @@ def test_fsdp_is_served(one_process):
     torch.distributed.fsdp.fully_shard(model)
     found = run(enable_vsa(model, 0.3), WAN, GRID)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_processors_set_after_enable_parallelism_name_it_as_the_reason(caplog):
-    model = WAN.build()
-    # What enable_parallelism leaves on a transformer; processors that are set later do not get it from diffusers.
-    model._parallel_config = types.SimpleNamespace(context_parallel_config=object())
-    model.set_attn_processor(VSAAttnProcessor(top_k_ratio=0.2))
-    with (
-        caplog.at_level(logging.WARNING, "vsa_diffusers"),
-        pytest.raises(AttributeError, match=r"ring_degree|_mesh"),
-    ):
-        run(model, WAN, GRID)  # the dense attention has no other process to talk to
-    assert "blocks.0.attn1 runs dense: context parallelism splits the sequence" in caplog.text
 
 
 def test_one_processor_tells_video_layers_by_their_place():
