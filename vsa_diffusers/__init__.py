@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from .attn_processor import VSAAttnProcessor as VSAAttnProcessor
     from .config import VSA_DEFAULT as VSA_DEFAULT
     from .config import VSAConfig as VSAConfig
+    from .context_parallel import cp_plan as cp_plan
     from .gates import add_gate_compress as add_gate_compress
     from .gates import load_gates as load_gates
     from .gates import save_gates as save_gates
+    from .guidance_parallel import disable_guidance_parallel as disable_guidance_parallel
+    from .guidance_parallel import enable_guidance_parallel as enable_guidance_parallel
     from .models import register_transformer as register_transformer
     from .pipeline import disable_vsa as disable_vsa
     from .pipeline import enable_vsa as enable_vsa
@@ -27,7 +30,10 @@ _HOMES = {
     "VSAConfig": "config",
     "VSA_DEFAULT": "config",
     "add_gate_compress": "gates",
+    "cp_plan": "context_parallel",
+    "disable_guidance_parallel": "guidance_parallel",
     "disable_vsa": "pipeline",
+    "enable_guidance_parallel": "guidance_parallel",
     "enable_vsa": "pipeline",
     "load_gates": "gates",
     "load_vsa": "pretrained",
@@ -43,7 +49,10 @@ __all__ = [
     "VSAConfig",
     "__version__",
     "add_gate_compress",
+    "cp_plan",
+    "disable_guidance_parallel",
     "disable_vsa",
+    "enable_guidance_parallel",
     "enable_vsa",
     "load_gates",
     "load_vsa",

@@ -9,8 +9,10 @@ import torch
 from diffusers.models.attention_processor import AllegroAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb_allegro
 
+from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid, patches
+from .spread import JOINED, VIDEO, always, before
 
 
 class AllegroVSAProcessor(FamilyAttnProcessor):
@@ -50,6 +52,16 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:
     return patches(inputs["hidden_states"].shape[-3:], (patch_t, patch, patch))
 
 
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """Rotary tables come with the positions of tokens, which a plan cannot split."""
+
+    def own(rotary: tuple[Any, Any], given: Any) -> tuple[Any, Any]:
+        frequencies, positions = rotary
+        return frequencies, tuple(exchange.own(axis, 1) for axis in positions)
+
+    return before(transformer.transformer_blocks, {"image_rotary_emb": own})
+
+
 FAMILY = Family(
     name="Allegro",
     transformers=("AllegroTransformer3DModel",),
@@ -57,4 +69,6 @@ FAMILY = Family(
     processor=AllegroVSAProcessor,
     read_grid=read_grid,
     checkpoints=("rhymes-ai/Allegro",),
+    plan=always({"transformer_blocks.0": VIDEO, "proj_out": JOINED}),
+    parallel_hooks=parallel_hooks,
 )

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.transformers import transformer_anyflow
 
+from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, Grid, patches
+from .spread import JOINED, VIDEO, before
 
 
 class AnyFlowVSAProcessor(FamilyAttnProcessor):
@@ -49,6 +52,21 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:
     return patches((frames, height, width), transformer.config.patch_size)
 
 
+def plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    """Noise levels are those of tokens, in the blocks and after the last one."""
+    levels = ContextParallelInput(split_dim=1, expected_dims=4)
+    return {"blocks.0": VIDEO, "blocks.*": {"temb": levels}, f"blocks.{len(transformer.blocks) - 1}": JOINED}
+
+
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """Rotary tables by name, which a plan cannot split."""
+
+    def own(tables: dict[str, torch.Tensor], given: Any) -> dict[str, torch.Tensor]:
+        return {name: exchange.own(table, 2) for name, table in tables.items()}
+
+    return before(transformer.blocks, {"rotary_emb": own})
+
+
 FAMILY = Family(
     name="AnyFlow",
     transformers=("AnyFlowTransformer3DModel",),
@@ -57,4 +75,6 @@ FAMILY = Family(
     read_grid=read_grid,
     needs=NORMED,
     checkpoints=("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers"),
+    plan=plan,
+    parallel_hooks=parallel_hooks,
 )

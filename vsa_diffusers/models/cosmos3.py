@@ -9,8 +9,10 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_cosmos3
 
+from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid
+from .spread import always
 
 COSMOS3 = (
     *("processor", "head_dim", "num_key_value_groups", "to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out"),
@@ -73,6 +75,25 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid |
     return t, h, w
 
 
+class _Sharded:
+    """The transformer's own functions that split and join its streams, until they are removed."""
+
+    def __init__(self, transformer: torch.nn.Module, exchange: Exchange):
+        self.transformer = transformer
+        transformer._cp_shard_fn = lambda text, video, rotary: (
+            text, exchange.own(video, 0), (*rotary[:2], *(exchange.own(table, 0) for table in rotary[2:]))
+        )  # fmt: skip
+        transformer._cp_gather_fn = lambda text, video: (text, exchange.gather(video, 0))
+
+    def remove(self) -> None:
+        del self.transformer._cp_shard_fn, self.transformer._cp_gather_fn
+
+
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """What diffusers lets a plan say of other transformers, this one is told by functions."""
+    return [_Sharded(transformer, exchange)]
+
+
 FAMILY = Family(
     name="Cosmos 3",
     transformers=("Cosmos3OmniTransformer",),
@@ -83,4 +104,6 @@ FAMILY = Family(
     needs=COSMOS3,
     checkpoints=("nvidia/Cosmos3-Nano",),
     stays_dense="the text's causal attention; sound and action tokens attend densely",
+    plan=always({}),
+    parallel_hooks=parallel_hooks,
 )

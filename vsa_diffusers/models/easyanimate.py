@@ -6,6 +6,7 @@ from diffusers.models.transformers import transformer_easyanimate
 
 from .family import Family
 from .joint import JOINT, JointVSAProcessor, square_patch_grid
+from .spread import joint
 
 
 class EasyAnimateVSAProcessor(JointVSAProcessor):
@@ -28,4 +29,5 @@ FAMILY = Family(
         "alibaba-pai/EasyAnimateV5.1-12b-zh-Control-diffusers",
     ),
     stays_dense="text attends densely",
+    plan=joint("rope_embedding", (0, 2)),
 )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ..layer_skip import register_processor
+from ..parallel import Exchange
+from ..plans import Plan, prepare
 from ..processor import FamilyAttnProcessor
 from ..running import UNREADABLE
 from ..tiles import check_video_shape
@@ -40,6 +42,10 @@ class Family:
         foreign_gates: why public checkpoints' gates cannot be used in this family, for the docs and `load_gates`.
         processor_at: from the transformer and a module's name, its processor, where `processor` does not serve all.
         needs: attributes without which a module is not one that `processor` can serve.
+        plan: from the transformer, how its tokens are split over ranks; `None` leaves that to the user.
+        parallel_obstacle: from the transformer, why its tokens cannot be split over ranks, or `None`.
+        parallel_hooks: what the plan cannot say, as hooks; returns their handles.
+        stock_ring: whether diffusers' own ring attention is right for it under the plan.
     """
 
     name: str
@@ -54,6 +60,22 @@ class Family:
     foreign_gates: str = ""
     processor_at: Callable[[torch.nn.Module, str], type[FamilyAttnProcessor]] | None = None
     needs: tuple[str, ...] = ATTENTION
+    plan: Callable[[torch.nn.Module], Plan] | None = None
+    parallel_obstacle: Callable[[torch.nn.Module], str | None] = lambda transformer: None
+    parallel_hooks: Callable[[torch.nn.Module, Exchange], list[Any]] = lambda transformer, exchange: []
+    stock_ring: bool = False
+
+    def why_not_parallel(self, transformer: torch.nn.Module) -> str | None:
+        """Why the transformer's tokens cannot be split over ranks; `None` if they can."""
+        return self.parallel_obstacle(transformer)
+
+    def context_parallel_plan(self, transformer: torch.nn.Module) -> Plan | None:
+        """How its tokens are split over ranks; `None` where that is left to the user."""
+        return None if self.plan is None else self.plan(transformer)
+
+    def prepare(self, transformer: torch.nn.Module) -> None:
+        """Before a forward: see `plans.prepare`."""
+        prepare(transformer, self)
 
     def processor_of(self, transformer: torch.nn.Module, name: str) -> type[FamilyAttnProcessor]:
         """The processor that serves the module of this name, made known to diffusers' LayerSkip."""

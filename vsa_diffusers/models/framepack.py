@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from diffusers.models._modeling_parallel import ContextParallelInput
+
 from .family import Family
 from .hunyuan_video import HunyuanVideoVSAProcessor
 from .joint import JOINT, square_patch_grid
+from .spread import VIDEO, always, join_first_output
 
 
 class FramepackVSAProcessor(HunyuanVideoVSAProcessor):
@@ -12,6 +15,9 @@ class FramepackVSAProcessor(HunyuanVideoVSAProcessor):
 
     surplus = "before"
 
+
+TABLES = [ContextParallelInput(split_dim=0, expected_dims=2)] * 2
+"""Cosines and sines of history and video."""
 
 FAMILY = Family(
     name="HunyuanVideo Framepack",
@@ -22,4 +28,13 @@ FAMILY = Family(
     needs=JOINT,
     checkpoints=("lllyasviel/FramePackI2V_HY",),
     stays_dense="token refiner; text, image and history tokens attend densely",
+    plan=always(
+        {
+            "transformer_blocks.0": VIDEO,
+            "transformer_blocks.*": {"freqs_cis": TABLES},
+            "single_transformer_blocks.*": {"image_rotary_emb": TABLES},
+        }
+    ),
+    # The video's part is cut out of history and video before the last projection.
+    parallel_hooks=lambda transformer, exchange: join_first_output(transformer.single_transformer_blocks[-1], exchange),
 )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.transformers import transformer_helios
 
+from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, patchified_grid
+from .spread import JOINED, TOKENS, VIDEO, before
 
 
 class HeliosVSAProcessor(FamilyAttnProcessor):
@@ -46,6 +51,24 @@ class HeliosVSAProcessor(FamilyAttnProcessor):
         return attn.to_out[1](attn.to_out[0](output))
 
 
+def plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    """History and video as one sequence; diffusers' own plan gathers thrice a block, and names 40 of them."""
+    levels = ContextParallelInput(split_dim=1, expected_dims=4)
+    last = f"blocks.{len(transformer.blocks) - 1}"
+    return {"blocks.0": VIDEO, "blocks.*": {"temb": levels, "rotary_emb": TOKENS}, last: JOINED}
+
+
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """Blocks tell history and video apart by the video's length: that of a rank is what history leaves it."""
+
+    def of_this_rank(length: int, given: dict[str, Any]) -> int:
+        sizes = exchange.shares(given["rotary_emb"].shape[1])
+        begin = exchange.start(sizes)
+        return min(max(begin + sizes[exchange.rank] - (sum(sizes) - length), 0), sizes[exchange.rank])
+
+    return before(transformer.blocks, {"original_context_length": of_this_rank})
+
+
 FAMILY = Family(
     name="Helios",
     transformers=("HeliosTransformer3DModel",),
@@ -55,4 +78,6 @@ FAMILY = Family(
     needs=(*NORMED, "fused_projections", "is_amplify_history"),
     checkpoints=("BestWishYsh/Helios-Base",),
     stays_dense="cross-attention; history tokens attend densely",
+    plan=plan,
+    parallel_hooks=parallel_hooks,
 )

@@ -6,6 +6,7 @@ from diffusers.models.transformers import transformer_hunyuan_video15
 
 from .family import Family
 from .joint import JOINT, JointVSAProcessor, square_patch_grid, text_of_text_mask
+from .spread import joint
 
 
 class HunyuanVideo15VSAProcessor(JointVSAProcessor):
@@ -28,4 +29,5 @@ FAMILY = Family(
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
     ),
     stays_dense="token refiner; text and image tokens attend densely",
+    plan=joint("rope", (0, 2)),
 )

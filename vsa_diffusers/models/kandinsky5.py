@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.transformers import transformer_kandinsky
 
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid, patches
+from .spread import JOINED, TOKENS
 
 KANDINSKY = ("processor", "num_heads", "to_query", "to_key", "to_value", "query_norm", "key_norm", "out_layer")
 """What the attention modules of Kandinsky have, and their processors use."""
@@ -55,6 +57,16 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:
     return patches(inputs["hidden_states"].shape[1:4], transformer.config.patch_size)
 
 
+def plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    """Visual tokens alone; the last projection wants them back on their grid."""
+    last = f"visual_transformer_blocks.{len(transformer.visual_transformer_blocks) - 1}"
+    return {
+        "visual_transformer_blocks.0": {"visual_embed": TOKENS},
+        "visual_transformer_blocks.*": {"rope": ContextParallelInput(split_dim=1, expected_dims=6)},
+        last: JOINED,
+    }
+
+
 FAMILY = Family(
     name="Kandinsky 5",
     transformers=("Kandinsky5Transformer3DModel",),
@@ -71,4 +83,5 @@ FAMILY = Family(
     ),
     query_projection="to_query",
     stays_dense="cross-attention, text blocks; all of it where the checkpoint uses nabla attention",
+    plan=plan,
 )

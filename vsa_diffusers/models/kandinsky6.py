@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.transformers import transformer_kandinsky6
 
+from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import Family
 from .kandinsky5 import KANDINSKY, read_grid
+from .spread import TOKENS, always, before, join_first_output, video_keys
 
 
 class Kandinsky6VSAProcessor(FamilyAttnProcessor):
@@ -41,6 +45,17 @@ class Kandinsky6VSAProcessor(FamilyAttnProcessor):
         return attn.out_layer(self.attend(attn, shape, query, key, value, hidden_states).flatten(2))
 
 
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """Audio attends to the video of all ranks; the blocks return video and audio, which is whole."""
+    blocks = transformer.visual_transformer_blocks
+    audio = [block.av_cross_attention for block in blocks]
+    return [
+        *before(blocks, {"vis_rope": lambda table, given: exchange.own(table, 0)}),
+        *video_keys(audio, exchange, {"encoder_hidden_states": 1, "rope_kv": 0}),
+        *join_first_output(blocks[-1], exchange),
+    ]
+
+
 FAMILY = Family(
     name="Kandinsky 6",
     transformers=("Kandinsky6Transformer3DModel",),
@@ -51,4 +66,6 @@ FAMILY = Family(
     checkpoints=("kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",),
     query_projection="to_query",
     stays_dense="cross-attention, text blocks, audio, audio to video and back",
+    plan=always({"visual_transformer_blocks.0": {"vis": TOKENS}}),
+    parallel_hooks=parallel_hooks,
 )

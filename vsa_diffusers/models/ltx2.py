@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from diffusers.models.transformers import transformer_ltx2
 
+from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, Grid
+from .spread import JOINED, PER_TOKEN, TOKENS, before, tables, video_keys
 
 _ROTATE = {
     "interleaved": transformer_ltx2.apply_interleaved_rotary_emb,
@@ -83,6 +85,26 @@ def _leading_grid(starts: torch.Tensor) -> Grid:
     return 1 + leading(frames.diff() > 0), area // width, width
 
 
+def plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    """Per-token inputs are split with the video; audio and text are whole."""
+    rope = tables(2, 4) if transformer.config.rope_type == "split" else tables(1, 3)
+    levels = {"hidden_states": TOKENS, "timestep": PER_TOKEN}
+    if transformer.config.get("use_keyframes_abs_pos_embedding"):
+        levels["video_keyframes_mask"] = TOKENS
+    return {"": levels, "rope": rope, "proj_out": JOINED}
+
+
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """Audio attends to the video of all ranks, by whole rotary tables; of these, video queries need their part."""
+    dim = 2 if transformer.config.rope_type == "split" else 1
+    own = {"query_rotary_emb": lambda each, given: tuple(exchange.own(table, dim) for table in each)}
+    blocks = transformer.transformer_blocks
+    return [
+        *before([block.audio_to_video_attn for block in blocks], own),
+        *video_keys([block.video_to_audio_attn for block in blocks], exchange, {"encoder_hidden_states": 1}),
+    ]
+
+
 FAMILY = Family(
     name="LTX-2",
     transformers=("LTX2VideoTransformer3DModel",),
@@ -92,4 +114,6 @@ FAMILY = Family(
     needs=(*NORMED, "rope_type"),
     checkpoints=("Lightricks/LTX-2", "diffusers/LTX-2.3-Diffusers", "Lightricks/LTX-2.5-Diffusers"),
     stays_dense="cross-attention, audio, audio to video and back; reference tokens attend densely",
+    plan=plan,
+    parallel_hooks=parallel_hooks,
 )

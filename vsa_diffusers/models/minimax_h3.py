@@ -72,4 +72,6 @@ FAMILY = Family(
         "The gates of `FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree` and its sisters, which have no bias, "
         "weigh a coarse branch over tiles of text, references and audio too; here it covers the video alone."
     ),
+    plan=lambda transformer: transformer._cp_plan,
+    stock_ring=True,
 )

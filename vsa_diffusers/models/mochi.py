@@ -9,6 +9,7 @@ from diffusers.models import attention_processor
 
 from .family import Family
 from .joint import JOINT, JointVSAProcessor, square_patch_grid, text_of_text_mask
+from .spread import joint
 
 
 class MochiVSAProcessor(JointVSAProcessor):
@@ -33,4 +34,5 @@ FAMILY = Family(
     needs=JOINT,
     checkpoints=("genmo/mochi-1-preview",),
     stays_dense="text attends densely",
+    plan=joint("rope", (0, 3)),
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.transformers import transformer_wan
 
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, patchified_grid
+from .spread import JOINED, PER_TOKEN, TOKENS, VIDEO, tables
 
 
 class WanVSAProcessor(FamilyAttnProcessor):
@@ -45,6 +48,16 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
 
 
+def plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    """That of diffusers, which VACE has none of: its control stream is a second sequence of equal length."""
+    spread: dict[str, Any] = {
+        "rope": tables(1, 4), "blocks.0": VIDEO, "proj_out": JOINED, "": {"timestep": PER_TOKEN}
+    }  # fmt: skip
+    if hasattr(transformer, "vace_blocks"):
+        spread["vace_blocks.0"] = VIDEO | {"control_hidden_states": TOKENS}
+    return spread
+
+
 FAMILY = Family(
     name="Wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
@@ -67,4 +80,6 @@ FAMILY = Family(
         "FastVideo/FastWan2.1-T2V-14B-Diffusers",
         "FastVideo/Wan2.1-VSA-T2V-14B-720P-Diffusers",
     ),
+    plan=plan,
+    stock_ring=True,
 )

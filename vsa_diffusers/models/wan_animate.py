@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+from ..parallel import Exchange
 from .family import NORMED, Family, patchified_grid
+from .spread import JOINED, VIDEO, always, before, tables
 from .wan import WanVSAProcessor
+
+
+def parallel_hooks(transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+    """The face adapter attends frame by frame, and ranks have parts of frames."""
+
+    def own(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return exchange.own(output, 1)
+
+    whole = before(transformer.face_adapter, {"hidden_states": lambda tokens, given: exchange.gather(tokens, 1)})
+    return whole + [adapter.register_forward_hook(own) for adapter in transformer.face_adapter]
+
 
 FAMILY = Family(
     name="Wan Animate",
@@ -14,4 +31,6 @@ FAMILY = Family(
     needs=(*NORMED, "fused_projections"),
     checkpoints=("Wan-AI/Wan2.2-Animate-14B-Diffusers",),
     stays_dense="cross-attention, face adapter",
+    plan=always({"rope": tables(1, 4), "blocks.0": VIDEO, "proj_out": JOINED}),
+    parallel_hooks=parallel_hooks,
 )
