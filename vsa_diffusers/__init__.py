@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import VSA_DEFAULT as VSA_DEFAULT
     from .config import VSAConfig as VSAConfig
     from .context_parallel import cp_plan as cp_plan
+    from .context_parallel import spread_over_gpus as spread_over_gpus
     from .gates import add_gate_compress as add_gate_compress
     from .gates import load_gates as load_gates
     from .gates import save_gates as save_gates
@@ -41,6 +42,7 @@ _HOMES = {
     "save_gates": "gates",
     "save_vsa": "pretrained",
     "set_top_k_ratio": "pipeline",
+    "spread_over_gpus": "context_parallel",
     "video_sparse_attention": "attention",
 }
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "save_gates",
     "save_vsa",
     "set_top_k_ratio",
+    "spread_over_gpus",
     "video_sparse_attention",
 ]
 

@@ -1,14 +1,22 @@
-"""`cp_plan`: what `enable_parallelism` has to know of a video transformer."""
+"""`cp_plan`: what `enable_parallelism` has to know of a video transformer; `spread_over_gpus` for whole pipelines."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from .guidance_parallel import enable_guidance_parallel
 from .models import require_family
-from .pipeline import unwrap
+from .pipeline import supported_parts, unwrap
 from .plans import prepare_when_called
+
+logger = logging.getLogger(__name__)
+
+Pipeline = TypeVar("Pipeline")
 
 
 def cp_plan(transformer: torch.nn.Module) -> dict[str, Any]:
@@ -45,3 +53,46 @@ def cp_plan(transformer: torch.nn.Module) -> dict[str, Any]:
         )
     prepare_when_called(transformer, family)
     return dict(plan)
+
+
+def spread_over_gpus(pipe: Pipeline, *, guidance_parallel: bool = False) -> Pipeline:
+    """Let all processes of `torch.distributed` make one video together: by Ulysses, and perhaps guidance in two groups.
+
+    Every process must have loaded the pipeline, must call it with the same arguments and generators of the same seed,
+    and gets the whole video. `enable_vsa` may come before or after.
+
+    Args:
+        pipe: a pipeline with one or several supported transformers.
+        guidance_parallel: two groups, one for each of guidance's two predictions, and Ulysses within them; see
+            `enable_guidance_parallel`. It is worth more than Ulysses where a pipeline makes both.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        ValueError: the pipeline has no supported transformer, or processes are too few or odd in number.
+    """
+    from diffusers import ContextParallelConfig
+
+    ranks = dist.get_world_size()
+    groups = 2 if guidance_parallel else 1
+    if ranks < 2 or ranks % groups:
+        raise ValueError(
+            f"{ranks} processes cannot be spread over in {groups} groups; start them with torchrun "
+            f"--nproc-per-node {max(2, ranks + ranks % groups)}."
+        )
+    device = torch._C._get_accelerator().type
+    names = ("guidance", "ring", "ulysses")
+    mesh = init_device_mesh(device, (groups, 1, ranks // groups), mesh_dim_names=names)
+    if ranks > groups:
+        degree = ranks // groups
+        config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh["ring", "ulysses"], ulysses_anything=True)
+        for name, transformer in supported_parts(pipe).items():
+            obstacle = require_family(transformer).why_not_parallel(transformer)
+            if obstacle is None:
+                transformer.enable_parallelism(config=config, cp_plan=cp_plan(transformer))
+            else:
+                logger.warning("%s runs whole on every rank: %s.", name, obstacle)
+    if guidance_parallel:
+        enable_guidance_parallel(pipe, mesh)
+    return pipe

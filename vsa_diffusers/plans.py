@@ -6,6 +6,7 @@ self-attention communicates.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class SpreadsTokens(Protocol):
     def stock_ring(self) -> bool: ...
     def why_not_parallel(self, transformer: torch.nn.Module) -> str | None: ...
     def context_parallel_plan(self, transformer: torch.nn.Module) -> Plan | None: ...
-    def parallel_hooks(self, transformer: torch.nn.Module, exchange: Exchange) -> list[Any]: ...
+    def hooks_for_ranks(self, transformer: torch.nn.Module, exchange: Exchange) -> list[Any]: ...
     def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]: ...
     def processor_of(self, transformer: torch.nn.Module, name: str) -> type[FamilyAttnProcessor]: ...
 
@@ -43,12 +44,14 @@ class _Prepared:
 
     Args:
         config: diffusers' `ParallelConfig`.
+        blocks: how many of them every stack had.
         video: video self-attention modules by name.
         others: all other modules with a processor.
         handles: of hooks, to remove them.
     """
 
     config: Any
+    blocks: list[int]
     video: dict[str, torch.nn.Module]
     others: list[torch.nn.Module]
     handles: list[Any] = field(default_factory=list)
@@ -63,7 +66,8 @@ def prepare(transformer: torch.nn.Module, family: SpreadsTokens) -> None:
     config = getattr(transformer, "_parallel_config", None)
     context = getattr(config, "context_parallel_config", None)
     prepared = vars(transformer).get(_PREPARED)
-    if prepared is not None and prepared.config is not config:
+    blocks = [len(child) for child in transformer.children() if isinstance(child, torch.nn.ModuleList)]
+    if prepared is not None and (prepared.config is not config or prepared.blocks != blocks):
         for handle in prepared.handles:
             handle.remove()
         delattr(transformer, _PREPARED)
@@ -77,9 +81,9 @@ def prepare(transformer: torch.nn.Module, family: SpreadsTokens) -> None:
         others = [
             module for name, module in transformer.named_modules() if name not in video and hasattr(module, "processor")
         ]
-        prepared = _Prepared(config, video, others)
+        prepared = _Prepared(config, blocks, video, others)
         if exchange is not None:
-            prepared.handles += family.parallel_hooks(transformer, exchange)
+            prepared.handles += family.hooks_for_ranks(transformer, exchange)
             prepared.handles += _scale_gradients(transformer, exchange.ranks)
         setattr(transformer, _PREPARED, prepared)
     if exchange is None:
@@ -229,5 +233,10 @@ def _scale_gradients(transformer: torch.nn.Module, ranks: int) -> list[Any]:
 def prepare_when_called(transformer: torch.nn.Module, family: SpreadsTokens) -> None:
     """`prepare` before every forward from now on, sparse attention enabled or not."""
     if not hasattr(transformer, "_vsa_prepares"):
-        hook: Callable[..., None] = torch.compiler.disable(lambda module, args: prepare(module, family))
+        hook = functools.partial(_prepare_called, family)
         transformer._vsa_prepares = transformer.register_forward_pre_hook(hook)
+
+
+@torch.compiler.disable
+def _prepare_called(family: SpreadsTokens, transformer: torch.nn.Module, args: Any) -> None:
+    prepare(transformer, family)

@@ -28,6 +28,7 @@ from vsa_diffusers import (
     enable_vsa,
     register_transformer,
 )
+from vsa_diffusers.bench import scaling
 from vsa_diffusers.parallel import RING, Exchange
 
 GRID = (8, 12, 8)
@@ -374,6 +375,20 @@ def guidance(recipe: PipelineRecipe, calls: int, **options) -> None:
     assert_equal(recipe.run(disable_guidance_parallel(pipe)), expected)
 
 
+def scaling_is_measured() -> None:
+    rows = scaling.main(["--tiny", "--models", "wan1.3b-480p", "hunyuan-720p", "--runs=1"])
+    assert [(row["what"], row["gpus"]) for row in rows if row["model"] == "wan1.3b-480p"] == [
+        ("dense", 1), ("merge 0.2", 1), ("guidance merge 0.2", 2), ("merge 0.2", 2), ("dense", 2),
+    ]  # fmt: skip
+    assert len(rows) == 9
+    for row in rows:
+        assert len(row["ranks"]) == 2
+        assert ("error" in row) == (row["gpus"] == 2)
+        assert row.get("error", 0) < 1e-4, row
+        if "guidance" not in row["what"] and row["gpus"] == 2:
+            assert all(each["attention"] > each["exchange"] > 0 for each in row["ranks"])
+
+
 CASES = {}
 for name in SPREAD:
     CASES[f"{name} equals one process"] = functools.partial(equals_one, name)
@@ -428,6 +443,7 @@ CASES |= {
     "tokens that do not divide raise": refuses_uneven_tokens,
     "no plan raises": refuses_plans_that_it_does_not_know,
     "diffusers' plans are used where they are right": uses_diffusers_plans_where_they_are_right,
+    "scaling is measured": scaling_is_measured,
     "guidance of two calls": functools.partial(
         guidance,
         PipelineRecipe("WanPipeline", wan(), lambda: embeddings() | dict(height=32, width=32, num_frames=5)

@@ -42,7 +42,7 @@ def _work(rank: int, ranks: int, module: str, table: str, folder: str) -> None:
     torch.set_num_threads(1)
     # diffusers counts accelerators, and gathers parts of different sizes as NCCL can and gloo cannot.
     torch.accelerator.device_count = lambda: 1
-    hooks._all_gather_anything = _all_gather_anything
+    hooks._all_gather_anything = all_gather_anything
     store = dist.FileStore(os.path.join(folder, "store"), ranks)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=30))
     cases: Cases = getattr(importlib.import_module(module), table)
@@ -64,7 +64,7 @@ def _work(rank: int, ranks: int, module: str, table: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _all_gather_anything(tensor, dim, group):
+def all_gather_anything(tensor, dim, group):
     sizes = [None] * dist.get_world_size(group)
     dist.all_gather_object(sizes, tensor.shape[dim], group)
     rows = tensor.movedim(dim, 0)

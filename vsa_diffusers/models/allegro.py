@@ -12,7 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb_allegro
 from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid, patches
-from .spread import JOINED, VIDEO, always, before
+from .spread import JOINED, VIDEO, before
 
 
 class AllegroVSAProcessor(FamilyAttnProcessor):
@@ -69,6 +69,6 @@ FAMILY = Family(
     processor=AllegroVSAProcessor,
     read_grid=read_grid,
     checkpoints=("rhymes-ai/Allegro",),
-    plan=always({"transformer_blocks.0": VIDEO, "proj_out": JOINED}),
+    plan={"transformer_blocks.0": VIDEO, "proj_out": JOINED},
     parallel_hooks=parallel_hooks,
 )

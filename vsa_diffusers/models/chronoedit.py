@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .family import NORMED, Family, patchified_grid
-from .spread import JOINED, VIDEO, always, tables
+from .spread import JOINED, VIDEO, tables
 from .wan import WanVSAProcessor
 
 FAMILY = Family(
@@ -14,6 +14,6 @@ FAMILY = Family(
     read_grid=patchified_grid,
     needs=(*NORMED, "fused_projections"),
     checkpoints=("nvidia/ChronoEdit-14B-Diffusers",),
-    plan=always({"rope": tables(1, 4), "blocks.0": VIDEO, "proj_out": JOINED}),
+    plan={"rope": tables(1, 4), "blocks.0": VIDEO, "proj_out": JOINED},
     stock_ring=True,
 )

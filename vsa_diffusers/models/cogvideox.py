@@ -11,7 +11,7 @@ from diffusers.models._modeling_parallel import ContextParallelInput
 
 from .family import Family, Grid
 from .joint import JOINT, JointVSAProcessor, split_heads
-from .spread import JOINED, VIDEO, always
+from .spread import JOINED, VIDEO
 
 
 class CogVideoXVSAProcessor(JointVSAProcessor):
@@ -58,11 +58,9 @@ FAMILY = Family(
         "BestWishYsh/ConsisID-preview",
     ),
     stays_dense="text attends densely; ConsisID's face attention",
-    plan=always(
-        {
-            "transformer_blocks.0": VIDEO,
-            "transformer_blocks.*": {"image_rotary_emb": [ContextParallelInput(split_dim=0, expected_dims=2)] * 2},
-            "proj_out": JOINED,
-        }
-    ),
+    plan={
+        "transformer_blocks.0": VIDEO,
+        "transformer_blocks.*": {"image_rotary_emb": [ContextParallelInput(split_dim=0, expected_dims=2)] * 2},
+        "proj_out": JOINED,
+    },
 )

@@ -11,7 +11,7 @@ from diffusers.models.transformers import transformer_cosmos
 
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, Grid, patches
-from .spread import JOINED, TOKENS, VIDEO, always, tables
+from .spread import JOINED, TOKENS, VIDEO, tables
 
 
 class CosmosVSAProcessor(FamilyAttnProcessor):
@@ -51,6 +51,13 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid:
     return patches(latents.shape[-3:], transformer.config.patch_size)
 
 
+def parallel_obstacle(transformer: torch.nn.Module) -> str | None:
+    """That of the ControlNet."""
+    if not hasattr(transformer, "control_blocks"):
+        return None
+    return "its residuals enter the transformer whole, so every rank runs all of it, which needs no enable_parallelism"
+
+
 LEVELS = {"embedded_timestep": TOKENS, "temb": TOKENS}
 """Noise levels, which may be those of tokens."""
 
@@ -70,20 +77,14 @@ FAMILY = Family(
         "nvidia/Cosmos-Predict2.5-2B",
         "nvidia/Cosmos-Transfer2.5-2B",
     ),
-    plan=always(
-        {
-            "rope": tables(0, 2),
-            "transformer_blocks.0": VIDEO,
-            "transformer_blocks.*": dict.fromkeys(
-                ("embedded_timestep", "temb", "extra_pos_emb", "controlnet_residual"), TOKENS
-            ),
-            "norm_out": LEVELS,
-            "proj_out": JOINED,
-        }
-    ),
-    parallel_obstacle=lambda transformer: (
-        "its residuals enter the transformer whole, so every rank runs all of it, which needs no enable_parallelism"
-        if hasattr(transformer, "control_blocks")
-        else None
-    ),
+    plan={
+        "rope": tables(0, 2),
+        "transformer_blocks.0": VIDEO,
+        "transformer_blocks.*": dict.fromkeys(
+            ("embedded_timestep", "temb", "extra_pos_emb", "controlnet_residual"), TOKENS
+        ),
+        "norm_out": LEVELS,
+        "proj_out": JOINED,
+    },
+    parallel_obstacle=parallel_obstacle,
 )

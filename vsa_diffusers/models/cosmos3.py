@@ -12,7 +12,6 @@ from diffusers.models.transformers import transformer_cosmos3
 from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import Family, Grid
-from .spread import always
 
 COSMOS3 = (
     *("processor", "head_dim", "num_key_value_groups", "to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out"),
@@ -104,6 +103,6 @@ FAMILY = Family(
     needs=COSMOS3,
     checkpoints=("nvidia/Cosmos3-Nano",),
     stays_dense="the text's causal attention; sound and action tokens attend densely",
-    plan=always({}),
+    plan={},
     parallel_hooks=parallel_hooks,
 )

@@ -42,7 +42,7 @@ class Family:
         foreign_gates: why public checkpoints' gates cannot be used in this family, for the docs and `load_gates`.
         processor_at: from the transformer and a module's name, its processor, where `processor` does not serve all.
         needs: attributes without which a module is not one that `processor` can serve.
-        plan: from the transformer, how its tokens are split over ranks; `None` leaves that to the user.
+        plan: how tokens are split over ranks, or that from the transformer; `None` leaves it to the user.
         parallel_obstacle: from the transformer, why its tokens cannot be split over ranks, or `None`.
         parallel_hooks: what the plan cannot say, as hooks; returns their handles.
         stock_ring: whether diffusers' own ring attention is right for it under the plan.
@@ -60,18 +60,22 @@ class Family:
     foreign_gates: str = ""
     processor_at: Callable[[torch.nn.Module, str], type[FamilyAttnProcessor]] | None = None
     needs: tuple[str, ...] = ATTENTION
-    plan: Callable[[torch.nn.Module], Plan] | None = None
-    parallel_obstacle: Callable[[torch.nn.Module], str | None] = lambda transformer: None
-    parallel_hooks: Callable[[torch.nn.Module, Exchange], list[Any]] = lambda transformer, exchange: []
+    plan: Plan | Callable[[torch.nn.Module], Plan] | None = None
+    parallel_obstacle: Callable[[torch.nn.Module], str | None] | None = None
+    parallel_hooks: Callable[[torch.nn.Module, Exchange], list[Any]] | None = None
     stock_ring: bool = False
 
     def why_not_parallel(self, transformer: torch.nn.Module) -> str | None:
         """Why the transformer's tokens cannot be split over ranks; `None` if they can."""
-        return self.parallel_obstacle(transformer)
+        return None if self.parallel_obstacle is None else self.parallel_obstacle(transformer)
 
     def context_parallel_plan(self, transformer: torch.nn.Module) -> Plan | None:
         """How its tokens are split over ranks; `None` where that is left to the user."""
-        return None if self.plan is None else self.plan(transformer)
+        return self.plan(transformer) if callable(self.plan) else self.plan
+
+    def hooks_for_ranks(self, transformer: torch.nn.Module, exchange: Exchange) -> list[Any]:
+        """What the plan cannot say, as hooks; returns their handles."""
+        return [] if self.parallel_hooks is None else self.parallel_hooks(transformer, exchange)
 
     def prepare(self, transformer: torch.nn.Module) -> None:
         """Before a forward: see `plans.prepare`."""

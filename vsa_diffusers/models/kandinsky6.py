@@ -11,7 +11,7 @@ from ..parallel import Exchange
 from ..processor import FamilyAttnProcessor
 from .family import Family
 from .kandinsky5 import KANDINSKY, read_grid
-from .spread import TOKENS, always, before, join_first_output, video_keys
+from .spread import TOKENS, before, join_first_output, video_keys
 
 
 class Kandinsky6VSAProcessor(FamilyAttnProcessor):
@@ -66,6 +66,6 @@ FAMILY = Family(
     checkpoints=("kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",),
     query_projection="to_query",
     stays_dense="cross-attention, text blocks, audio, audio to video and back",
-    plan=always({"visual_transformer_blocks.0": {"vis": TOKENS}}),
+    plan={"visual_transformer_blocks.0": {"vis": TOKENS}},
     parallel_hooks=parallel_hooks,
 )

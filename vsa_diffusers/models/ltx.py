@@ -10,7 +10,7 @@ from diffusers.models.transformers import transformer_ltx
 
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, Grid
-from .spread import JOINED, PER_TOKEN, TOKENS, always, tables
+from .spread import JOINED, PER_TOKEN, TOKENS, tables
 
 
 class LTXVSAProcessor(FamilyAttnProcessor):
@@ -61,5 +61,5 @@ FAMILY = Family(
     read_grid=read_grid,
     needs=NORMED,
     checkpoints=("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.5"),
-    plan=always({"": {"hidden_states": TOKENS, "timestep": PER_TOKEN}, "rope": tables(1, 3), "proj_out": JOINED}),
+    plan={"": {"hidden_states": TOKENS, "timestep": PER_TOKEN}, "rope": tables(1, 3), "proj_out": JOINED},
 )

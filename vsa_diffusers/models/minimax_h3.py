@@ -59,6 +59,11 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid |
     return (t, h, w) if whole else None
 
 
+def plan(transformer: torch.nn.Module) -> Mapping[str, Any]:
+    """That of diffusers: one packed sequence."""
+    return transformer._cp_plan
+
+
 FAMILY = Family(
     name="MiniMax-H3",
     transformers=("MiniMaxH3Transformer3DModel",),
@@ -72,6 +77,6 @@ FAMILY = Family(
         "The gates of `FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree` and its sisters, which have no bias, "
         "weigh a coarse branch over tiles of text, references and audio too; here it covers the video alone."
     ),
-    plan=lambda transformer: transformer._cp_plan,
+    plan=plan,
     stock_ring=True,
 )

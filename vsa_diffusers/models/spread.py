@@ -25,19 +25,9 @@ def tables(dim: int, dims: int) -> dict[Any, ContextParallelInput]:
     return {place: ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=True) for place in (0, 1)}
 
 
-def always(plan: dict[str, Any]) -> Any:
-    """The same plan for every transformer of a family."""
-    return lambda transformer: plan
-
-
-def never(reason: str) -> Any:
-    """The same obstacle for every transformer of a family."""
-    return lambda transformer: reason
-
-
-def joint(rope: str, dims: tuple[int, int]) -> Any:
+def joint(rope: str, dims: tuple[int, int]) -> dict[str, Any]:
     """The plan of joint attention whose rotary tables come from a module."""
-    return always({rope: tables(*dims), "transformer_blocks.0": VIDEO, "proj_out": JOINED})
+    return {rope: tables(*dims), "transformer_blocks.0": VIDEO, "proj_out": JOINED}
 
 
 def before(modules: Iterable[torch.nn.Module], changes: dict[str, Any]) -> list[Any]:

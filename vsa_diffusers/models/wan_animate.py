@@ -8,7 +8,7 @@ import torch
 
 from ..parallel import Exchange
 from .family import NORMED, Family, patchified_grid
-from .spread import JOINED, VIDEO, always, before, tables
+from .spread import JOINED, VIDEO, before, tables
 from .wan import WanVSAProcessor
 
 
@@ -31,6 +31,6 @@ FAMILY = Family(
     needs=(*NORMED, "fused_projections"),
     checkpoints=("Wan-AI/Wan2.2-Animate-14B-Diffusers",),
     stays_dense="cross-attention, face adapter",
-    plan=always({"rope": tables(1, 4), "blocks.0": VIDEO, "proj_out": JOINED}),
+    plan={"rope": tables(1, 4), "blocks.0": VIDEO, "proj_out": JOINED},
     parallel_hooks=parallel_hooks,
 )
