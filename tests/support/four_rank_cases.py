@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rank_cases import (
     BY_NAME,
     GRID,
+    GUIDED,
     assert_equal,
     assert_same_gradients,
     built,
@@ -20,7 +21,6 @@ from rank_cases import (
 )
 from ranks import averaged
 from tiny_models import run
-from tiny_pipelines_video import PipelineRecipe, embeddings, wan
 from vsa_diffusers import cp_plan, enable_guidance_parallel
 
 FOUR = {"num_attention_heads": 4}
@@ -37,10 +37,7 @@ def ring_times_ulysses() -> None:
 
 
 def guidance_with_ulysses_inside() -> None:
-    recipe = PipelineRecipe(
-        "WanPipeline", wan(), lambda: embeddings() | dict(height=32, width=32, num_frames=5)
-        | dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent"),
-    )  # fmt: skip
+    recipe = GUIDED["two calls"]
     pipe = recipe.build()
     sparse(pipe)
     expected = recipe.run(pipe)

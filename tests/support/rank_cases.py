@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from oracle import relative_error
 from ranks import averaged, spread
 from tiny_models import RECIPES, Recipe, call, run
-from tiny_pipelines_video import PipelineRecipe, embeddings, wan
+from tiny_pipelines_video import PipelineRecipe, embeddings, ltx, masked_embeddings, wan
 from vsa_diffusers import (
     VSAAttnProcessor,
     add_gate_compress,
@@ -359,20 +359,29 @@ def uses_diffusers_plans_where_they_are_right() -> None:
         assert cp_plan(model) == model._cp_plan
 
 
-def guidance(recipe: PipelineRecipe, calls: int, **options) -> None:
+def guidance(recipe: PipelineRecipe) -> None:
     """Over two groups of one: the same video, by half of the work."""
     pipe = recipe.build()
     sparse(pipe)
-    torch.manual_seed(1)
+    inner = next(
+        module for module in pipe.transformer.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d))
+    )
+    predictions: list[int] = []
+    inner.register_forward_pre_hook(lambda module, args: predictions.append(len(args[0])))
     expected = recipe.run(pipe)
-    counted = []
-    inner = next(pipe.transformer.children())
+    alone = sum(predictions)
+    predictions.clear()
     enable_guidance_parallel(pipe)
-    handle = inner.register_forward_pre_hook(lambda module, args: counted.append(args))
     assert_equal(recipe.run(pipe), expected)
-    assert len(counted) == calls, len(counted)
-    handle.remove()
+    assert sum(predictions) == alone / 2
     assert_equal(recipe.run(disable_guidance_parallel(pipe)), expected)
+
+
+def refuses_guidance_that_it_does_not_know() -> None:
+    pipe = GUIDED["two calls"].build()
+    pipe.__class__ = type("TheirPipeline", (type(pipe),), {})
+    enable_guidance_parallel(pipe)
+    raises("TheirPipeline is not among the pipelines whose two calls of a step are known", lambda: pipe(**guided()))
 
 
 def scaling_is_measured() -> None:
@@ -389,6 +398,15 @@ def scaling_is_measured() -> None:
             assert all(each["attention"] > each["exchange"] > 0 for each in row["ranks"])
 
 
+def guided() -> dict:
+    sizes = dict(height=32, width=32, num_frames=5, num_inference_steps=2, guidance_scale=3.0, output_type="latent")
+    return embeddings() | sizes
+
+
+GUIDED = {
+    "two calls": PipelineRecipe("WanPipeline", wan(), guided),
+    "a batch of two": PipelineRecipe("LTXPipeline", ltx, lambda: guided() | masked_embeddings() | dict(num_frames=9)),
+}
 CASES = {}
 for name in SPREAD:
     CASES[f"{name} equals one process"] = functools.partial(equals_one, name)
@@ -444,12 +462,8 @@ CASES |= {
     "no plan raises": refuses_plans_that_it_does_not_know,
     "diffusers' plans are used where they are right": uses_diffusers_plans_where_they_are_right,
     "scaling is measured": scaling_is_measured,
-    "guidance of two calls": functools.partial(
-        guidance,
-        PipelineRecipe("WanPipeline", wan(), lambda: embeddings() | dict(height=32, width=32, num_frames=5)
-                       | dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent")),
-        calls=2,
-    ),
+    **{f"guidance of {what}": functools.partial(guidance, recipe) for what, recipe in GUIDED.items()},
+    "guidance that is not known raises": refuses_guidance_that_it_does_not_know,
 }  # fmt: skip
 SLOW_CASES = {
     **{f"{name} dense equals one process": functools.partial(dense_equals_one, name) for name in SPREAD},

@@ -1,4 +1,4 @@
-"""Runs many cases on several processes that are started once, with gloo instead of GPUs."""
+"""Runs many cases on several processes that are started once, with gloo instead of GPUs unless NCCL is asked for."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from vsa_diffusers import cp_plan
 Cases = Mapping[str, Callable[[], None]]
 
 
-def outcomes(module: str, table: str, ranks: int, folder: Path, timeout: float = 400) -> dict[str, str]:
+def outcomes(
+    module: str, table: str, ranks: int, folder: Path, timeout: float = 400, backend: str = "gloo"
+) -> dict[str, str]:
     """What every case of a module's table ended with on the first rank on which it failed; empty where it passed."""
-    context = multiprocessing.spawn(_work, (ranks, module, table, str(folder)), nprocs=ranks, join=False)
+    context = multiprocessing.spawn(_work, (ranks, module, table, str(folder), backend), nprocs=ranks, join=False)
     until = time.monotonic() + timeout
     try:
         while not context.join(timeout=1):
@@ -38,13 +40,17 @@ def outcomes(module: str, table: str, ranks: int, folder: Path, timeout: float =
     return {name: next((each[name] for each in told if each[name]), "") for name in told[0]}
 
 
-def _work(rank: int, ranks: int, module: str, table: str, folder: str) -> None:
+def _work(rank: int, ranks: int, module: str, table: str, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
-    # diffusers counts accelerators, and gathers parts of different sizes as NCCL can and gloo cannot.
-    torch.accelerator.device_count = lambda: 1
-    hooks._all_gather_anything = all_gather_anything
+    os.environ["LOCAL_RANK"] = str(rank)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    else:
+        # diffusers counts accelerators, and gathers parts of different sizes as NCCL can and gloo cannot.
+        torch.accelerator.device_count = lambda: 1
+        hooks._all_gather_anything = all_gather_anything
     store = dist.FileStore(os.path.join(folder, "store"), ranks)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=30))
+    dist.init_process_group(backend, rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=30))
     cases: Cases = getattr(importlib.import_module(module), table)
     told = {}
     for place, (name, case) in enumerate(cases.items()):
