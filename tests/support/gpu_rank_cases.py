@@ -26,8 +26,9 @@ def size(name: str, latents: tuple[int, int, int]) -> FullSize:
     return replace(full, config=full.config | full.tiny | SMALL | more, latents=latents)
 
 
-def pair(name: str, gates: bool, latents=LATENTS):
+def pair(name: str, gates: bool, uneven: bool = False):
     """A model and its inputs, the same on every rank."""
+    latents = UNEVEN if uneven else LATENTS
     torch.manual_seed(0)
     model = size(name, latents).build(DEVICE, DTYPE)
     for parameter_name, parameter in model.named_parameters():
@@ -52,7 +53,7 @@ def spread(model, **options) -> None:
 @torch.no_grad()
 def equals_one_gpu(name: str, gates: bool = False, uneven: bool = False, **options) -> None:
     """Three times, since launches that were recorded are made again from the second call on."""
-    model, inputs = pair(name, gates, UNEVEN if uneven else LATENTS)
+    model, inputs = pair(name, gates, uneven)
     enable_vsa(model, **{"top_k_ratio": 0.3, "block_size": (4, 4, 4)} | options)
     expected = forward(model, inputs)
     spread(model, ulysses_anything=uneven)

@@ -169,14 +169,16 @@ def with_a_dense_step() -> None:
     assert_equal(steps(spread(sparse(built(recipe), dense_steps=1))), expected)
 
 
-def compiled_by_blocks() -> None:
+def compiled_by_blocks(name: str, *grids, uneven=False) -> None:
     torch._dynamo.reset()
-    recipe = BY_NAME["wan"]
-    expected = gradients(sparse(built(recipe)), recipe)
-    model = spread(sparse(built(recipe)))
-    for block in model.blocks:
+    recipe = BY_NAME[name]
+    model = spread(sparse(built(recipe)), ulysses_anything=uneven)
+    for block in [*getattr(model, "blocks", ()), *getattr(model, "transformer_blocks", ())]:
         block.compile(backend="eager")
-    assert_same_gradients(averaged(gradients(model, recipe)), expected)
+    for grid in grids:
+        expected = gradients(sparse(built(recipe)), recipe, grid)
+        model.zero_grad()
+        assert_same_gradients(averaged(gradients(model, recipe, grid)), expected)
 
 
 def two_transformers_on_one_mesh() -> None:
@@ -441,13 +443,20 @@ CASES |= {
     "VSA disabled again": disabled_again,
     "gradient checkpointing": functools.partial(trains_as_one, "wan", checkpointing=True),
     "gradient checkpointing of joint attention": functools.partial(trains_as_one, "hunyuan-video", checkpointing=True),
-    "compiled blocks": compiled_by_blocks,
+    "compiled blocks": functools.partial(compiled_by_blocks, "wan", GRID),
     "two transformers on one mesh": two_transformers_on_one_mesh,
     "DDP": functools.partial(trained_by, "DDP"),
     "FSDP2": functools.partial(trained_by, "FSDP2"),
     "a LoRA": with_a_lora,
     "first block cache": functools.partial(
         with_a_cache, lambda: diffusers.FirstBlockCacheConfig(threshold=0.1)
+    ),
+    "pyramid attention broadcast": functools.partial(
+        with_a_cache,
+        lambda: diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 950),
+            current_timestep_callback=lambda: 700,
+        ),
     ),
     "two exchanges a layer of the bytes expected": functools.partial(sends_what_the_formula_says, False),
     "a gate adds a quarter to the bytes": functools.partial(sends_what_the_formula_says, True),
@@ -466,6 +475,9 @@ CASES |= {
     "guidance that is not known raises": refuses_guidance_that_it_does_not_know,
 }  # fmt: skip
 SLOW_CASES = {
+    "compiled blocks of joint attention, and 45 tokens, then 90": functools.partial(
+        compiled_by_blocks, "hunyuan-video", UNEVEN_GRID, (10, 6, 6), uneven=True
+    ),
     **{f"{name} dense equals one process": functools.partial(dense_equals_one, name) for name in SPREAD},
     **{f"{name} trains as one process": functools.partial(trains_as_one, name) for name in SPREAD},
 }
