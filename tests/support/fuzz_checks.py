@@ -232,8 +232,10 @@ class _Exact:
         lost = SMALLEST[self.case.dtype] / self.unit * output.shape[1]
         names = ("query", "key", "value", "gate")
         factors = (scale * key, scale * query, 1.0, 1.0)
+        # An output that overflowed has no gradient.
+        sound = (allowed < TOO_VAGUE) & (output.detach().abs().amax((1, 3)) < most)
         for name, ours, theirs, summand, factor in zip(names, grads, right, largest, factors, strict=False):
-            clear = (allowed < TOO_VAGUE) & (theirs.abs().amax((1, 3)) < most)
+            clear = sound & (theirs.abs().amax((1, 3)) < most)
             if name in ("query", "key"):
                 clear &= holds
             size = theirs.norm(dim=(1, 3)) + summand + lost * (1 + factor)
