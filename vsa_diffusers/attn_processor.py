@@ -135,7 +135,10 @@ class VSAAttnProcessor:
 
     def dense_processor(self, attn: torch.nn.Module) -> Any:
         """What serves the module's dense calls."""
-        return dense_processor(self._processor_of(attn), attn)
+        served = getattr(attn, _OURS, None)
+        if served is not None and served.owner is self:
+            return dense_processor(served.processor, attn)
+        return dense_attention(attn) or _family_processor(attn).stock()
 
     def _processor_of(self, attn: torch.nn.Module) -> Any:
         """The processor that serves a module; it lives with the module, so that this object keeps none alive."""

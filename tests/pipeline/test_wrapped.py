@@ -141,3 +141,13 @@ def test_processors_of_their_own_for_each_module_share_the_hooks():
     model.set_attn_processor({name: VSAAttnProcessor(top_k_ratio=0.3) for name in model.attn_processors})
     for _ in range(2):
         assert run(model, WAN, GRID).equal(run(other, WAN, GRID))
+
+
+def test_enabling_over_a_processor_that_was_never_called():
+    model, other = WAN.build(), enable_vsa(WAN.build(), 0.3)
+    mine = VSAAttnProcessor(top_k_ratio=0.1)
+    model.set_attn_processor(mine)
+    assert run(enable_vsa(model, 0.3), WAN, GRID).equal(run(other, WAN, GRID))
+    assert disable_vsa(model).blocks[0].attn1.processor is mine
+    model.set_attn_processor(VSAAttnProcessor.for_transformer(model, top_k_ratio=0.3))
+    assert run(model, WAN, GRID).equal(run(other, WAN, GRID))
