@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadgroup
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 FAST := tests/op tests/models tests/pipeline tests/docs tests/bench --ignore-glob='*/test_pipelines_*.py'
 
 .PHONY: demo test test-fast test-all lint format bench docs package clean

@@ -75,7 +75,8 @@ class InterpretedCase(pytest.Item):
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
-        self.add_marker(pytest.mark.xdist_group(self.path.stem))
+        # The first case waits for all of its file.
+        self.add_marker(pytest.mark.timeout(1800))
 
     def runtest(self) -> None:
         outcome = self.parent.outcome(self.name)
