@@ -1,0 +1,1 @@
+"""The command line, `vsa-diffusers`: one module a command."""
