@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ import torch
 from . import torch_backward, torch_impl
 from .problem import Problem
 from .tiles import TileGrid, fitting_block_size, num_kept_tiles
+
+logger = logging.getLogger(__name__)
+NO_GPU = ("cpu", "meta")
+_told: set[str] = set()  # kinds of reasons, few
 
 _NUMBERS = (
     "SymInt[] video_shape, SymInt[] block_size, SymInt top_k, str combine, float scale, SymInt before, SymInt after, "
@@ -85,10 +90,13 @@ def forward(
 
     With `output_alone` the caller wants nothing but the output, and the kernels return nothing else.
     """
-    if _runs_triton(implementation, query, problem):
+    obstacle = _obstacle(implementation, query, problem)
+    if obstacle is None:
         from . import kernels
 
         return kernels.forward(query, key, value, gate, context_mask, problem, output_alone=output_alone)
+    if implementation == "auto" and _is_on_gpu(query):
+        _warn_slow(*obstacle)
     return *torch_impl.forward(query, key, value, gate, context_mask, problem), query.new_empty(0, dtype=torch.float32)
 
 
@@ -101,7 +109,7 @@ def _(query, key, value, gate, context_mask, *numbers):
         problem = asked.problem
         batch, sequence, heads, _ = query.shape
         indices = indices.new_empty(batch * heads * problem.grid.num_tiles * problem.top_k)
-        if _runs_triton(asked.implementation, query, problem):
+        if _obstacle(asked.implementation, query, problem) is None:
             lse = lse.new_empty((batch, heads, sequence))
     return output, indices, lse
 
@@ -191,16 +199,37 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _runs_triton(implementation: str, query: torch.Tensor, problem: Problem) -> bool:
-    """Whether this call goes to the Triton kernels. An explicit choice that cannot run is an error."""
+def _obstacle(implementation: str, query: torch.Tensor, problem: Problem) -> tuple[str, str] | None:
+    """Why this call does not go to the Triton kernels: the kind of the reason, and the reason; `None` if it does.
+
+    An explicit choice that cannot run is an error.
+    """
+    if implementation == "torch":
+        return "choice", 'implementation="torch" was chosen.'
     # In fp32 the kernels do without tensor cores and spill; they are there for checking.
-    if implementation == "torch" or (implementation == "auto" and query.element_size() > 2):
-        return False
-    reason: str | None = 'Triton is not installed; install it with `pip install triton`, or choose "torch".'
+    if implementation == "auto" and query.element_size() > 2:
+        return "dtype", f'they are for 16 bits, and query is {query.dtype}; cast to torch.bfloat16, or choose "torch".'
+    obstacle: tuple[str, str] | None = (
+        "triton",
+        'Triton is not installed; install it with `pip install triton`, or choose "torch".',
+    )
     if _has_triton():
         from . import kernels
 
-        reason = kernels.unsupported_reason(query, problem.grid.num_tiles)
-    if reason is not None and implementation == "triton":
-        raise RuntimeError(f'implementation="triton": the kernels cannot run here: {reason}')
-    return reason is None
+        obstacle = kernels.unsupported_reason(query, problem.grid.num_tiles)
+    if obstacle is not None and implementation == "triton":
+        raise RuntimeError(f'implementation="triton": the kernels cannot run here: {obstacle[1]}')
+    return obstacle
+
+
+def _is_on_gpu(query: torch.Tensor) -> bool:
+    return query.device.type not in NO_GPU
+
+
+def _warn_slow(kind: str, reason: str) -> None:
+    """Once for each kind of reason in a process."""
+    if kind not in _told:
+        _told.add(kind)
+        logger.warning(
+            'implementation="auto" takes the slow PyTorch implementation on a GPU, not the Triton kernels: %s', reason
+        )

@@ -63,22 +63,26 @@ def is_recent_triton() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= MIN_TRITON
 
 
-def unsupported_reason(query: torch.Tensor, num_tiles: int) -> str | None:
-    """Why the Triton kernels cannot take `query` `[B, S, H, D]`, with what to do instead; `None` if they can."""
+def unsupported_reason(query: torch.Tensor, num_tiles: int) -> tuple[str, str] | None:
+    """Why the Triton kernels cannot take `query` `[B, S, H, D]`: the kind of the reason, and the reason with what to do
+    instead; `None` if they can."""
     return next(_obstacles(query, num_tiles), None)
 
 
-def _obstacles(query: torch.Tensor, num_tiles: int) -> Iterator[str]:
+def _obstacles(query: torch.Tensor, num_tiles: int) -> Iterator[tuple[str, str]]:
     if not is_recent_triton():
         least = ".".join(map(str, MIN_TRITON))
-        yield f'they need Triton {least} or later, not {triton.__version__}; upgrade, or choose "torch".'
+        yield "release", f'they need Triton {least} or later, not {triton.__version__}; upgrade, or choose "torch".'
     if query.device.type != "cuda" and not INTERPRETED:
-        yield f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
+        yield "device", f'they need a CUDA or ROCm device, but query is on {query.device}; move it, or choose "torch".'
     elif (0, 0) < (capability := this_device(query.device).capability) < (8, 0):
-        yield f'they need a GPU of compute capability 8.0 or later, not {capability}; choose "torch".'
+        yield "capability", f'they need a GPU of compute capability 8.0 or later, not {capability}; choose "torch".'
     if query.dtype not in DTYPES:
-        yield f'they take float16, bfloat16 and float32, not {query.dtype}; cast the inputs, or choose "torch".'
+        yield (
+            "dtype",
+            f'they take float16, bfloat16 and float32, not {query.dtype}; cast the inputs, or choose "torch".',
+        )
     if query.shape[-1] > MAX_HEAD_DIM:
-        yield f'they take a head_dim of at most {MAX_HEAD_DIM}, not {query.shape[-1]}; choose "torch".'
+        yield "head_dim", f'they take a head_dim of at most {MAX_HEAD_DIM}, not {query.shape[-1]}; choose "torch".'
     if num_tiles > MAX_TILES:
-        yield f'they take at most {MAX_TILES} tiles, not {num_tiles}; choose a larger block_size, or "torch".'
+        yield "tiles", f'they take at most {MAX_TILES} tiles, not {num_tiles}; choose a larger block_size, or "torch".'
