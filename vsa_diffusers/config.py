@@ -62,7 +62,8 @@ class VSAConfig:
         top_k_ratio: share of key tiles that each query tile keeps, in (0, 1]; lower is sparser and faster.
         top_k: number of key tiles to keep, instead of `top_k_ratio`, which must be left at its default then.
         block_size: `(t, h, w)`, tokens per tile along each axis, at most 128 in all; or `"auto"`, the block that
-            wastes least on each video shape (for modules without trained gates).
+            wastes least on each video shape (for modules without trained gates). `None`: "auto" where `combine` comes
+            out as "merge", else (4, 4, 4), which gates have been trained for.
         combine: `"gate"`, `"sum"`, `"sparse"`, `"merge"` (see `video_sparse_attention`), or `"auto"`: "gate" where an
             attention module has a `to_gate_compress` that is not all zeros, else "merge".
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs.
@@ -82,7 +83,7 @@ class VSAConfig:
 
     top_k_ratio: float = 0.5
     top_k: int | None = None
-    block_size: tuple[int, int, int] | str = (4, 4, 4)
+    block_size: tuple[int, int, int] | str | None = None
     combine: str = "auto"
     video_shape: tuple[int, int, int] | None = None
     dense_steps: int | float = 0
@@ -110,7 +111,7 @@ class VSAConfig:
         _check_dense_steps(self.dense_steps)
         if isinstance(self.block_size, str):
             check_auto_block_size(self.block_size, self.combine)
-        else:
+        elif self.block_size is not None:
             self._set("block_size", check_block_size(self.block_size))
         if self.video_shape is not None:
             self._set("video_shape", check_video_shape(self.video_shape))

@@ -31,7 +31,7 @@ def enable_vsa(
     pipe: PipelineOrTransformer,
     top_k_ratio: float = 0.5,
     *,
-    block_size: Sequence[int] | str = (4, 4, 4),
+    block_size: Sequence[int] | str | None = None,
     combine: str = "auto",
     selection: str = "auto",
     video_shape: Sequence[int] | None = None,
@@ -49,7 +49,8 @@ def enable_vsa(
 
     Args:
         pipe: a pipeline (every video transformer in it, such as `transformer` and `transformer_2`), or a transformer.
-        block_size: `(t, h, w)`, tokens per tile along each axis, or `"auto"` (see `VSAConfig`).
+        block_size: `(t, h, w)`, tokens per tile along each axis, or `"auto"`, the block that fits the video best;
+            `None`: "auto" with "merge", else (4, 4, 4), which gates have been trained for. See `VSAConfig`.
         combine: how the coarse and the sparse branch become one output; `"auto"` uses trained gates where there are
             some, and otherwise "merge", which needs no training. See `video_sparse_attention`.
         selection: what key tiles are scored by: `"mean"`, `"quarters"` (see `video_sparse_attention`), or `"auto"`:

@@ -20,6 +20,8 @@ from .running import RunningForward
 
 logger = logging.getLogger(__name__)
 
+TRAINED_BLOCK_SIZE = (4, 4, 4)
+"""Of published models with gates, and of the operation."""
 DENSE = ()
 """In the place of a video shape: attention over all tokens, which several ranks hold together."""
 
@@ -28,7 +30,7 @@ class FamilyAttnProcessor:
     """Base of one small processor per attention shape. Subclasses project, call `attend`, and finish.
 
     Args:
-        config: with `combine` settled (not "auto").
+        config: with choices settled: see `settle_choices`.
         original: the processor that this one stands in for; it serves every call that must be dense.
         state: what is known of the running forward.
         name: the attention module's name, for messages.
@@ -190,7 +192,8 @@ class FamilyAttnProcessor:
         settled = settle_choices(asked, attn, self.name)
         if settled.combine != "gate":
             return False
-        self.config = replace(self.config, combine=settled.combine, selection=settled.selection)
+        choices = {name: getattr(settled, name) for name in ("combine", "selection", "block_size")}
+        self.config = replace(self.config, **choices)
         return True
 
     def dense_processor(self, attn: torch.nn.Module) -> Any:
@@ -291,7 +294,7 @@ def dense_processor(processor: Any, attn: torch.nn.Module) -> Any:
 
 
 def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:
-    """Settle `combine="auto"` and `selection="auto"` for one attention module.
+    """Settle `combine="auto"`, `selection="auto"` and `block_size=None` for one attention module.
 
     Looks at the gate's values, so call it outside of the loop.
 
@@ -304,9 +307,11 @@ def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
             f'combine="gate" needs gates, but {name or type(attn).__name__} has no to_gate_compress; load trained ones '
             'with load_gates(transformer, path), add new ones with add_gate_compress(transformer), or use "merge".'
         )
-    combine, selection = config.combine, config.selection
+    combine, selection, block_size = config.combine, config.selection, config.block_size
     if combine == "auto":
         combine = "gate" if is_trained(attn) else "merge"
     if selection == "auto":
         selection = "quarters" if combine == "merge" else "mean"
-    return replace(config, combine=combine, selection=selection)
+    if block_size is None:
+        block_size = "auto" if combine == "merge" else TRAINED_BLOCK_SIZE
+    return replace(config, combine=combine, selection=selection, block_size=block_size)

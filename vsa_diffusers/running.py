@@ -24,6 +24,8 @@ from .tiles import TileGrid, fitting_block_size, num_selected_tiles
 logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int, int]
+ByPlace = Mapping[int, "Facts"]
+"""The facts of one forward, by the place of the state that is told them."""
 MAX_PENDING = 8
 _BY_HAND = "_vsa_processor_hooks"
 CHECKPOINTING = "_gradient_checkpointing_func"
@@ -74,10 +76,10 @@ class RunningForward(threading.local):
         """Make these the facts that the processors see."""
         self.facts = facts
         self.dense_step = facts.dense_step
-        self.block_size = facts.block_size
         self.reason = facts.reason
         # Kept as the shapes of empty tensors: torch.compile makes sizes of tensors dynamic, but bakes in numbers.
         self._grid = None if facts.grid is None else torch.empty(1).expand(facts.grid)
+        self._block_size = None if facts.block_size is None else torch.empty(1).expand(facts.block_size)
         self._kept = None if facts.kept is None else torch.empty(1).expand(facts.kept)
         if self._kept is not None:
             torch._dynamo.maybe_mark_dynamic(self._kept, 0)
@@ -91,6 +93,14 @@ class RunningForward(threading.local):
         return frames, height, width
 
     @property
+    def block_size(self) -> Grid | None:
+        """The tiles' extents; `None` where there is no grid."""
+        if self._block_size is None:
+            return None
+        t, h, w = self._block_size.shape
+        return t, h, w
+
+    @property
     def kept(self) -> int | None:
         """Number of key tiles that each query tile keeps; `None` where there is no grid."""
         return None if self._kept is None else self._kept.shape[0]
@@ -98,7 +108,7 @@ class RunningForward(threading.local):
     def catch_up(self, sequence: int) -> None:
         """Learn the facts where the hooks did not run in this thread: see `ForwardHooks.facts_without_hooks`."""
         facts = None if self.hooks is None else self.hooks.facts_without_hooks(sequence)
-        self.set(NOTHING if facts is None else facts[self.place])
+        self.set(NOTHING if facts is None else facts.get(self.place, NOTHING))
 
 
 class ReadsGrid(Protocol):
@@ -132,7 +142,7 @@ class ForwardHooks:
         self._gates: dict[str, tuple[Any, Any]] = {}
         self._told: set[str] = set()
         # Facts of the forwards that a backward pass may run again.
-        self._pending: list[tuple[Facts, ...]] = []
+        self._pending: list[ByPlace] = []
         self._recalled = False
 
     @classmethod
@@ -145,7 +155,12 @@ class ForwardHooks:
         return hooks
 
     def state_for(self, config: Any, tiled_grid: Callable[[Grid], Grid]) -> RunningForward:
-        """The state that all processors share whose tiles are cut alike: see `FamilyAttnProcessor.tiled_grid`."""
+        """The state that all processors share whose tiles are cut alike: see `FamilyAttnProcessor.tiled_grid`.
+
+        Args:
+            config: the processor's, choices settled. `set_top_k_ratio` changes that of all of them alike.
+            tiled_grid: the processor's.
+        """
         # One dense step equals all of them, 1 == 1.0, but is not the same.
         key = (config, type(config.dense_steps), tiled_grid)
         return self._states.setdefault(key, RunningForward(self, len(self._states)))
@@ -209,16 +224,16 @@ class ForwardHooks:
         """Forget it: what is called without the hooks must not see the last forward's grid."""
         self._tell(None)
 
-    def told(self) -> tuple[Facts, ...]:
+    def told(self) -> ByPlace:
         """What this thread's states were told last."""
-        return tuple(leader.state.facts for leader in self._leaders())
+        return {place: leader.state.facts for place, leader in self._leaders().items()}
 
-    def _tell(self, facts: tuple[Facts, ...] | None) -> None:
-        for leader in self._leaders():
+    def _tell(self, facts: ByPlace | None) -> None:
+        for place, leader in self._leaders().items():
             leader.state.is_active = facts is not None
-            leader.state.set(NOTHING if facts is None else facts[leader.state.place])
+            leader.state.set(NOTHING if facts is None else facts.get(place, NOTHING))
 
-    def facts_without_hooks(self, sequence: int) -> tuple[Facts, ...] | None:
+    def facts_without_hooks(self, sequence: int) -> ByPlace | None:
         """In a backward pass that runs a block again, the facts of the forward it is from.
 
         Otherwise those of the call of the transformer that leads here, if it began before the hooks were there.
@@ -233,22 +248,21 @@ class ForwardHooks:
         call = calling_transformer(lambda module: module is self.transformer)
         return None if call is None else self._facts(*call)
 
-    def _facts(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Facts, ...]:
+    def _facts(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ByPlace:
         grid, reason = self.family.grid(transformer, dict(zip(self.parameters, args, strict=False)) | kwargs)
         leaders = self._leaders()
         position = None
-        if any(leader.config.dense_steps for leader in leaders):
+        if any(leader.config.dense_steps for leader in leaders.values()):
             position = position_in_run()
             if position is None:
                 self._warn_unknown_step()
-        return tuple(facts_of(leader, grid, reason, position) for leader in leaders)
+        return {place: facts_of(leader, grid, reason, position) for place, leader in leaders.items()}
 
-    def _leaders(self) -> list[Any]:
-        """One processor for each state, in the order of their places."""
-        leaders = {processor.state.place: processor for _, processor in self._processors.values()}
-        return [leaders[place] for place in sorted(leaders)]
+    def _leaders(self) -> dict[int, Any]:
+        """One processor by place for each state that has any; trained gates may leave states without."""
+        return {processor.state.place: processor for _, processor in self._processors.values()}
 
-    def _remember(self, facts: tuple[Facts, ...]) -> None:
+    def _remember(self, facts: ByPlace) -> None:
         if self._recalled:
             self._pending.clear()
             self._recalled = False
@@ -256,7 +270,7 @@ class ForwardHooks:
             self._pending.append(facts)
             del self._pending[:-MAX_PENDING]
 
-    def _recall(self, sequence: int) -> tuple[Facts, ...] | None:
+    def _recall(self, sequence: int) -> ByPlace | None:
         self._recalled = True
         fitting = list(self._pending)
         if len(fitting) > 1:
@@ -301,6 +315,7 @@ class ForwardHooks:
             if processor.uses_gate_since(attn, asked):
                 del self._gates[name]
                 used.append(name)
+                processor.state = self.state_for(processor.config, processor.tiled_grid)
         if used:
             logger.info(
                 '%s: gates were loaded or trained since VSA was enabled; %d modules use them now (combine="gate").',
@@ -325,7 +340,7 @@ class ForwardHooks:
         if callable(function) and not isinstance(function, Checkpointing):
             setattr(self.transformer, CHECKPOINTING, Checkpointing(function, self))
 
-    def run_again(self, facts: tuple[Facts, ...], block: Callable[..., Any], *args: Any) -> Any:
+    def run_again(self, facts: ByPlace, block: Callable[..., Any], *args: Any) -> Any:
         """Call a block; in a backward pass, with the facts of the forward that it is from."""
         if not in_backward():
             return block(*args)
@@ -393,5 +408,5 @@ def _tiling(grid: Grid, block_size: Grid | str, top_k: int | None, top_k_ratio: 
     return block, num_selected_tiles(tiles, top_k_ratio) if top_k is None else min(top_k, tiles)
 
 
-def _tokens(facts: tuple[Facts, ...]) -> int:
-    return math.prod(facts[0].grid or (0,))
+def _tokens(facts: ByPlace) -> int:
+    return math.prod(next(iter(facts.values())).grid or (0,))

@@ -43,7 +43,7 @@ def test_ratio_one_equals_dense(recipe):
 def test_a_lower_ratio_is_sparse_and_finite(recipe, caplog):
     model = recipe.build()
     dense = run(model, recipe, GRID)
-    enable_vsa(model, 0.3)
+    enable_vsa(model, 0.3, block_size=(2, 2, 2))
     with caplog.at_level(logging.INFO, "vsa_diffusers"):
         sparse = run(model, recipe, GRID)
     assert torch.isfinite(sparse).all()

@@ -54,7 +54,6 @@ FIELDS = [
     bad("top_k=8 and top_k_ratio=0.2 both say", VSAConfig, top_k=8, top_k_ratio=0.2),
     bad("block_size=(4, 4)", VSAConfig, block_size=(4, 4)),
     bad("block_size=()", VSAConfig, block_size=()),
-    bad("block_size=None", VSAConfig, block_size=None),
     bad("block_size=64", VSAConfig, block_size=64),
     bad("block_size=(4, 4, 0)", VSAConfig, block_size=(4, 4, 0)),
     bad("block_size=(4, 4, -4)", VSAConfig, block_size=(4, 4, -4)),
@@ -170,6 +169,7 @@ BESIDE = [
     bad("dense_steps=2 contradicts dense_steps=4 of config['*']", beside, {"*": {"dense_steps": 4}}, dense_steps=2),
     bad("top_k=8 contradicts top_k_ratio=0.5 of config['*']", beside, {"*": {"top_k_ratio": 0.5}}, top_k=8),
     bad("block_size=(2, 4, 8) contradicts", beside, {"*": {"block_size_3d": [4, 4, 4]}}, block_size=(2, 4, 8)),
+    bad("block_size=(4, 4, 4) contradicts", beside, VSAConfig(block_size=(2, 4, 8)), block_size=(4, 4, 4)),
     bad("modules=('*',) was given together with config=", beside, {"*": {}}, modules=["*"]),
     bad(
         "dense_layers=(0,) counts all layers, and those of config['blocks.1.*']",

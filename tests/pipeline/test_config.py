@@ -35,6 +35,20 @@ def test_a_config_survives_its_json(tmp_path):
     assert VSAConfig.from_dict({}) == VSAConfig()
 
 
+def test_a_block_that_is_left_open_stays_open_in_json_and_one_that_was_saved_stays_what_it_was(tmp_path):
+    VSAConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "vsa_config.json").read_text())["block_size"] is None
+    assert VSAConfig.from_pretrained(tmp_path).block_size is None
+    (tmp_path / "vsa_config.json").write_text('{"block_size": [4, 4, 4], "combine": "merge"}')
+    assert VSAConfig.from_pretrained(tmp_path).block_size == (4, 4, 4)
+
+
+def test_a_pattern_may_leave_the_block_open_again():
+    config = {"default": {"block_size_3d": [2, 4, 8]}, "*": {}, "blocks.1.*": {"block_size": None}}
+    blocks = [each.block_size for each in resolve(json.loads(json.dumps(config))).values()]
+    assert blocks == [(2, 4, 8), None, (2, 4, 8), (2, 4, 8)]
+
+
 def test_modules_and_dense_layers_choose_where():
     assert list(resolve(VSAConfig())) == VIDEO
     assert list(resolve(VSAConfig(modules=["blocks.1.*", "*.3.attn1"]))) == [VIDEO[1], VIDEO[3]]
@@ -49,7 +63,7 @@ def test_patterns_that_match_nothing_list_what_exists():
 
 def test_the_default_pattern_form_serves_every_video_self_attention():
     before = copy.deepcopy(VSA_DEFAULT)
-    assert resolve(VSA_DEFAULT) == dict.fromkeys(VIDEO, VSAConfig(top_k_ratio=0.5))
+    assert resolve(VSA_DEFAULT) == dict.fromkeys(VIDEO, VSAConfig(top_k_ratio=0.5, block_size=(4, 4, 4)))
     assert before == VSA_DEFAULT
 
 
@@ -62,7 +76,7 @@ def test_the_pattern_form_of_the_documentation():
         "*.attn2": {"enable": False},
         "default": {"enable": False},
     }  # fmt: skip
-    expected = VSAConfig(top_k_ratio=0.3, video_shape=(16, 28, 48))
+    expected = VSAConfig(top_k_ratio=0.3, block_size=(4, 4, 4), video_shape=(16, 28, 48))
     assert resolve(config) == dict.fromkeys(VIDEO, expected)
     assert resolve({"sparse_cfg": config}) == dict.fromkeys(VIDEO, expected)
 
@@ -161,7 +175,7 @@ def test_arguments_fill_in_what_a_config_leaves_at_its_defaults():
     config = VSAConfig(0.2, dense_layers=(0,))
     assert resolve_config(config, {}) == config
     assert resolve_config(config, dict(top_k_ratio=0.2, dense_steps=2, block_size=[4, 4, 4])) == VSAConfig(
-        0.2, dense_layers=(0,), dense_steps=2
+        0.2, block_size=(4, 4, 4), dense_layers=(0,), dense_steps=2
     )
     assert resolve_config(VSAConfig(dense_steps=2), dict(top_k=8)) == VSAConfig(top_k=8, dense_steps=2)
 

@@ -27,6 +27,7 @@ from vsa_diffusers import (
 from vsa_diffusers.models import attention_modules
 from vsa_diffusers.pipeline import enabled_config
 from vsa_diffusers.processor import FamilyAttnProcessor
+from vsa_diffusers.tiles import fitting_block_size
 
 WAN, LTX = RECIPES[0], next(recipe for recipe in RECIPES if recipe.name == "ltx")
 GRID = (5, 10, 12)
@@ -341,6 +342,7 @@ def counter():
 
 def test_a_compiled_transformer_has_no_graph_break_and_does_not_recompile_for_new_sizes(counter):
     grids = [GRID, (6, 12, 14), (7, 14, 18), (8, 16, 22)]
+    assert len({fitting_block_size((t, h // 2, w // 2)) for t, h, w in grids}) == len(grids)
     model = WAN.build()
     enable_vsa(model, 0.5)
     expected = [run(model, WAN, grid) for grid in grids]

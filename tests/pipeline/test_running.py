@@ -395,6 +395,50 @@ def test_gates_that_come_after_enabling_are_used(later, compiled, by_hand, tmp_p
     assert caplog.text.count("2 modules use them now") == 1
 
 
+def blocks_of(model):
+    return [block.attn1.processor.config.block_size for block in model.blocks]
+
+
+@pytest.mark.parametrize("combine", ["gate", "sum", "sparse", "merge"])
+def test_a_block_left_open_fits_the_video_with_merge_and_is_that_of_trained_gates_else(combine):
+    model = enable_vsa(gated(), 0.3, combine=combine)
+    block = "auto" if combine == "merge" else (4, 4, 4)
+    assert blocks_of(model) == [block] * 2
+    assert run(model, WAN, GRID).equal(run(enable_vsa(gated(), 0.3, combine=combine, block_size=block), WAN, GRID))
+
+
+def test_a_gate_that_is_trained_takes_its_module_alone_to_the_block_of_trained_gates():
+    def gate_of_one(model):
+        torch.nn.init.constant_(model.blocks[1].attn1.to_gate_compress.bias, 0.7)
+        return model
+
+    model = enable_vsa(gated(), 0.3)
+    assert run(model, WAN, GRID).equal(run(enable_vsa(gated(), 0.3, block_size="auto"), WAN, GRID))
+    expected = enable_vsa(gate_of_one(gated()), 0.3)
+    assert blocks_of(expected) == ["auto", (4, 4, 4)]
+    for ratio in (0.3, 0.6):
+        set_top_k_ratio(model, ratio), set_top_k_ratio(expected, ratio)
+        assert run(gate_of_one(model), WAN, GRID).equal(run(expected, WAN, GRID))
+    assert blocks_of(model) == blocks_of(expected)
+
+
+def test_gates_trained_in_the_loop_come_right_under_gradient_checkpointing():
+    def step(model):
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(**WAN.inputs(GRID), return_dict=False)[0].square().mean().backward()
+        return {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+    model = enable_vsa(gated(), 0.3)
+    model.enable_gradient_checkpointing()
+    step(model)
+    found = step(trained(model))
+    for name, expected in step(enable_vsa(trained(gated()), 0.3)).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_gates_that_a_fitted_block_cannot_use_are_told(caplog):
     model = enable_vsa(gated(), 0.3, block_size="auto")
     expected = run(model, WAN, GRID)
