@@ -82,7 +82,7 @@ def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
 def hopper_calls(monkeypatch):
     """Counts the calls of the Hopper kernel."""
     if not support.device_of(0).processors:
-        pytest.skip("runs on a GPU of compute capability 9.0, with Triton 3.6")
+        pytest.skip("runs on a GPU of compute capability 9.0")
     from vsa_diffusers.kernels.hopper import forward as hopper
 
     launch.replays.clear()  # what is replayed is not called

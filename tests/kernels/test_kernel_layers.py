@@ -17,7 +17,7 @@ LAYERS = [
     {"arguments"},
     {"select", "sparse", "hopper"},
     {"support"},
-    {"tuning", "launch"},
+    {"tuning", "launch", "trial"},
     {"forward", "backward"},
     {"__init__"},
 ]

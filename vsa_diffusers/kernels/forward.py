@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..problem import Problem
 from .buffers import ForwardTensors
-from .launch import last_dim_contiguous, launch_or_replay, mask_to_int32
+from .launch import is_capturing, last_dim_contiguous, launch_or_replay, mask_to_int32
 from .plans import Launch, Plan
 from .recording import Launcher, Tensors, form_of
 from .select.pool import pool
 from .select.top_k import select_tiles
 from .sparse.forward import context_forward, sparse_forward
 from .support import this_device
+from .trial import hopper_works
 from .tuning import plan
 
 
@@ -40,16 +43,38 @@ def forward(
 
     def launch_all(launcher: Launcher, tensors: Tensors) -> None:
         whole = ForwardTensors._make(tensors)
-        query, key, value = (form_of(x) for x in whole[:3])
-        chosen = plan(query, key, value, problem, this_device(query.device), launch)
-        for first in range(0, query.shape[2], chosen.heads):
-            _some_heads(launcher, whole, problem, chosen, slice(first, first + chosen.heads))
-        if chosen.context is not None:
-            context_forward(launcher, _with_indices_and_lse(launcher, whole, problem), problem, chosen.context)
+        _all_heads(launcher, whole, problem, _settled_plan(launcher, whole, problem, launch))
 
     tensors = ForwardTensors(query, key, value, gate, output, indices, lse, context_mask)
     launch_or_replay("forward", tensors, problem, launch, launch_all)
     return output, indices, lse
+
+
+def _settled_plan(launcher: Launcher, tensors: ForwardTensors, problem: Problem, launch: Launch | None) -> Plan:
+    """The plan of a call. The table's Hopper kernel is taken only where it works, which a small call finds out."""
+    query, key, value = (form_of(x) for x in tensors[:3])
+    device = this_device(query.device)
+    chosen = plan(query, key, value, problem, device, launch)
+    if chosen.hopper is None or launch is not None:
+        return chosen
+    masked = tensors.context_mask is not None
+    works = hopper_works(query, problem, chosen.sparse, masked, _compute, is_capturing(query.device))
+    if works is None:
+        launcher.do_not_repeat()
+    return chosen if works else plan(query, key, value, problem, replace(device, processors=0))
+
+
+def _compute(tensors: ForwardTensors, problem: Problem, launch: Launch) -> None:
+    """One call by itself, with the kernel that is asked for."""
+    query, key, value = (form_of(x) for x in tensors[:3])
+    _all_heads(Launcher(), tensors, problem, plan(query, key, value, problem, this_device(query.device), launch))
+
+
+def _all_heads(launcher: Launcher, whole: ForwardTensors, problem: Problem, chosen: Plan) -> None:
+    for first in range(0, whole.query.shape[2], chosen.heads):
+        _some_heads(launcher, whole, problem, chosen, slice(first, first + chosen.heads))
+    if chosen.context is not None:
+        context_forward(launcher, _with_indices_and_lse(launcher, whole, problem), problem, chosen.context)
 
 
 def _some_heads(launcher: Launcher, whole: ForwardTensors, problem: Problem, chosen: Plan, heads: slice) -> None:

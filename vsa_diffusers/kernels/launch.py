@@ -33,6 +33,11 @@ def may_replay(query: torch.Tensor) -> bool:
     return query.is_cuda and not INTERPRETED
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph instead of being run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; making it current takes time even where it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

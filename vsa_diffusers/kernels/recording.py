@@ -74,6 +74,9 @@ class Launcher:
     def free_all(self) -> None:
         """What follows may overwrite everything that came from `empty`."""
 
+    def do_not_repeat(self) -> None:
+        """The next call of this form shall go the long way, too."""
+
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         """`kernel[grid](*arguments, **options)`."""
         kernel[grid](*arguments, **options)
@@ -185,6 +188,7 @@ class Recorder(Launcher):
         self.workspace_bytes = 0
         self.launches: list[RecordedLaunch] = []
         self.interpreted = False
+        self.repeatable = True
 
     def empty(self, like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
         x = super().empty(like, shape, dtype)
@@ -213,6 +217,9 @@ class Recorder(Launcher):
 
     def free_all(self) -> None:
         self.allocations.clear()
+
+    def do_not_repeat(self) -> None:
+        self.repeatable = False
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         with torch._C.DisableTorchFunction():  # Triton may ask what it likes
@@ -277,6 +284,8 @@ class Replays:
         recorder = Recorder(tensors)
         with OnlyForms():
             launch_all(recorder, recorder.tensors)
+        if not recorder.repeatable:
+            return None
         with self.lock:
             while len(self.known) >= self.most and key not in self.known:
                 del self.known[next(iter(self.known))]

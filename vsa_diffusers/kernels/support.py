@@ -18,8 +18,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 MIN_TRITON = (3, 6)  # the earliest release whose interpreter agrees with fp64 throughout
 HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None  # Triton 3.4 and later
-# Gluon is experimental and changes; this is the release of Triton with which the Hopper kernel has been run.
-GLUON_RELEASE = ["3", "6"]
 INTERPRETED = not isinstance(tile_box, triton.runtime.JITFunction)
 
 
@@ -29,7 +27,7 @@ class Device:
 
     capability: tuple[int, int] = (0, 0)
     descriptors: bool = False
-    processors: int = 0  # multiprocessors of one on which the Hopper kernel is known to run, else 0
+    processors: int = 0  # multiprocessors of one for which the Hopper kernel is written, else 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -39,11 +37,10 @@ def device_of(index: int) -> Device:
         return Device()
     capability = torch.cuda.get_device_capability(index)
     properties = torch.cuda.get_device_properties(index)
-    runs_hopper = capability[0] == 9 and triton.__version__.split(".")[:2] == GLUON_RELEASE
     return Device(
         capability,
         HAS_DESCRIPTORS and capability >= (9, 0),
-        processors=properties.multi_processor_count if runs_hopper else 0,
+        processors=properties.multi_processor_count if capability[0] == 9 else 0,
     )
 
 
