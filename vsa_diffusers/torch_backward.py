@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .problem import Problem
-from .torch_impl import MIN_CHUNK_BYTES, Tiled, accumulator, context_key_mask, context_of
+from .selection import MIN_CHUNK_BYTES
+from .torch_impl import Layout, Tiled, accumulator, context_key_mask, context_of, part_of, parts
 
 
 def backward(
@@ -19,21 +22,27 @@ def backward(
     problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and gate. Which tiles are selected is not differentiated, as published."""
-    tiled = Tiled(query, key, value, context_mask, problem)
-    grads = _Gradients(tiled, query)
-    for tiles in tiled.chunks():
-        grads.add_sparse(tiles, indices[:, :, tiles], query, grad_output)
-    grad_gate = None
-    if problem.has_coarse:
-        grad_video = grad_output[:, problem.video].to(grads.dtype)
-        if gate is not None:
-            grad_gate = torch.zeros_like(gate)
-            grad_gate[:, problem.video] = grad_video * tiled.spread(tiled.coarse())
-            grad_video = grad_video * gate[:, problem.video]
-        grads.add_coarse(grad_video)
-    if problem.num_context:
-        grads.add_context(query, key, value, context_key_mask(key, context_mask, problem), grad_output)
-    return (*(grad.to(query.dtype) for grad in grads.finish()), grad_gate)
+    layout = Layout(problem, query.device, accumulator(query.dtype))
+    empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    grads, grad_gate = [empty(x) for x in (query, key, value)], None if gate is None else empty(gate)
+    for items, heads in parts(query):
+        grad, *inputs = (part_of(x, items, heads) for x in (grad_output, query, key, value))
+        mask = None if context_mask is None else context_mask[items]
+        tiled = Tiled(*inputs, mask, layout)
+        sums = _Gradients(tiled)
+        for tiles in tiled.chunks():
+            sums.add_sparse(tiles, indices[items, heads, tiles], grad)
+        if problem.has_coarse:
+            sums.add_coarse(
+                grad,
+                None if gate is None else gate[items, :, heads],
+                None if grad_gate is None else grad_gate[items, :, heads],
+            )
+        if problem.num_context:
+            sums.add_context(*inputs, context_key_mask(inputs[1], mask, problem), grad)
+        for total, part in zip(grads, sums.finish(), strict=True):
+            total[items, :, heads] = part
+    return grads[0], grads[1], grads[2], grad_gate
 
 
 def attention_grads(
@@ -64,37 +73,42 @@ def attention_grads(
 class _Gradients:
     """Sums of the gradients, by token, by tile slot and by tile mean, brought together in `finish`."""
 
-    def __init__(self, tiled: Tiled, query: torch.Tensor):
+    def __init__(self, tiled: Tiled):
         self.tiled = tiled
-        self.dtype = accumulator(query.dtype)
-        self.tokens = [torch.zeros_like(query, dtype=self.dtype) for _ in range(3)]
+        self.dtype = accumulator(tiled.query.dtype)
+        self.tokens = [torch.zeros_like(tiled.query, dtype=self.dtype) for _ in range(3)]
         self.tiles = [torch.zeros_like(tiled.key_tiles, dtype=self.dtype) for _ in range(2)]
-        self.extra = [torch.zeros_like(tiled.extra_key, dtype=self.dtype) for _ in range(2)]
         self.means = [torch.zeros_like(tiled.mean_query) for _ in range(3)]
+        self.rooms = [tiled.new_rows() for _ in range(2)]
 
-    def add_sparse(self, tiles: slice, selected: torch.Tensor, query: torch.Tensor, grad_output: torch.Tensor) -> None:
-        tiled, (batch, heads, count, top_k) = self.tiled, selected.shape
-        valid = tiled.valid[tiles].repeat(batch * heads, 1)[..., None]
+    def add_sparse(self, tiles: slice, selected: torch.Tensor, grad_output: torch.Tensor) -> None:
+        tiled = self.tiled
+        valid = tiled.layout.valid[tiles].repeat(selected.shape[0] * selected.shape[1], 1)[..., None]
+        rows = tiled.selected_rows(selected)
         bias = tiled.bias(selected, self.dtype)
-        grad_query, *grad_rows = attention_grads(
+        grad_query, *grad_keys = attention_grads(
             tiled.tokens(grad_output, tiles) * valid,
-            tiled.tokens(query, tiles),
-            tiled.row_keys(tiled.key_tiles, tiled.extra_key, selected),
-            tiled.row_keys(tiled.value_tiles, tiled.extra_value, selected),
+            tiled.tokens(tiled.query, tiles),
+            tiled.row_keys(tiled.key_tiles, rows, self.rooms[0]),
+            tiled.row_keys(tiled.value_tiles, rows, self.rooms[1]),
             None if bias is None else bias[:, 0],
             tiled.problem.scale,
         )
         tiled.put_tokens(self.tokens[0], grad_query, tiles)
-        slots = top_k * tiled.problem.grid.tile_capacity
-        rows = tiled.selected_rows(selected)
-        for total, extra, grad in zip(self.tiles, self.extra, grad_rows, strict=True):
-            total.index_add_(0, rows, grad[:, :slots].reshape(len(rows), -1))
-            extra += grad[:, slots:].unflatten(0, (batch, heads, count)).sum(2)
+        for total, grad in zip(self.tiles, grad_keys, strict=True):
+            total.view(-1, total.shape[3]).index_add_(0, rows, grad.reshape(len(rows), -1))
 
-    def add_coarse(self, grad_video: torch.Tensor) -> None:
-        tiled = self.tiled
-        tokens = grad_video.index_select(1, (tiled.index - tiled.problem.before).flatten())
-        per_tile = tokens.unflatten(1, tiled.index.shape) * tiled.valid[..., None, None]
+    def add_coarse(self, grad_output: torch.Tensor, gate: torch.Tensor | None, grad_gate: torch.Tensor | None) -> None:
+        """Adds to the sums of the means, and fills `grad_gate`."""
+        tiled, video = self.tiled, self.tiled.problem.video
+        grad_video = grad_output[:, video].to(self.dtype)
+        if gate is not None and grad_gate is not None:
+            grad_gate.zero_()
+            grad_gate[:, video] = grad_video * tiled.spread(tiled.coarse())
+            grad_video = grad_video * gate[:, video]
+        index = tiled.layout.index
+        tokens = grad_video.index_select(1, (index - tiled.problem.before).flatten())
+        per_tile = tokens.unflatten(1, index.shape) * tiled.layout.valid[..., None, None]
         grads = attention_grads(
             per_tile.sum(2).transpose(1, 2),
             tiled.mean_query,
@@ -124,18 +138,19 @@ class _Gradients:
         self.tokens[2] += grad_value.transpose(1, 2)
 
     def finish(self) -> list[torch.Tensor]:
-        """Gradients of query, key and value, `[B, S, H, D]`."""
-        tiled, problem = self.tiled, self.tiled.problem
-        batch, _, heads, dim = self.tokens[0].shape
-        slots = tiled.index[tiled.valid]
-        for which, (tiles, extra) in enumerate(zip(self.tiles, self.extra, strict=True), start=1):
-            by_slot = tiles.reshape(batch, heads, *tiled.index.shape, dim)[:, :, tiled.valid]
+        """Gradients of query, key and value, `[b, S, h, D]`."""
+        tiled, problem, layout = self.tiled, self.tiled.problem, self.tiled.layout
+        items, _, heads, dim = self.tokens[0].shape
+        slots, num_tiles = layout.index[layout.valid], problem.grid.num_tiles
+        for which, tiles in enumerate(self.tiles, start=1):
+            by_slot = tiles[:, :, :num_tiles].reshape(items, heads, *layout.index.shape, dim)[:, :, layout.valid]
             self.tokens[which].index_add_(1, slots, by_slot.transpose(1, 2))
+            extra = tiles[:, :, num_tiles:].reshape(items, heads, -1, dim)[:, :, : tiled.num_extra]
             self._add_to_context(which, extra[:, :, : problem.num_context])
             if problem.combine == "merge":
                 self.means[which] += extra[:, :, problem.num_context :]
         for tokens, means in zip(self.tokens, self.means, strict=True):
-            tokens[:, problem.video] += tiled.spread(means / tiled.sizes[:, None])
+            tokens[:, problem.video] += tiled.spread(means / layout.sizes[:, None])
         return self.tokens
 
     def _add_to_context(self, which: int, grad: torch.Tensor) -> None:

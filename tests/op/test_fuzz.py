@@ -51,7 +51,7 @@ FAULTS = {
     "pooled tiles without their size": (
         torch_impl.Tiled, "_extra", lambda made, tiled, *given: (*made(tiled, *given)[:2], 0 * made(tiled, *given)[2])
     ),
-    "the tiles of another head": (torch_impl, "select_tiles", lambda made, *given: made(*given).flip(1)),
+    "the tiles of another query": (torch_impl, "select_tiles", lambda made, *given: made(*given).flip(2)),
     "a tile that is not the best": (torch_impl, "select_tiles", lambda made, *given: (made(*given) + 1).clamp_max(2)),
     "a query a hundredth too long": (torch_impl.Tiled, "tokens", lambda made, *given: 1.01 * made(*given)),
     "memory that nobody wrote": (torch_impl.Tiled, "put_tokens", lambda made, tiled, x, rows, tiles: None),

@@ -10,7 +10,7 @@ from tiny_models import RECIPES, run
 from vsa_diffusers import VSAConfig, enable_vsa, selection, video_sparse_attention
 from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
-from vsa_diffusers.torch_impl import Tiled
+from vsa_diffusers.torch_impl import Layout, Tiled
 
 CASES = [
     ((4, 8, 8), (4, 4, 4)),
@@ -26,8 +26,12 @@ CASES = [
 
 
 def scores_of(query, key, shape, block, before=2):
-    problem = Problem(TileGrid(shape, block), 1, "merge", 0.25, before, 1, "quarters")
-    return torch.cat(list(Tiled(query, key, key, None, problem).scores(query, key)), 2)
+    return torch.cat(list(tiled_of(query, key, TileGrid(shape, block), before).scores()), 2)
+
+
+def tiled_of(query, key, grid, before=2):
+    problem = Problem(grid, 1, "merge", 0.25, before, 1, "quarters")
+    return Tiled(query, key, key, None, Layout(problem, key.device, key.dtype))
 
 
 def make_inputs(shape):
@@ -65,8 +69,7 @@ def test_scores_are_made_a_chunk_at_a_time(monkeypatch):
     whole = scores_of(query, key, (5, 9, 11), (2, 3, 3))
     monkeypatch.setattr(selection, "MIN_CHUNK_BYTES", 2**15)
     grid = TileGrid((5, 9, 11), (2, 3, 3))
-    tiled = Tiled(query, key, key, None, Problem(grid, 1, "merge", 0.25, 2, 1, "quarters"))
-    chunks = list(tiled.scores(query, key))
+    chunks = list(tiled_of(query, key, grid).scores())
     assert len(chunks) > 5
     assert torch.allclose(torch.cat(chunks, 2), whole, atol=1e-6)
 
