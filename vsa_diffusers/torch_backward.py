@@ -26,9 +26,9 @@ def backward(
     empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     grads, grad_gate = [empty(x) for x in (query, key, value)], None if gate is None else empty(gate)
     for items, heads in parts(query):
-        grad, *inputs = (part_of(x, items, heads) for x in (grad_output, query, key, value))
+        grad, q, k, v = (part_of(x, items, heads) for x in (grad_output, query, key, value))
         mask = None if context_mask is None else context_mask[items]
-        tiled = Tiled(*inputs, mask, layout)
+        tiled = Tiled(q, k, v, mask, layout)
         sums = _Gradients(tiled)
         for tiles in tiled.chunks():
             sums.add_sparse(tiles, indices[items, heads, tiles], grad)
@@ -39,7 +39,7 @@ def backward(
                 None if grad_gate is None else grad_gate[items, :, heads],
             )
         if problem.num_context:
-            sums.add_context(*inputs, context_key_mask(inputs[1], mask, problem), grad)
+            sums.add_context(q, k, v, context_key_mask(k, mask, problem), grad)
         for total, part in zip(grads, sums.finish(), strict=True):
             total[items, :, heads] = part
     return grads[0], grads[1], grads[2], grad_gate
