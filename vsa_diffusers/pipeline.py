@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from .config import VSAConfig, module_configs, resolve_config
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
 from .processor import FamilyAttnProcessor, dense_processor, settle_choices
+from .recipes import with_recipes
 from .running import ForwardHooks
 from .tiles import check_top_k
 
@@ -27,6 +28,7 @@ _OWNER = "_vsa_owner"
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 
 
+@with_recipes(lambda pipe: [family.name for _, family in _transformers(pipe)])
 def enable_vsa(
     pipe: PipelineOrTransformer,
     top_k_ratio: float = 0.5,
@@ -40,6 +42,7 @@ def enable_vsa(
     modules: Sequence[str] | None = None,
     top_k: int | None = None,
     implementation: str = "auto",
+    recipe: str | None = None,
     config: VSAConfig | Mapping[str, Any] | None = None,
 ) -> PipelineOrTransformer:
     """Make the video self-attention of a diffusers pipeline sparse. Calling it again re-configures it.
@@ -61,6 +64,8 @@ def enable_vsa(
         modules: patterns of module names that become sparse; `None` means every video self-attention.
         top_k: number of key tiles to keep, instead of `top_k_ratio`.
         implementation: as in `video_sparse_attention`.
+        recipe: `"quality"`, `"balanced"` or `"fast"`: settings to begin with for this family and the size of its usual
+            videos, or of `video_shape`, in place of the arguments that are left out; not together with `config`.
         config: a `VSAConfig`, or a dict of patterns such as `VSA_DEFAULT`; the arguments above fill in what it leaves
             unset, and may not contradict it.
 
