@@ -1,4 +1,4 @@
-"""Results as a table and as a picture."""
+"""Results as a table, a sentence and a picture."""
 
 from __future__ import annotations
 
@@ -6,41 +6,99 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("shape", "what", "ratio", "ms", "spread", "TFLOP/s", "x dense", "extra MB", "launches", "CPU us", "first ms")
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# By column: its name in a row, how it is printed, and what it means.
+COLUMNS = {
+    "what": ("what", "{}", ""),
+    "ratio": ("ratio", "{:g}", "share of key tiles kept"),
+    "ms": ("ms", "{:.3f}", "median of the rounds"),
+    "x dense": ("speedup", "{:.2f}", "times as fast as the fastest dense"),
+    "± %": ("spread", "{:.0%}", "from the shortest round to the longest, of ms"),
+    "TFLOP/s": ("tflops", "{:.3g}", "of the products that the ratio asks for"),
+    "extra MB": ("extra_bytes", "{:.0f}", "memory beyond what is returned"),
+    "launches": ("launches", "{}", "kernels that are started"),
+    "CPU us": ("cpu_us", "{:.0f}", "for the host to start them"),
+    "first ms": ("first_ms", "{:.0f}", "the first call, with what it had to compile"),
+}
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """One result as the table shows it; what was not measured stays empty."""
-    formats = {"ratio": "{:g}", "ms": "{:.3f}", "spread": "{:.0%}", "tflops": "{:.3g}", "speedup": "{:.2f}"}
-    formats |= dict.fromkeys(("extra_bytes", "cpu_us", "first_ms"), "{:.0f}")
-    values = {**row, "extra_bytes": None if row["extra_bytes"] is None else row["extra_bytes"] / 1e6}
-    names = ["shape", "what", "ratio", "ms", "spread", "tflops", "speedup"]
-    names += ["extra_bytes", "launches", "cpu_us", "first_ms"]
-    return ["" if values[name] is None else formats.get(name, "{}").format(values[name]) for name in names]
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """One result by column; what was not measured is empty."""
+    values = dict(row)
+    if row.get("extra_bytes") is not None:
+        values["extra_bytes"] = row["extra_bytes"] / 1e6
+    found = {column: (values.get(name), form) for column, (name, form, _) in COLUMNS.items()}
+    return {column: "" if value is None else form.format(value) for column, (value, form) in found.items()}
 
 
-def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """The results of one shape."""
-    print_lines(COLUMNS, [cells(row) for row in rows], title, left=2)
+def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The results of one shape; columns that nothing was measured for are left out."""
+    lines = [cells(row) for row in rows]
+    columns = [column for column in COLUMNS if any(line[column] for line in lines)]
+    found = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1),
+                  pad_edge=False)  # fmt: skip
+    for column in columns:
+        words = column == "what"
+        found.add_column(column, justify="left" if words else "right", no_wrap=words, vertical="bottom")
+    for row, line in zip(rows, lines, strict=True):
+        if "skipped" not in row:
+            found.add_row(*(line[column] for column in columns))
+    return found
+
+
+def skipped(rows: Sequence[dict[str, Any]]) -> Table:
+    """What could not run, and why; the same reason once for all ratios."""
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in ("skipped", "ratios", "because"):
+        found.add_column(column)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "skipped" in row:
+            reasons.setdefault((row["what"], row["skipped"]), []).append(cells(row)["ratio"])
+    for (what, reason), ratios in reasons.items():
+        found.add_row(what, " ".join(ratios), reason)
+    return found
+
+
+def legend(rows: Sequence[dict[str, Any]]) -> str:
+    """What the columns mean that these rows fill."""
+    filled = {column for row in rows for column, cell in cells(row).items() if cell}
+    return "; ".join(
+        f"{column}: {meaning}" for column, (_, _, meaning) in COLUMNS.items() if meaning and column in filled
+    )
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """What the results of one shape come to, in a sentence."""
+    timed = [row for row in rows if "skipped" not in row]
+    dense = [row for row in timed if row["ratio"] is None]
+    sparse = [row for row in timed if row["ratio"] is not None]
+    if not dense or not sparse:
+        return "There is nothing to compare: " + ("no sparse" if dense else "no dense") + " attention ran."
+    fastest = min(dense, key=lambda row: row["ms"])
+    best = min(sparse, key=lambda row: row["ms"])
+    least = f"{fastest['what']} ({fastest['ms']:.3g} ms)"
+    if best["speedup"] <= 1:
+        return (
+            f"Nothing is faster than {least} here; {best['what']} at {best['ratio']:g} comes nearest, at "
+            f"{best['speedup']:.2f} times its speed."
+        )
+    slower = sum(row["speedup"] <= 1 for row in sparse)
+    rest = f", and {slower} of {len(sparse)} settings are not faster" if slower else ", and all settings are faster"
+    return f"{best['what']} at {best['ratio']:g} is {best['speedup']:.2f} times as fast as {least}{rest}."
 
 
 def print_lines(columns: Sequence[str], lines: Sequence[Sequence[str]], title: str, left: int) -> None:
-    """A rich table where rich is installed, else aligned text; the first `left` columns are words."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
-        print(title)
-        for line in [columns, *lines]:
-            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-        return
-    table = Table(title=title)
+    """A wide table; the first `left` columns are words."""
+    found = Table(title=title)
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < left else "right", no_wrap=True)
+        found.add_column(column, justify="left" if position < left else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
-    Console(width=140).print(table)
+        found.add_row(*line)
+    Console(width=140).print(found)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -53,7 +111,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.5), squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
-        sparse = [row for row in rows if row["shape"] == shape and row["ratio"] is not None]
+        timed = [row for row in rows if row["shape"] == shape and "skipped" not in row]
+        sparse = [row for row in timed if row["ratio"] is not None]
         for what in dict.fromkeys(row["what"] for row in sparse):
             points = sorted((row["ratio"], row["speedup"]) for row in sparse if row["what"] == what)
             axis.plot(*zip(*points, strict=True), marker="o", label=what)

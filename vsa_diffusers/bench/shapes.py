@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Shape:
 
     def inputs(self, device: str, dtype: torch.dtype, backward: bool = False) -> list[torch.Tensor]:
         """Query, key, value and gate, `[B, S, H, D]`, random."""
+        import torch
+
         size = (self.batch, self.tokens, self.heads, self.head_dim)
         return [torch.randn(size, device=device, dtype=dtype, requires_grad=backward) for _ in range(4)]
 
@@ -44,7 +48,7 @@ SHAPES = {
         Shape("cogvideox-480p", 2, 48, (13, 30, 45), 64),  # 480 x 720, 49 frames, guidance in one batch
     )
 }
-CPU_SHAPE = Shape("cpu", 1, 2, (6, 12, 16), 64)
+CPU_SHAPE = Shape("cpu", 1, 2, (16, 16, 16), 64)  # 4 096 tokens in 64 tiles
 
 
 def parse(text: str) -> Shape:
