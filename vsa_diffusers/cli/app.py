@@ -11,7 +11,10 @@ from rich.markup import escape
 
 from ..version import __version__
 from .bench import bench
+from .doctor import doctor
 from .output import errors
+from .plan import plan
+from .values import SeveralValues
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -23,7 +26,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+app.command(cls=SeveralValues)(plan)
+app.command()(doctor)
+app.command(cls=SeveralValues)(bench)
 
 
 def _print_version(asked: bool) -> None:
