@@ -36,7 +36,7 @@ def reason(kind: str, tokens: int) -> str:
         "with dense attention, or make the video larger or longer.",
         MARGINAL: f"{whole} tiles' worth of tokens: attention gets faster, but it is a small part of the forward. "
         "Whole LTX-2 gained 7% with 96 tiles at ratio 0.2 on one H100.",
-        EXCELLENT: f"{whole} tiles' worth of tokens: whole transformers with 274 and more gained 37% to 205 % at "
+        EXCELLENT: f"{whole} tiles' worth of tokens: whole transformers with 274 and more gained 37% to 205% at "
         "ratio 0.2 on one H100.",
     }[kind]
 

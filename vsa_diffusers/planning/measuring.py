@@ -68,5 +68,5 @@ def time_layer(
             progress(f"ratio {ratio:g}")
             call = subjects.ours(inputs, shape, ratio, combine, implementation, grid.block_size, selection)
             sparse[ratio] = measure(functools.partial(call), device).ms * scale
-    name = torch.cuda.get_device_name(0) if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(0) if device == "cuda" else f"this CPU ({torch.get_num_threads()} of its threads)"
     return Timed(name, min(dense) * scale, sparse, heads)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..models.family import Grid
-from ..recipes import NAMES, recipe_of, size_class
+from ..recipes import NAMES, Recipe, recipe_of, size_class
 from ..tiles import TileGrid, check_block_size, check_top_k, fitting_block_size, num_selected_tiles
 from .advice import EXCELLENT, TOO_SMALL, better_size, block_of, grid_of, reason, verdict
 from .latents import Extents
@@ -171,12 +171,14 @@ def plan(
     costs, text = known.costs, known.text_tokens
     flops = costs.attention_share(shape, known.batch, text)
     layers = sum(factor**2 for factor in costs.tiled)  # that many of the plain grid
-    estimate = expected_layer(gpu, costs, known.batch, grid, fitted, combine, ratios)
+    recipes = _recipes(known, grid.num_tokens)
+    wanted = list(dict.fromkeys([*ratios, *(recipe.top_k_ratio for _, recipe, _ in recipes)]))
+    estimate = expected_layer(gpu, costs, known.batch, grid, fitted, combine, wanted)
     other = other_seconds(costs, shape, known.batch, text)
     device, dense_ms, sparse_ms, origin, reach = f"NVIDIA {gpu}", *_times(estimate)
     notes = _notes(known, estimate, gpu, combine, shape)
     if measure:
-        timed = time_layer(costs, known.batch, grid, combine, ratios, progress)
+        timed = time_layer(costs, known.batch, grid, combine, wanted, progress)
         device, dense_ms, sparse_ms = timed.device, timed.dense_ms, timed.sparse_ms
         origin, reach = _how_timed(timed, costs.heads), "measured"
         notes = _unsure(known)
@@ -194,10 +196,8 @@ def plan(
               whole(sparse_ms[ratio]))
         for ratio in ratios
     )  # fmt: skip
-    kind = verdict(grid.num_tokens)
-    recipes = ()
-    if not known.gates and kind != TOO_SMALL:
-        recipes = tuple(_suggestions(known, gpu, grid, fitted, combine, dense_ms, sparse_ms, whole))
+    suggested = tuple(_suggestion(name, recipe, whole(sparse_ms[recipe.top_k_ratio], share))
+                      for name, recipe, share in recipes)  # fmt: skip
     return Plan(
         model=known.name, family=costs.family.name, transformer=known.transformer, size=size, latents=latents,
         video_shape=shape, tokens=grid.num_tokens, block=grid.block_size, tiles_per_axis=grid.tiles_per_axis,
@@ -205,8 +205,8 @@ def plan(
         head_dim=costs.head_dim, parameters=costs.parameters, batch=known.batch, calls=known.steps * known.calls,
         combine=combine, attention_of_flops=flops,
         attention_of_time=layers * dense_ms / 1e3 / (other + layers * dense_ms / 1e3), device=device, dense_ms=dense_ms,
-        speeds=speeds, origin=origin, reach=reach, kind=kind,
-        advice=tuple(_advice(known, size, grid, fixed, kind)), recipes=recipes, notes=tuple(notes),
+        speeds=speeds, origin=origin, reach=reach, kind=verdict(grid.num_tokens),
+        advice=tuple(_advice(known, size, grid, fixed)), recipes=suggested, notes=tuple(notes),
         source=known.source,
     )  # fmt: skip
 
@@ -268,7 +268,8 @@ def _notes(model: Model, layer: Layer, gpu: str, combine: str, shape: Grid) -> l
     return notes
 
 
-def _advice(model: Model, size: Extents, grid: TileGrid, fixed: tuple[int, int, int] | None, kind: str) -> list[str]:
+def _advice(model: Model, size: Extents, grid: TileGrid, fixed: tuple[int, int, int] | None) -> list[str]:
+    kind = verdict(grid.num_tokens)
     sentences = [reason(kind, grid.num_tokens)]
     if kind == TOO_SMALL:
         return sentences
@@ -301,18 +302,19 @@ def _over(cost: float) -> str:
     return f"{cost - 1:.0%}"
 
 
-def _suggestions(known: Model, gpu: str, grid: TileGrid, fitted: bool, combine: str, dense_ms: float, sparse_ms, whole):
-    """The recipes, with what they are expected to gain; a ratio that was not timed is taken from the estimate."""
-    size = size_class(grid.num_tokens)
+def _recipes(known: Model, tokens: int) -> list[tuple[str, Recipe, float]]:
+    """The recipes for this size by name, each with the share of attention calls that it makes sparse."""
+    if known.gates or verdict(tokens) == TOO_SMALL:
+        return []
+    found = []
     for name in NAMES:
-        recipe = recipe_of(known.costs.family.name, size, name)
-        ratio = recipe.top_k_ratio
-        if ratio in sparse_ms:
-            ms = sparse_ms[ratio]
-        else:
-            layer = expected_layer(gpu, known.costs, known.batch, grid, fitted, combine, [ratio])
-            ms = dense_ms / layer.speedup(ratio)
+        recipe = recipe_of(known.costs.family.name, size_class(tokens), name)
         steps = recipe.dense_steps
         dense = steps if isinstance(steps, int) else math.ceil(steps * known.steps - 1e-9)
-        share = (1 - dense / known.steps) * (1 - len(recipe.dense_layers) / len(known.costs.layers))
-        yield Suggestion(name, ratio, steps, recipe.dense_layers, recipe.source, whole(ms, share))
+        layers = len(known.costs.layers)
+        found.append((name, recipe, (1 - dense / known.steps) * (1 - len(recipe.dense_layers) / layers)))
+    return found
+
+
+def _suggestion(name: str, recipe: Recipe, speedup: float) -> Suggestion:
+    return Suggestion(name, recipe.top_k_ratio, recipe.dense_steps, recipe.dense_layers, recipe.source, speedup)

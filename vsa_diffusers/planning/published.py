@@ -146,6 +146,7 @@ PUBLISHED = (
     Published(
         ("lllyasviel/FramePackI2V_HY",), "HunyuanVideoFramepackTransformer3DModel", {}, (720, 1280, 129),
         "defaults; HunyuanVideoFramepackPipeline", calls=1, text_tokens=256,
+        unsure="tokens of the history, which attend densely, are not counted",
     ),
     Published(
         ("hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v"),
@@ -294,6 +295,7 @@ PUBLISHED = (
     ),
     Published(
         ("BestWishYsh/Helios-Base",), "HeliosTransformer3DModel", {}, (384, 640, 132), "defaults; HeliosPipeline",
+        unsure="tokens of the history, which attend densely, are not counted",
     ),
     Published(
         ("MiniMaxAI/MiniMax-H3",), "MiniMaxH3Transformer3DModel", {}, (768, 1344, 124),

@@ -18,7 +18,7 @@ _COLOURS = {"too small": "red", "marginal": "yellow", "excellent": "green"}
 def rendered(plan: Plan) -> Any:
     """Facts, speeds, recipes and advice below each other."""
     parts: list[Any] = [_title(plan), _facts(plan)]
-    heading = f"\nTimes as fast as dense on {plan.device}; a dense layer takes {plan.dense_ms:.3g} ms"
+    heading = f"\nTimes as fast as dense on {plan.device}; a dense layer takes {_short(plan.dense_ms)} ms"
     parts += [Text(heading, style="bold"), _speeds(plan), _origin(plan)]
     if plan.recipes:
         parts += [Text('\nRecipes: enable_vsa(pipe, recipe="balanced")', style="bold"), _recipes(plan)]
@@ -39,7 +39,7 @@ def _facts(plan: Plan) -> Table:
     facts.add_column()
     guidance = " (guidance in one batch)" if plan.batch > 1 else ""
     rows = {
-        "family": f"{plan.family} ({plan.transformer}, {plan.parameters / 1e9:.1f} billion parameters)",
+        "family": f"{plan.family} ({plan.transformer}, {_parameters(plan.parameters)} parameters)",
         "latent grid": f"{_by(plan.latents)} (frames, height, width)",
         "tokens": f"{_by(plan.video_shape)} = {_spaced(plan.tokens)}",
         "tiles": f"{_by(plan.tiles_per_axis)} = {_spaced(plan.tiles)}, of {_by(plan.block)} tokens",
@@ -60,7 +60,7 @@ def _speeds(plan: Plan) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for speed in plan.speeds:
         table.add_row(
-            f"{speed.ratio:g}", _spaced(speed.kept_tiles), f"{speed.layer_ms:.3g}", f"{speed.layer:.2f}x",
+            f"{speed.ratio:g}", _spaced(speed.kept_tiles), _short(speed.layer_ms), f"{speed.layer:.2f}x",
             f"{speed.model:.2f}x",
         )  # fmt: skip
     return table
@@ -80,6 +80,15 @@ def _recipes(plan: Plan) -> Table:
         table.add_row(each.name, f"{each.top_k_ratio:g}", f"first {steps}", ", ".join(map(str, each.dense_layers)),
                       f"{each.speedup:.2f}x")  # fmt: skip
     return table
+
+
+def _short(number: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.1f} billion" if count >= 1e8 else f"{count / 1e6:.1f} million"
 
 
 def _by(extents: tuple[int, ...]) -> str:
