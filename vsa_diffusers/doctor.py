@@ -206,23 +206,36 @@ def _kernel() -> Check:
         return Check("kernel", NOTE, "PyTorch, since there is no GPU for the Triton kernels")
     device = torch.device("cuda", torch.cuda.current_device())
     probe = torch.empty(1, 1, 1, HEAD_DIM, dtype=torch.bfloat16, device=device)
-    reason = support.unsupported_reason(probe, grid.num_tiles)
-    if reason is not None:
+    obstacle = support.unsupported_reason(probe, grid.num_tiles)
+    if obstacle is not None:
         # It ends with what to do for an explicit choice; here nothing was chosen.
-        return Check("kernel", WARNING, f"PyTorch: the Triton kernels cannot run, since {reason.split(';')[0]}")
+        return Check("kernel", WARNING, f"PyTorch: the Triton kernels cannot run, since {obstacle[1].split(';')[0]}")
     shape = (1, grid.num_tokens, 12, HEAD_DIM)
     stride = (math.prod(shape[1:]), shape[2] * shape[3], shape[3], 1)
     form = TensorForm(torch.bfloat16, torch.Size(shape), stride, device, 0)
     problem = Problem(grid, num_selected_tiles(grid.num_tiles, RATIO), "merge", HEAD_DIM**-0.5)
     known = support.this_device(device)
-    if tuning.plan(form, form, form, problem, known).hopper is not None:
+    capability = ".".join(map(str, known.capability))
+    portable = f"Triton, with the portable kernels (compute capability {capability})"
+    if tuning.plan(form, form, form, problem, known).hopper is None:
+        return Check("kernel", FINE, portable)
+    if _hopper_works(device):
         return Check("kernel", FINE, "Triton, with the kernel that is made for Hopper: bf16, head_dim 64 or 128")
-    found = f"Triton, with the portable kernels: compute capability {'.'.join(map(str, known.capability))}"
-    if known.capability[0] == 9:
-        wanted = ".".join(support.GLUON_RELEASE)
-        return Check("kernel", WARNING, found,
-                     f"the faster kernel for Hopper runs with Triton {wanted}, which PyTorch 2.11 brings.")  # fmt: skip
-    return Check("kernel", FINE, found)
+    return Check("kernel", WARNING, f"{portable}: the one that is made for Hopper does not work here",
+                 "the first call warns why; another release of Triton mends it, 3.6 was measured.")  # fmt: skip
+
+
+def _hopper_works(device: torch.device) -> bool:
+    """Whether a call, which tries the Hopper kernel first, comes out with it."""
+    from .kernels import trial
+
+    query, key, value, _ = (x.to(device, torch.bfloat16) for x in _inputs())
+    try:
+        video_sparse_attention(query, key, value, SHAPE, top_k_ratio=RATIO, block_size=BLOCK, combine="merge")
+    except Exception:  # the self-tests tell what it is
+        return False
+    found = [works for kind, works in trial.verdicts().items() if (kind.device, kind.head_dim) == (device, HEAD_DIM)]
+    return bool(found) and all(found)
 
 
 def _inputs() -> list[torch.Tensor]:

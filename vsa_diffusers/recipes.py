@@ -20,7 +20,9 @@ above, those of 274 and more gained 37 % and more."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fields of `VSAConfig`, and where they come from. The block is left to `enable_vsa`.
+    """Fields of `VSAConfig`, and where they come from.
+
+    The block is left to `enable_vsa`: the one that fits the video with "merge", (4, 4, 4) with gates.
 
     Args:
         top_k_ratio, dense_steps, dense_layers: as in `enable_vsa`.

@@ -85,6 +85,11 @@ def hopper_works(
     return _verdicts[kind]
 
 
+def verdicts() -> dict[Kind, bool]:
+    """What has been found out in this process, by kind of call."""
+    return dict(_verdicts)
+
+
 def _why_not(kind: Kind, problem: Problem, launch: Launch, compute: Compute) -> str | None:
     small = _small_problem(kind, problem)
     both = []

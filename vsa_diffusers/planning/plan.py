@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..models.family import Grid
+from ..processor import TRAINED_BLOCK_SIZE
 from ..recipes import NAMES, Recipe, recipe_of, size_class
 from ..tiles import TileGrid, check_block_size, check_top_k, fitting_block_size, num_selected_tiles
 from .advice import EXCELLENT, TOO_SMALL, better_size, block_of, grid_of, reason, verdict
@@ -17,7 +18,6 @@ from .models import Model, resolve
 from .speed import GPUS, Layer, expected_layer, measured, measured_model, other_seconds, waste
 
 RATIOS = (0.5, 0.3, 0.2, 0.1)
-FIXED = (4, 4, 4)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _checked_ratio(ratio: float) -> float:
 def _block(block_size: Sequence[int] | str | None, combine: str) -> tuple[int, int, int] | None:
     """The block that was asked for, or `None` for the one that fits the grid."""
     if block_size is None:
-        return FIXED if combine == "gate" else None
+        return TRAINED_BLOCK_SIZE if combine == "gate" else None
     if isinstance(block_size, str):
         if block_size != "auto":
             raise ValueError(f'block_size={block_size!r} must be three numbers, such as (4, 4, 4), or "auto".')
