@@ -1,10 +1,13 @@
 """`plan`, `doctor` and `bench` as a user calls them."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from vsa_diffusers import doctor
 from vsa_diffusers.bench import layers
@@ -124,6 +127,36 @@ def test_bench_prints_a_table_with_a_verdict_and_writes_json(capsys, tmp_path):
     assert max(map(len, printed.out.splitlines())) <= 80
     code, printed = run(capsys, *argv[:-1], "-")
     assert len(json.loads(printed.out)["rows"]) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")
+def test_a_sweep_needs_a_gpu(capsys):
+    code, printed = run(capsys, "bench", "--sweep", "here")
+    assert code == app.REFUSED
+    assert "--sweep here times launches of the kernels, which need a GPU" in " ".join(printed.err.split())
+
+
+def documented_commands():
+    """Every call of these commands that a page shows, by its words."""
+    root = Path(__file__).parents[2]
+    start = r"(?:python -m vsa_diffusers\.|python -m vsa_diffusers |vsa-diffusers )(bench|plan|doctor)(?![.\w])"
+    for page in (root / "README.md", root / "docs", *(root / folder for folder in ("examples", "vsa_diffusers"))):
+        for text in (each.read_text() for each in (sorted(page.rglob("*.md")) if page.is_dir() else [page])):
+            blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+            lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+            inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+            for each in (*lines, *inline):
+                if match := re.match(rf"{start}(.*)", each.strip(), re.DOTALL):
+                    yield match[1], *shlex.split(match[2])
+
+
+def test_every_command_on_a_page_is_one_that_there_is():
+    commands = set(documented_commands())
+    assert {name for name, *_ in commands} == {"bench", "plan", "doctor"}
+    assert len(commands) > 9
+    found = typer.main.get_command(app.app).commands
+    for name, *args in (command for command in commands if len(command) > 1):
+        found[name].make_context(name, list(args))
 
 
 def test_several_values_may_follow_an_option_or_repeat_it():

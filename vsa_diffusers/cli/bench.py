@@ -164,8 +164,10 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
 
 def _sweep(shapes: list[Any], settings: Any, folder: Path, seconds: float) -> None:
     """Time launches, and print the best."""
-    from ..bench import sweep, sweep_backward
+    from ..bench import layers, sweep, sweep_backward
 
+    if layers.this_device() == "cpu":
+        raise ValueError(f"--sweep {folder} times launches of the kernels, which need a GPU, and there is none here.")
     run = sweep_backward.sweep if settings.backward else sweep.sweep
     rows = run(shapes, settings.ratios, settings.combines, folder, seconds)
     answers.print("\n".join(sweep.best(rows)), highlight=False, markup=False, soft_wrap=True)
