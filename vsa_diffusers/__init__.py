@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .logs import show_messages
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ __all__ = [
     "spread_over_gpus",
     "video_sparse_attention",
 ]
+
+show_messages()
 
 
 def __getattr__(name: str) -> Any:
