@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .pipeline import set_top_k_ratio as set_top_k_ratio
     from .pretrained import load_vsa as load_vsa
     from .pretrained import save_vsa as save_vsa
+    from .status import vsa_status as vsa_status
 
 _HOMES = {
     "VSAAttnProcessor": "attn_processor",
@@ -45,6 +46,7 @@ _HOMES = {
     "set_top_k_ratio": "pipeline",
     "spread_over_gpus": "context_parallel",
     "video_sparse_attention": "attention",
+    "vsa_status": "status",
 }
 __all__ = [
     "VSA_DEFAULT",
@@ -65,6 +67,7 @@ __all__ = [
     "set_top_k_ratio",
     "spread_over_gpus",
     "video_sparse_attention",
+    "vsa_status",
 ]
 
 show_messages()

@@ -14,6 +14,7 @@ from .layer_skip import register_processor
 from .models import attention_modules, attention_processor, dense_attention, find_family, require_family
 from .processor import FamilyAttnProcessor, dense_processor, settle_choices
 from .running import ForwardHooks, calling_transformer
+from .wording import as_arguments, settings
 
 _OURS = "_vsa_processor"
 
@@ -42,6 +43,9 @@ class VSAAttnProcessor:
         self._dense_settings: dict[str, Any] = {"_attention_backend": None, "_parallel_config": None}
         # Modules keep them; this object must not keep the modules.
         self._processors: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({as_arguments(settings(self.config))})"
 
     @classmethod
     def for_transformer(

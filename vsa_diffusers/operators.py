@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import torch_backward, torch_impl
+from .calls import running
 from .problem import Problem
 from .tiles import TileGrid, fitting_block_size, num_kept_tiles
 
@@ -90,7 +91,9 @@ def forward(
 
     With `output_alone` the caller wants nothing but the output, and the kernels return nothing else.
     """
-    obstacle = _obstacle(implementation, query, problem)
+    obstacle = why_not_kernels(implementation, query, problem)
+    if running.tally is not None:
+        running.tally.add_sparse(obstacle)
     if obstacle is None:
         from . import kernels
 
@@ -109,7 +112,7 @@ def _(query, key, value, gate, context_mask, *numbers):
         problem = asked.problem
         batch, sequence, heads, _ = query.shape
         indices = indices.new_empty(batch * heads * problem.grid.num_tiles * problem.top_k)
-        if _obstacle(asked.implementation, query, problem) is None:
+        if why_not_kernels(asked.implementation, query, problem) is None:
             lse = lse.new_empty((batch, heads, sequence))
     return output, indices, lse
 
@@ -199,7 +202,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _obstacle(implementation: str, query: torch.Tensor, problem: Problem) -> tuple[str, str] | None:
+def why_not_kernels(implementation: str, query: torch.Tensor, problem: Problem) -> tuple[str, str] | None:
     """Why this call does not go to the Triton kernels: the kind of the reason, and the reason; `None` if it does.
 
     An explicit choice that cannot run is an error.

@@ -19,12 +19,14 @@ from .processor import FamilyAttnProcessor, dense_processor, settle_choices
 from .recipes import with_recipes
 from .running import ForwardHooks
 from .tiles import check_top_k
+from .wording import as_arguments, grouped, settings
 
 logger = logging.getLogger(__name__)
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 _INSTALLATION = "_vsa_installation"
 _OWNER = "_vsa_owner"
+MOST_SAID = 3  # settings in one line of the log
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 
 
@@ -92,12 +94,14 @@ def enable_vsa(
     owner = None if isinstance(pipe, torch.nn.Module) else getattr(pipe, _OWNER, None) or uuid.uuid4().hex
     for plan in plans:
         plan.check_sharing(owner)
+    labels = {id(part): name for name, part in supported_parts(pipe).items()} if owner else {}
     with vsa_unchanged_on_error([plan.transformer for plan in plans]):
         for plan in plans:
             _remove(plan.transformer)
-            plan.install(owner)
+            plan.install(owner, labels.get(id(plan.transformer)))
         if owner is not None:
             setattr(pipe, _OWNER, owner)
+    _say_what_is_sparse(plans)
     return pipe
 
 
@@ -147,6 +151,12 @@ def enabled_config(transformer: torch.nn.Module) -> VSAConfig | Mapping[str, Any
     return _installed(transformer).config
 
 
+def installed_hooks(transformer: torch.nn.Module) -> ForwardHooks | None:
+    """The hooks that `enable_vsa` registered; `None` where VSA is not enabled by it."""
+    installation = getattr(transformer, _INSTALLATION, None)
+    return None if installation is None else installation.hooks
+
+
 def supported_parts(pipe: Any) -> dict[str, torch.nn.Module]:
     """The supported transformers of a pipeline by name; a transformer by itself is "transformer".
 
@@ -159,6 +169,15 @@ def supported_parts(pipe: Any) -> dict[str, torch.nn.Module]:
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     names = {id(unwrap(part)): name for name, part in modules.items()}
     return {names[id(transformer)]: transformer for transformer in transformers}
+
+
+def _say_what_is_sparse(plans: Sequence[_Plan]) -> None:
+    """A line for each transformer; one for all that are alike, as the two experts of Wan 2.2."""
+    alike: dict[str, list[str]] = {}
+    for plan in plans:
+        alike.setdefault(f"({plan.family.name}): {plan}", []).append(_installed(plan.transformer).hooks.label)
+    for what, labels in alike.items():
+        logger.info("%s %s", ", ".join(labels), what)
 
 
 @dataclass
@@ -200,8 +219,8 @@ class _Plan:
             )
         logger.warning("%s: VSA changes for the other pipeline that it was enabled through, too.", name)
 
-    def install(self, owner: str | None) -> None:
-        hooks = ForwardHooks(self.transformer, self.family)
+    def install(self, owner: str | None, label: str | None) -> None:
+        hooks = ForwardHooks(self.transformer, self.family, label=label)
         installation = _Installation({}, hooks, [], self.configs, self.config, owner)
         setattr(self.transformer, _INSTALLATION, installation)
         theirs = {}
@@ -224,8 +243,20 @@ class _Plan:
                 "%d modules had processors that are not diffusers' own, which serve dense calls only from now on: %s.",
                 len(theirs), ", ".join(f"{name} ({what})" for name, what in theirs.items()),
             )  # fmt: skip
-        dense = [name for name in self.modules if name not in self.configs]
-        logger.info("%s: %d modules sparse, dense: %s", self.family.name, len(self.configs), dense or "none")
+
+    def __str__(self) -> str:
+        """What became sparse, how, and what stays dense."""
+        alike: dict[VSAConfig, list[str]] = {}
+        for name, config in self.configs.items():
+            alike.setdefault(config, []).append(name)
+        groups = [f"{grouped(names)} with {as_arguments(settings(config))}" for config, names in alike.items()]
+        if len(groups) > MOST_SAID:
+            groups = [f"{grouped(self.configs)} with {len(groups)} settings, which vsa_status(pipe) shows"]
+        dense = [grouped(name for name in self.modules if name not in self.configs), self.family.stays_dense]
+        return (
+            f"{len(self.configs)} of {len(self.modules)} video self-attention modules are sparse: "
+            f"{'; '.join(groups) or 'none'}. Dense: {'; '.join(filter(None, dense))}."
+        )
 
 
 @dataclass

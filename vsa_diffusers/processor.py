@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from .attention import video_sparse_attention
+from .calls import running
 from .config import VSAConfig
 from .gate_state import is_trained
 from .layer_skip import why_scores_are_skipped
 from .parallel import RING, dense_attention, exchange_of
+from .record import DENSE_STEP, GRID, STEP
 from .running import RunningForward
+from .wording import as_arguments, settings
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,11 @@ class FamilyAttnProcessor:
         processor = cls(settle_choices(config, attn), cls.stock(), RunningForward(), strict=strict)
         processor.surplus = None
         return processor
+
+    def __repr__(self) -> str:
+        what = [self.name] if self.name else []
+        what += [as_arguments(settings(self.config)), f"dense calls by {type(self.original).__name__}"]
+        return f"{type(self).__name__}({', '.join(what)})"
 
     @staticmethod
     def tiled_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -124,11 +132,18 @@ class FamilyAttnProcessor:
                 f"{self.name or 'attention'} runs dense, since {reason}, and such calls are not served under context "
                 "parallelism; call the pipeline without enable_parallelism."
             )
-        if not torch.compiler.is_compiling() and kind not in self._logged:
-            self._logged.add(kind)
-            level = logging.INFO if self.state.dense_step or self.stays_dense else logging.WARNING
-            logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
+        if not torch.compiler.is_compiling() and not self.stays_dense:
+            self._say_dense(kind, reason)
         return None if exchange is None else DENSE
+
+    def _say_dense(self, kind: str, reason: str) -> None:
+        """To the transformer's hooks, which count it and log it once for all modules; without them, log it here."""
+        if running.tally is not None:
+            running.tally.add_dense(kind, reason, self.name)
+        elif kind not in self._logged:
+            self._logged.add(kind)
+            level = logging.INFO if kind == STEP else logging.WARNING
+            logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
 
     def _all_tokens(self, local: int, shape: tuple[int, int, int] | None) -> int:
         """The number of tokens on all ranks together, for that of this one."""
@@ -159,7 +174,7 @@ class FamilyAttnProcessor:
             obstacle or "": obstacle,
             "scores": why_scores_are_skipped(),
             "layer": "this layer is one of those that stay dense" if self.stays_dense else None,
-            "step": "this denoising step is one of dense_steps" if self.state.dense_step else None,
+            STEP: DENSE_STEP if self.state.dense_step else None,
             "mask": None if attention_mask is None else "the call has an attention mask",
             "parallel": RING if self._parallel_config is not None and self.exchange is None else None,
         }
@@ -167,7 +182,7 @@ class FamilyAttnProcessor:
             if reason is not None:
                 return kind, reason
         if shape is None:
-            return "grid", self.state.reason
+            return GRID, self.state.reason
         tokens = math.prod(shape)
         if tokens == sequence or (tokens < sequence and self.surplus is not None):
             return "", None

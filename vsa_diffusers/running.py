@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
+from .calls import Tally, running
 from .gate_state import gate_version
+from .record import Record
 from .steps import Position, position_in_run
 from .tiles import TileGrid, fitting_block_size, num_selected_tiles
 
@@ -67,6 +69,7 @@ class RunningForward(threading.local):
         self.hooks = hooks
         self.place = place
         self.is_active = False
+        self.position: Position | None = None
         self.set(NOTHING)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,12 +130,15 @@ class ForwardHooks:
         transformer: gets the hooks with `register`.
         family: reads the grid.
         leave: remove themselves once none of the processors is in its place any more.
+        label: the transformer's name in messages; `None` is that of its class.
     """
 
-    def __init__(self, transformer: torch.nn.Module, family: ReadsGrid, leave: bool = False):
+    def __init__(self, transformer: torch.nn.Module, family: ReadsGrid, leave: bool = False, label: str | None = None):
         self.transformer = transformer
         self.family = family
         self.leave = leave
+        self.label = label or type(transformer).__name__
+        self.record = Record()
         self.were_in_place = False
         self.parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._processors: dict[str, tuple[torch.nn.Module, Any]] = {}
@@ -148,7 +154,7 @@ class ForwardHooks:
     @classmethod
     def set_by_hand(cls, transformer: torch.nn.Module, family: ReadsGrid) -> ForwardHooks:
         """Those that processors set by hand share, one for each module perhaps; made and registered if need be."""
-        hooks = vars(transformer).get(_BY_HAND)
+        hooks = hooks_by_hand(transformer)
         if hooks is None:
             hooks = cls(transformer, family, leave=True)
             hooks.register_alone()
@@ -215,6 +221,7 @@ class ForwardHooks:
         self.family.prepare(transformer)
         facts = self._facts(transformer, args, kwargs)
         self._tell(facts)
+        running.tally = Tally() if self._handles else None
         if torch.is_grad_enabled():
             self._remember(facts)
             self._carry_facts_into_checkpointing()
@@ -222,7 +229,19 @@ class ForwardHooks:
     @torch.compiler.disable
     def after(self, transformer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget it: what is called without the hooks must not see the last forward's grid."""
+        tally, running.tally = running.tally, None
+        if tally is not None:
+            self.record.add(self.label, tally, self.sparse_processors())
         self._tell(None)
+
+    def sparse_processors(self) -> dict[str, Any]:
+        """Those that are in the place of a video self-attention module, by its name."""
+        replaced = self.replaced_processors()
+        return {
+            name: processor
+            for name, (_, processor) in self._processors.items()
+            if processor.is_video and name not in replaced
+        }
 
     def told(self) -> ByPlace:
         """What this thread's states were told last."""
@@ -256,6 +275,8 @@ class ForwardHooks:
             position = position_in_run()
             if position is None:
                 self._warn_unknown_step()
+            else:
+                self._tell_dense_steps(position)
         return {place: facts_of(leader, grid, reason, position) for place, leader in leaders.items()}
 
     def _leaders(self) -> dict[int, Any]:
@@ -284,12 +305,16 @@ class ForwardHooks:
             )
         return fitting[0] if fitting else None
 
-    def _notice_replaced_processors(self) -> None:
-        replaced = {
+    def replaced_processors(self) -> dict[str, str]:
+        """Class names of the processors that have taken a watched one's place, by module."""
+        return {
             name: type(found).__name__
             for name, (attn, processor) in self._processors.items()
             if not processor.is_in_place(found := getattr(attn, "processor", processor))
         }
+
+    def _notice_replaced_processors(self) -> None:
+        replaced = self.replaced_processors()
         if self.leave and len(replaced) == len(self._processors):
             if self.were_in_place:
                 self.remove()
@@ -300,7 +325,7 @@ class ForwardHooks:
             logger.warning(
                 "%s: %d of %d sparse modules had their processor replaced since and do not run sparse, among them %s; "
                 "call enable_vsa again, after what replaced them.",
-                type(self.transformer).__name__, len(replaced), len(self._processors),
+                self.label, len(replaced), len(self._processors),
                 ", ".join(f"{name} ({what})" for name, what in list(replaced.items())[:3]),
             )  # fmt: skip
 
@@ -319,7 +344,7 @@ class ForwardHooks:
         if used:
             logger.info(
                 '%s: gates were loaded or trained since VSA was enabled; %d modules use them now (combine="gate").',
-                type(self.transformer).__name__, len(used),
+                self.label, len(used),
             )  # fmt: skip
 
     def _warn_unknown_step(self) -> None:
@@ -329,8 +354,23 @@ class ForwardHooks:
         logger.warning(
             "%s: dense_steps cannot be counted, since no denoising loop calls the transformer; it runs sparse. Call it "
             "from the pipeline, or from a loop `for i, t in enumerate(timesteps)`.",
-            type(self.transformer).__name__,
+            self.label,
         )
+
+    def _tell_dense_steps(self, position: Position) -> None:
+        """Once a run: the first step that is not behind this thread's last one begins another."""
+        processors = [processor for _, processor in self._processors.values()]
+        state = processors[0].state
+        last, state.position = state.position, position
+        if last is not None and last.total == position.total and last.step <= position.step:
+            return
+        for steps in sorted({processor.config.dense_steps for processor in processors}):
+            if position.is_among_first(steps):
+                count = min(position.count(steps), position.total)
+                logger.info(
+                    "%s: the first %d of %d steps run dense (dense_steps=%s).",
+                    self.label, count, position.total, steps,
+                )  # fmt: skip
 
     def _carry_facts_into_checkpointing(self) -> None:
         """What gradient checkpointing runs again, in whatever thread, shall know what forward it is from."""
@@ -367,6 +407,11 @@ class Checkpointing:
         if torch.compiler.is_compiling():
             return self.function(block, *args)
         return self.function(functools.partial(self.hooks.run_again, self.hooks.told(), block), *args)
+
+
+def hooks_by_hand(transformer: torch.nn.Module) -> ForwardHooks | None:
+    """Those of processors that were set by hand, if there are any."""
+    return vars(transformer).get(_BY_HAND)
 
 
 def in_backward() -> bool:

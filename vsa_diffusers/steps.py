@@ -29,8 +29,11 @@ class Position:
 
     def is_among_first(self, steps: int | float) -> bool:
         """Whether this is one of the first `steps`, a count (int), or a share of all (float), rounded up."""
-        count = steps if isinstance(steps, int) else math.ceil(steps * self.total - 1e-9)
-        return self.step < count
+        return self.step < self.count(steps)
+
+    def count(self, steps: int | float) -> int:
+        """How many steps the first `steps` are: see `is_among_first`."""
+        return steps if isinstance(steps, int) else math.ceil(steps * self.total - 1e-9)
 
 
 def position_in_run() -> Position | None:

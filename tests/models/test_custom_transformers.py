@@ -116,7 +116,7 @@ def test_without_a_grid_the_video_shape_must_be_given(tokens, caplog):
     dense = model(tokens)
     enable_vsa(model, 0.3, block_size=(2, 4, 4))
     assert model(tokens).equal(dense)
-    assert "layers.0 runs dense: the video shape could not be read" in caplog.text
+    assert "layers.0-1 runs dense: the video shape could not be read" in caplog.text
     enable_vsa(model, 0.3, video_shape=SHAPE, block_size=(2, 4, 4))
     assert relative_error(model(tokens).detach(), dense.detach()) > 1e-4
 

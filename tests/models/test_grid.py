@@ -90,7 +90,7 @@ def test_a_forward_with_other_names_runs_dense_and_says_why(same_name, caplog):
         enable_vsa(model, 0.3)
         assert model(*call)[0].equal(dense)
         reason = "pass video_shape= (forward has no 'hidden_states', but latents, time, text)."
-        assert f"blocks.0.attn1 runs dense: {UNREADABLE.partition(';')[0]}; {reason}" in caplog.text
+        assert f"blocks.0-1.attn1 runs dense: {UNREADABLE.partition(';')[0]}; {reason}" in caplog.text
         enable_vsa(model, 0.3, video_shape=recipe.video_shape(GRID))
         assert not torch.allclose(model(*call)[0], dense, atol=1e-4)
 

@@ -271,8 +271,8 @@ def test_calls_that_cannot_be_sparse_run_dense_and_say_why_once(caplog):
         for _ in range(3):
             run(model, odd, GRID)
     lines = [record.message for record in caplog.records if "runs dense" in record.message]
-    assert len(lines) == LTX.sparse
-    assert "transformer_blocks.0.attn1 runs dense: the video shape could not be read" in lines[0]
+    assert len(lines) == 1
+    assert lines[0].startswith("transformer_blocks.0-1.attn1 runs dense: the video shape could not be read")
     assert relative_error(run(model, LTX, GRID), dense) > 1e-4
 
 
