@@ -64,7 +64,7 @@ def test_a_handler_of_ones_own_on_the_package_is_enough(capsys):
 def test_one_line_silences_it_and_leaves_warnings(capsys):
     with plain_logging():
         logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)
-        run(enable_vsa(WAN.build(), 0.3, dense_steps=1), WAN, GRID)
+        run(enable_vsa(WAN.build(), 0.3, block_size=(1, 2, 2), dense_steps=1), WAN, GRID)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("WARNING vsa_diffusers: WanTransformer3DModel: dense_steps cannot be counted")
 
