@@ -60,6 +60,10 @@ def test_the_performance_page_stays_short_enough_to_be_read():
     assert len((DOCS / "performance.md").read_text().splitlines()) <= 150
 
 
+def test_the_readme_stays_short_enough_to_be_read():
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+
+
 def test_every_lab_note_is_in_the_index():
     index = (DOCS / "lab" / "README.md").read_text()
     assert not [page.name for page in DOCS.glob("lab/*.md") if f"]({page.name})" not in index and page.stem != "README"]

@@ -1,8 +1,10 @@
 """What a release says of itself agrees, wherever it says it."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +20,19 @@ def test_the_citation_is_of_this_version_and_names_the_paper():
     assert citation["version"] == vsa_diffusers.__version__
     [paper] = citation["references"]
     assert paper["url"] in (ROOT / "README.md").read_text()
+
+
+def test_the_text_on_an_index_page_refers_to_nothing_that_is_not_there(monkeypatch):
+    given = {}
+    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=lambda **metadata: given.update(metadata)))
+    runpy.run_path(str(ROOT / "setup.py"))
+    readme, text = (ROOT / "README.md").read_text(), given["long_description"]
+    link = r"\]\(([^)]*)\)"
+    assert "docs/index.md" in re.findall(link, readme)
+    assert {target.partition(":")[0] for target in re.findall(link, text)} == {"https"}
+    assert "[" not in re.sub(r"```.*?```|\[[^\]]*\]\(https:[^)]*\)", "", text, flags=re.DOTALL)
+    prose = re.sub(r"\W+", " ", re.sub(r"!\[[^\]]*\]\([^)]*\)|(?<=\])\((?!https:)[^)]*\)", "", readme))
+    assert re.sub(r"\W+", " ", text) == prose
 
 
 def test_the_changelog_begins_with_what_is_not_released_and_goes_back_in_time():
