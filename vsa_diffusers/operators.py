@@ -211,7 +211,8 @@ def why_not_kernels(implementation: str, query: torch.Tensor, problem: Problem) 
         return "choice", 'implementation="torch" was chosen.'
     # In fp32 the kernels do without tensor cores and spill; they are there for checking.
     if implementation == "auto" and query.element_size() > 2:
-        return "dtype", f'they are for 16 bits, and query is {query.dtype}; cast to torch.bfloat16, or choose "torch".'
+        given = f"query is {query.dtype} on {query.device}"
+        return "dtype", f'they are for 16 bits on a GPU, and {given}; cast to torch.bfloat16 there, or choose "torch".'
     obstacle: tuple[str, str] | None = (
         "triton",
         'Triton is not installed; install it with `pip install triton`, or choose "torch".',

@@ -65,7 +65,7 @@ def test_it_says_what_is_sparse_how_and_what_ran(ran):
     assert grid.kept == -(-3 * grid.tiles // 10)
     assert (now.forwards, now.sparse_calls, now.dense_calls, now.unseen_calls) == (4, 3, {DENSE_STEP: 1}, 0)
     assert now.implementation == "torch"
-    assert "torch.float32" in now.obstacle
+    assert "16 bits on a GPU, and query is torch.float32 on cpu" in now.obstacle
 
 
 def test_it_is_ready_for_json(ran):
