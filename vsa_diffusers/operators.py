@@ -92,8 +92,8 @@ def forward(
     With `output_alone` the caller wants nothing but the output, and the kernels return nothing else.
     """
     obstacle = why_not_kernels(implementation, query, problem)
-    if running.tally is not None:
-        running.tally.add_sparse(obstacle)
+    if (tally := running.tally) is not None:
+        tally.add_sparse(obstacle)
     if obstacle is None:
         from . import kernels
 

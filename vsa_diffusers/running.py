@@ -368,7 +368,7 @@ class ForwardHooks:
             if position.is_among_first(steps):
                 count = min(position.count(steps), position.total)
                 logger.info(
-                    "%s: the first %d of %d steps run dense (dense_steps=%s).",
+                    "%s: %d of %d steps run dense, from the first on (dense_steps=%s).",
                     self.label, count, position.total, steps,
                 )  # fmt: skip
 

@@ -149,7 +149,7 @@ def test_dense_steps_are_one_line_a_run(lines):
     pipe = enable_vsa(PipelineRecipe("WanPipeline", wan(), dict).build(), 0.3, dense_steps=0.5)
     for _ in range(2):
         pipe(**embeddings(), **TINY | dict(num_inference_steps=3, guidance_scale=3.0, output_type="latent"))
-    assert lines("dense (") == ["transformer: the first 2 of 3 steps run dense (dense_steps=0.5)."] * 2
+    assert lines("steps run dense") == ["transformer: 2 of 3 steps run dense, from the first on (dense_steps=0.5)."] * 2
     assert not lines("runs dense")
 
 
