@@ -72,6 +72,8 @@ class FamilyAttnProcessor:
         return processor
 
     def __repr__(self) -> str:
+        if "original" not in vars(self):  # not yet initialised, as in the message that refuses it
+            return super().__repr__()
         what = [self.name] if self.name else []
         what += [as_arguments(settings(self.config)), f"dense calls by {type(self.original).__name__}"]
         return f"{type(self).__name__}({', '.join(what)})"

@@ -133,7 +133,9 @@ def test_the_reasons_that_are_remembered_are_few(monkeypatch):
     monkeypatch.setattr(model._vsa_installation.hooks, "family", wrong)
     for height in range(8, 60, 2):
         run(model, WAN, (1, height, 8))
-    assert model.blocks[0].attn1.processor._logged == {"tokens"}
+    record = model._vsa_installation.hooks.record
+    assert set(record.reasons) == set(record.dense) == {"tokens"}
+    assert record._told == {("tokens", f"blocks.{n}.attn1") for n in range(2)}
 
 
 def test_processors_of_their_own_for_each_module_share_the_hooks():
