@@ -1,5 +1,6 @@
 """Every Python block of the README and the docs runs, on a tiny pipeline in place of the one that it names."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -22,6 +23,15 @@ SMALLER = {'"cuda"': '"cpu"', "height=480": "height=64", "width=832": "width=96"
            "num_frames=81": "num_frames=17", "num_inference_steps=30": "num_inference_steps=2"}  # fmt: skip
 
 
+@pytest.fixture
+def _silenced_by_a_page_alone():
+    logger = logging.getLogger("vsa_diffusers")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_silenced_by_a_page_alone")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run_in_order(page, monkeypatch, tmp_path):
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", tiny_pipeline)

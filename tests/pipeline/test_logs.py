@@ -23,11 +23,14 @@ PACKAGE = logging.getLogger("vsa_diffusers")
 @contextlib.contextmanager
 def plain_logging():
     """Logging as a program finds it that has not configured any; pytest has handlers of its own."""
+    level = PACKAGE.level
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.getLogger(), "handlers", [])
         patch.setattr(PACKAGE, "handlers", [each for each in PACKAGE.handlers if isinstance(each, StderrHandler)])
-        patch.setattr(PACKAGE, "level", PACKAGE.level)
-        yield patch
+        try:
+            yield patch
+        finally:
+            PACKAGE.setLevel(level)  # not by the patch: loggers remember what they are enabled for
 
 
 @pytest.fixture
