@@ -10,19 +10,16 @@ that do not fit into one GPU. Without `--model`, the tiny Wan model beside this 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
-from diffusers.utils import export_to_video
 
 from vsa_diffusers import enable_vsa, spread_over_gpus
+from vsa_diffusers.generation.processes import is_first, joined_processes
+from vsa_diffusers.video_files import write_video
 
 TINY = Path(__file__).parent / "tiny_wan"
 
@@ -30,24 +27,13 @@ TINY = Path(__file__).parent / "tiny_wan"
 def main() -> None:
     """Make the video; the first process tells, and writes it."""
     args = parse_arguments()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group(timeout=timedelta(minutes=args.timeout))
-    try:
+    with joined_processes(args.timeout) as device:
         make_video(args, device)
-    except BaseException:
-        # What waits for this process on its way out would wait for the others: torchrun ends them at once.
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    dist.destroy_process_group()
 
 
 def make_video(args: argparse.Namespace, device: torch.device) -> None:
     """Load, spread, denoise and write."""
-    first = dist.get_rank() == 0
+    first = is_first()
     pipe = load(args, device)
     enable_vsa(pipe, args.ratio, block_size="auto")
     spread_over_gpus(pipe, guidance_parallel=args.guidance_parallel)
@@ -64,7 +50,7 @@ def make_video(args: argparse.Namespace, device: torch.device) -> None:
         generator=torch.Generator("cpu").manual_seed(args.seed),
     ).frames[0]
     if first:
-        export_to_video(frames, str(args.output), fps=args.fps)
+        write_video(args.output, frames, args.fps)
         seconds = time.perf_counter() - begin
         print(f"{args.output}: {len(frames)} frames by {dist.get_world_size()} processes in {seconds:.1f} s")
 

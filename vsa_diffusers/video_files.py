@@ -42,9 +42,7 @@ def write_video(
         ValueError: an argument is wrong, or frames or audio hold NaN or infinity; `path` is what it was then.
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"path={str(path)!r} ends in none of {', '.join(_SUFFIXES)}; name the file so.")
+    path = check_video_path(path)
     pixels = video_frames(frames)
     _, height, width, _ = pixels.shape
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -55,6 +53,16 @@ def write_video(
             options |= {"audio_path": str(partial.parent / "sound.wav"), "audio_codec": "aac"}
             _write_wave(partial.parent / "sound.wav", sound, int(sample_rate or 0))
         _encode(partial, pixels, fps, options)
+
+
+def check_video_path(path: PathLike) -> Path:
+    """The path itself, if `write_video` can make a file of its name; else `ValueError`."""
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{str(path)!r} ends in none of {', '.join(_SUFFIXES)}; name the video file so.")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a directory; name a file in it.")
+    return path
 
 
 def write_lossless(path: PathLike, frames: np.ndarray | torch.Tensor | Sequence[Image], fps: float) -> None:

@@ -7,12 +7,12 @@ import traceback
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from ..version import __version__
 from .bench import bench
 from .doctor import doctor
-from .output import errors
+from .generate import generate
+from .output import REFUSALS, tell
 from .plan import plan
 from .values import SeveralValues
 
@@ -24,8 +24,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --dense_steps is --dense-steps
+    },
 )
+app.command(cls=SeveralValues)(generate)
 app.command(cls=SeveralValues)(plan)
 app.command()(doctor)
 app.command(cls=SeveralValues)(bench)
@@ -55,10 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     try:
         app(argv)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except REFUSALS as error:
         if "--traceback" in (sys.argv[1:] if argv is None else argv):
             traceback.print_exc()
-        errors.print(f"[red bold]error:[/] {escape(' '.join(str(error).split()))}", highlight=False)
+        tell(error)
         raise SystemExit(REFUSED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
