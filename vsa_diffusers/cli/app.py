@@ -10,6 +10,7 @@ import typer
 
 from ..version import __version__
 from .bench import bench
+from .compare import compare
 from .doctor import doctor
 from .generate import generate
 from .output import REFUSALS, tell
@@ -29,8 +30,9 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("_", "-"),  # --dense_steps is --dense-steps
     },
 )
-app.command(cls=SeveralValues)(generate)
 app.command(cls=SeveralValues)(plan)
+app.command(cls=SeveralValues)(generate)
+app.command(cls=SeveralValues)(compare)
 app.command()(doctor)
 app.command(cls=SeveralValues)(bench)
 

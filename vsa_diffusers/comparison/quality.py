@@ -1,0 +1,97 @@
+"""How close one video is to another."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_CHUNK = 8  # frames at once: SSIM keeps several copies of them
+_SMALLEST = 64  # pixels, of what the learned distance's network can take
+MISSING = 'this needs {}; pip install ".[report]" brings it.'
+
+Distance = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Of a video to a reference.
+
+    Args:
+        psnr: dB, over all pixels of the video; infinity where they are the same.
+        ssim: structural similarity, the mean over frames; 1 is the same.
+        distance: LPIPS, the mean over frames; 0 is the same. `None` where its weights are not installed.
+    """
+
+    psnr: float
+    ssim: float
+    distance: float | None = None
+
+
+def closeness(frames: np.ndarray, reference: np.ndarray, distance: Distance | None = None) -> Closeness:
+    """Compare a video with a reference, both `[frames, height, width, 3]`, uint8, as files hold them.
+
+    Raises:
+        ValueError: they are of different sizes.
+        ImportError: torchmetrics is not installed.
+    """
+    if frames.shape != reference.shape:
+        raise ValueError(f"frames {list(frames.shape)} differ in size from the reference's {list(reference.shape)}.")
+    if np.array_equal(frames, reference):
+        return Closeness(float("inf"), 1.0, None if distance is None else 0.0)
+    try:
+        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+    except ImportError as error:
+        raise ImportError(MISSING.format("torchmetrics")) from error
+    psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
+    for ours, theirs in _chunks(frames, reference):
+        psnr.update(ours, theirs)
+        ssim.update(ours, theirs)
+    learned = None if distance is None else distance(frames, reference)
+    return Closeness(psnr.compute().item(), torch.as_tensor(ssim.compute()).item(), learned)
+
+
+def learned_distance(device: str | torch.device = "cpu") -> tuple[Distance | None, str | None]:
+    """LPIPS (Zhang et al. 2018, AlexNet) where its weights are on this machine, else `None` and why; no download."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None, "torchvision, whose AlexNet it is made of, is not installed"
+    from torchvision.models import AlexNet_Weights
+
+    weights = Path(torch.hub.get_dir(), "checkpoints", Path(AlexNet_Weights.DEFAULT.url).name)
+    if not weights.exists():
+        return None, f"the weights of torchvision's AlexNet, {weights.name}, are not in torch's cache"
+    from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
+    network = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(device)
+
+    @torch.no_grad()
+    def distance(frames: np.ndarray, reference: np.ndarray) -> float:
+        network.reset()
+        for ours, theirs in _chunks(frames, reference):
+            network.update(_large_enough(ours).to(device), _large_enough(theirs).to(device))
+        return float(network.compute())
+
+    return distance, None
+
+
+def check_report_packages() -> None:
+    """Raise `ImportError` where a package that reports need is missing."""
+    for package in ("torchmetrics", "matplotlib", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(MISSING.format(package))
+
+
+def _chunks(*videos: np.ndarray) -> Iterator[list[torch.Tensor]]:
+    for first in range(0, len(videos[0]), _CHUNK):
+        yield [torch.from_numpy(video[first : first + _CHUNK]).permute(0, 3, 1, 2) / 255 for video in videos]
+
+
+def _large_enough(frames: torch.Tensor) -> torch.Tensor:
+    smallest = min(frames.shape[2:])
+    if smallest >= _SMALLEST:
+        return frames
+    return torch.nn.functional.interpolate(frames, scale_factor=_SMALLEST / smallest, mode="bilinear")
