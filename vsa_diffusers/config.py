@@ -335,11 +335,19 @@ def _layers(name: str, layers: Sequence[int], modules: Sequence[str]) -> set[str
 def _match(argument: str, pattern: str, video_modules: Sequence[str]) -> list[str]:
     names = [name for name in video_modules if fnmatch.fnmatchcase(name, pattern)]
     if not names:
+        closest = difflib.get_close_matches(pattern, working := _working_patterns(video_modules), n=1, cutoff=0)
+        first, last = video_modules[0], video_modules[-1]
         raise ValueError(
-            f"{argument} has the pattern {pattern!r}, which matches no video self-attention; "
-            f"there are: {', '.join(video_modules)}."
+            f"{argument} has the pattern {pattern!r}, which matches no video self-attention; use "
+            f"{(closest or working)[0]!r}: there are {len(video_modules)}, {first} to {last}."
         )
     return names
+
+
+def _working_patterns(video_modules: Sequence[str]) -> list[str]:
+    """Patterns that match by the last part of a name, which is what layers of one kind share."""
+    parts = [name.rpartition(".") for name in video_modules]
+    return list(dict.fromkeys(f"*.{last}" if parent else last for parent, _, last in parts))
 
 
 def _check_keys(name: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tiny_models import RECIPES
 from vsa_diffusers import VSA_DEFAULT, VSAConfig
 from vsa_diffusers.config import make_config, module_configs, resolve_config
+from vsa_diffusers.models import attention_modules, require_family
 
 VIDEO = [f"blocks.{layer}.attn1" for layer in range(4)]
 OTHER = [f"blocks.{layer}.attn2" for layer in range(4)]
@@ -55,10 +57,44 @@ def test_modules_and_dense_layers_choose_where():
     assert list(resolve(VSAConfig(dense_layers=(0, -1)))) == VIDEO[1:3]
 
 
-def test_patterns_that_match_nothing_list_what_exists():
+def test_patterns_that_match_nothing_name_the_closest_that_works():
     for config in (VSAConfig(modules=["blok*"]), {"blok*": {"top_k_ratio": 0.3}}):
-        with pytest.raises(ValueError, match=r"'blok\*', which matches no video self-attention; there are: blocks.0"):
+        with pytest.raises(
+            ValueError,
+            match=r"'blok\*', which matches no video self-attention; use '\*\.attn1': there are 4, blocks.0.attn1 to",
+        ):
             resolve(config)
+    with pytest.raises(ValueError, match=r"use '\*\.self_attn'"):
+        module_configs({"self_attention": {}}, ["a.attn1", "a.self_attn"], [])
+    with pytest.raises(ValueError, match=r"use 'attn': there are 1"):
+        module_configs({"*attention*": {}}, ["attn"], [])
+
+
+def ltx2_modules(config):
+    """Sparse ones of an LTX-2 transformer."""
+    transformer = next(each for each in RECIPES if each.name == "ltx2").build()
+    family = require_family(transformer)
+    video = list(family.video_modules(transformer))
+    return list(module_configs(config, video, [name for name in attention_modules(transformer) if name not in video]))
+
+
+def test_the_pattern_forms_of_the_original_example_fit_ltx2():
+    by_kind = {
+        "*.attn1": {"method": "vsa", "top_k_ratio": 0.5, "block_size_3d": [4, 4, 4]},
+        "*.attn2": {"enable": False},
+        "*.audio_attn*": {"enable": False},
+        "*.audio_to_video*": {"enable": False},
+        "*.video_to_audio*": {"enable": False},
+    }
+    sparse = ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    by_any = {
+        "*attn*": by_kind["*.attn1"] | {"video_shape": (16, 28, 48), "enable": True},
+        "default": {"enable": False},
+    }
+    for config in (by_kind, by_any, VSA_DEFAULT):
+        assert ltx2_modules(config) == sparse
+    with pytest.raises(ValueError, match=r"'\*attention\*', which matches no video self-attention; use '\*\.attn1'"):
+        ltx2_modules({"*attention*": by_kind["*.attn1"]})
 
 
 def test_the_default_pattern_form_serves_every_video_self_attention():
