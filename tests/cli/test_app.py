@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from vsa_diffusers.cli import app
+from vsa_diffusers.cli.script import REFUSED
 from vsa_diffusers.version import __version__
 
 
@@ -24,14 +25,14 @@ def test_it_tells_its_version(capsys):
 
 def test_what_is_refused_is_one_sentence_and_no_traceback(capsys):
     code, printed = run(capsys, "bench", "--shapes", "wan")
-    assert code == app.REFUSED
+    assert code == REFUSED
     assert "shape 'wan' is neither one of" in printed.err
     assert "Traceback" not in printed.err
 
 
 def test_a_traceback_can_be_asked_for(capsys):
     code, printed = run(capsys, "--traceback", "bench", "--shapes", "wan")
-    assert code == app.REFUSED
+    assert code == REFUSED
     assert "Traceback" in printed.err
 
 

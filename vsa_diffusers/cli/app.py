@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from typing import Annotated
 
 import typer
@@ -13,12 +12,10 @@ from .bench import bench
 from .compare import compare
 from .doctor import doctor
 from .generate import generate
-from .output import REFUSALS, tell
 from .plan import plan
+from .script import TRACEBACK, refusals
 from .values import SeveralValues
 
-REFUSED = 2
-INTERRUPTED = 130
 app = typer.Typer(
     name="vsa-diffusers",
     no_args_is_help=True,
@@ -48,23 +45,12 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="With an error, show where it came from.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help=TRACEBACK)] = False,
 ) -> None:
     """Video Sparse Attention for diffusers' video pipelines."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command, and exit.
-
-    What is refused with a `ValueError`, `TypeError`, `OSError` or `ImportError` ends in one sentence and status 2, and
-    Ctrl-C in status 130. Other exceptions are faults, and keep their traceback.
-    """
-    try:
+    """Run one command, and exit; how it ends when something is refused, `refusals` says."""
+    with refusals("--traceback" in (sys.argv[1:] if argv is None else argv)):
         app(argv)
-    except REFUSALS as error:
-        if "--traceback" in (sys.argv[1:] if argv is None else argv):
-            traceback.print_exc()
-        tell(error)
-        raise SystemExit(REFUSED) from None
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
