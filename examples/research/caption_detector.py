@@ -2,8 +2,8 @@
 
 Objects are brighter than backgrounds, so pixels are sorted by brightness and hue; the colour that covers most is the
 main object's, its centroid's path gives the direction, and moments, whatever its size or turn, give the shape.
-`PYTHONPATH=examples python examples/research/caption_detector.py` measures how often it is right on rendered clips of
-held-out captions.
+`PYTHONPATH=examples/training python examples/research/caption_detector.py` measures how often it is right on rendered
+clips of held-out captions.
 """
 
 from dataclasses import dataclass

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from muon import Muon
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from safetensors.torch import save_file
 from torch import nn
 from vsa_training.checkpoint_checks import check_tensors
+from vsa_training.muon import Muon
 
 from vsa_diffusers.files import opened_tensors, read_tensors, replaced_file
 

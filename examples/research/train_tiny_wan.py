@@ -1,6 +1,6 @@
 """Train, save and judge the tiny Wan model on procedural video.
 
-    PYTHONPATH=examples python examples/research/train_tiny_wan.py all
+    PYTHONPATH=examples/training python examples/research/train_tiny_wan.py all
 
 Each stage (`vae`, `latents`, `transformer`, `evaluate`) goes on where its last call stopped. Checkpoints and latents go
 to `--runs`, the finished pipeline to `--model`. Settings follow the hardware: see `tiny_wan_settings.py`.

@@ -1,6 +1,6 @@
 """What sparsity costs the tiny Wan model, and how much of it fine-tuning wins back.
 
-    PYTHONPATH=examples python examples/research/vsa_evidence.py --latents runs/latents --minutes 9
+    PYTHONPATH=examples/training python examples/research/vsa_evidence.py --latents runs/latents --minutes 9
 
 Measures the validation loss against the ratio: of the model as it is, and after fine-tuning it with VSA (gate, merge,
 each with tiles scored by means or by quarters, and merge with a gate) or dense for as many steps, on the same clips,

@@ -1,6 +1,6 @@
 """Compare ways to choose the key tiles, on the query, key and value of the tiny Wan model as it denoises.
 
-    PYTHONPATH=examples python examples/research/vsa_selection.py
+    PYTHONPATH=examples/training python examples/research/vsa_selection.py
 
 For every layer and head at a few denoising steps, each rule keeps the same number of key tiles per query tile. The
 table shows the mean relative error of the output against dense attention, of `combine="merge"` and of "sparse".

@@ -7,7 +7,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RESEARCH = {path.stem for path in (EXAMPLES / "research").glob("*.py")}
-SCRIPTS = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("vsa_training/*.py")]
+SCRIPTS = [path for path in EXAMPLES.rglob("*.py") if "research" not in path.parts]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

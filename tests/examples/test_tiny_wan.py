@@ -10,11 +10,11 @@ import imageio.v3 as imageio
 import pytest
 import torch
 from diffusers import WanPipeline
-from muon import Muon, orthogonalise
 from procedural_video import descriptions, render, sample_scene
 from torch import nn
 from train_tiny_wan import app
 from typer.testing import CliRunner
+from vsa_training.muon import Muon, orthogonalise
 
 import tiny_wan_parts
 from tiny_wan_evaluation import evaluate_pipeline, generate, held_out_captions

@@ -51,7 +51,8 @@ def train(material: Path, output: Path, spread: str, *more: str) -> list[dict]:
     """The metrics of a training, launched as a user would."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", "--main_process_port=0", *SPREAD[spread], str(ROOT / "examples" / "train_vsa.py"),
+        "--dynamo_backend=no", "--main_process_port=0", *SPREAD[spread],
+        str(ROOT / "examples" / "training" / "train_vsa.py"),
         f"--pretrained_model_name_or_path={material / 'pipe'}", f"--data_dir={material / 'latents'}",
         f"--output_dir={output}", "--max_train_steps=8", "--lr_warmup_steps=2", "--learning_rate=1e-3",
         "--lr_scheduler=constant_with_warmup", "--optimizer=adamw", "--combine=gate", "--dense_layers=none",

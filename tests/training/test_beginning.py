@@ -165,7 +165,7 @@ def test_wrong_options_end_with_one_sentence_and_status_2(material, tmp_path, mo
     told = capsys.readouterr().err
     assert ended.value.code == 2
     assert message in told
-    assert told.startswith("train_vsa.py: ")
+    assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert not any(tmp_path.iterdir())
 

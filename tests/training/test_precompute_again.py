@@ -192,7 +192,7 @@ def test_wrong_options_end_with_one_sentence_and_status_2(made, pipe, tmp_path, 
         run_script(precompute_latents.Options, precompute_latents.main, "")
     told = capsys.readouterr().err
     assert ended.value.code == 2
-    assert told.startswith("precompute_latents.py: ")
+    assert told.startswith("error: ")
     assert message in told
     assert told.count("\n") == 1
     assert not (tmp_path / "latents").exists()

@@ -23,7 +23,7 @@ from vsa_diffusers.pipeline import enabled_config
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'examples' / 'training'}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
 }  # fmt: skip
 CALL = dict(prompt="a red ring", height=64, width=96, num_frames=17, num_inference_steps=2, output_type="pt")
 
@@ -241,7 +241,7 @@ def train_two_processes(options: Options, *, sharded: bool) -> None:
     script = [str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")] if sharded else []
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script,
-        str(ROOT / "examples" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",
+        str(ROOT / "examples" / "training" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",
         "--dense_layers", "none",
     ]  # fmt: skip
     environment = ENVIRONMENT | (SHARDED if sharded else {})

@@ -1,7 +1,8 @@
 """Fine-tune a video transformer of diffusers with Video Sparse Attention.
 
-    accelerate launch examples/train_vsa.py --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
-        --data_dir latents --output_dir training --mixed_precision bf16
+    accelerate launch examples/training/train_vsa.py \\
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data_dir latents \\
+        --output_dir training --mixed_precision bf16
 
 Trains from the shards that `precompute_latents.py` writes. A call that was interrupted is repeated as it was, and goes
 on from its last checkpoint; with more `--max_train_steps`, a finished training goes on, too. The result in

@@ -1,4 +1,4 @@
-"""How the scripts are called, and how they end when they cannot begin."""
+"""How the two training scripts are called, their options being a dataclass, and how they end when they cannot begin."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-REFUSED = 2
+from vsa_diffusers.cli.script import TRACEBACK, refusals
 
 
 def run_script(options: type, begin: Callable[[Any], Callable[[], None] | None], description: str) -> None:
     """Parse the command line into `options`, call `begin` with them, and then what it returns, if that is something.
 
-    What `begin` refuses with a `ValueError` or an `OSError` ends the process with one sentence and status 2. Later
-    errors are faults, and keep their traceback.
+    What `begin` refuses ends the process as `refusals` says. Later errors are faults, and keep their traceback.
     """
     parser = HfArgumentParser(options, description=description)
-    try:
-        go_on = begin(*parser.parse_args_into_dataclasses())
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(REFUSED) from None
+    parser.add_argument("--traceback", action="store_true", help=TRACEBACK)
+    with refusals("--traceback" in sys.argv[1:]):
+        chosen, _ = parser.parse_args_into_dataclasses()
+        go_on = begin(chosen)
     if go_on is not None:
         go_on()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 import torch
-from muon import Muon
 
 from vsa_diffusers.models import require_family
+
+from .muon import Muon
 
 GATE = "to_gate_compress"
 

@@ -1,7 +1,8 @@
 """Encode a folder of captioned videos, so that training needs neither VAE nor text encoder.
 
-    accelerate launch examples/precompute_latents.py --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
-        --data_dir videos --output_dir latents --height 480 --width 832 --num_frames 81 --fps 16
+    accelerate launch examples/training/precompute_latents.py \\
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data_dir videos \\
+        --output_dir latents --height 480 --width 832 --num_frames 81 --fps 16
 
 `--data_dir` holds videos, with captions in `metadata.jsonl` (`{"file_name": "a.mp4", "text": "..."}` a line), or in a
 text file beside each video. Writes safetensors shards of latents and of everything else that the pipeline would feed
