@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from .output import errors
+from .output import REFUSALS, tell
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -23,15 +22,14 @@ TRACEBACK = "With an error, show where it came from."
 def refusals(show_traceback: bool = False) -> Iterator[None]:
     """End the process with one sentence and status 2 where the block refuses what it was given.
 
-    That is a `ValueError`, `TypeError`, `OSError` or `ImportError`; other exceptions are faults, and keep their
-    traceback. Ctrl-C ends it with status 130.
+    Exceptions other than `REFUSALS` are faults, and keep their traceback. Ctrl-C ends the process with status 130.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except REFUSALS as error:
         if show_traceback:
             traceback.print_exc()
-        errors.print(f"[red bold]error:[/] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
+        tell(error)
         raise SystemExit(REFUSED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
