@@ -1,0 +1,1 @@
+"""What the scripts that make videos share: their options, and how they load, time and write."""
