@@ -25,6 +25,7 @@ from rich.table import Table
 
 from vsa_diffusers import VSAConfig, load_vsa
 from vsa_diffusers.cli.progress import progress_bars
+from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.comparison import Comparison, Setting, compare
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.generation.loading import recommended_call, with_own_transformers
@@ -74,7 +75,9 @@ def main(
     ] = None,
     without_fine_tuned: Annotated[bool, typer.Option("--no-fine-tuned", help="Leave fine-tuned weights out.")] = False,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
-    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.")] = MODEL,
+    model: Annotated[
+        Path, typer.Option(help="Directory of the tiny Wan model.", exists=True, file_okay=False)
+    ] = MODEL,
 ) -> None:
     """Make one video dense and with Video Sparse Attention, side by side."""
     console = Console()
@@ -185,4 +188,4 @@ def table_of(results: list[Row], grid: TileGrid) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

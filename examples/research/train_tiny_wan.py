@@ -20,12 +20,14 @@ from tiny_wan_parts import RECOMMENDED, save_pipeline
 from tiny_wan_settings import Settings
 from tiny_wan_transformer import encode_clips, train_transformer
 from tiny_wan_vae import train_vae
+from vsa_diffusers.cli.script import refusals
 from vsa_diffusers.files import replaced_file
 
 MODEL_FOLDER = Path(__file__).parents[1] / "tiny_wan"
 
 Runs = Annotated[Path, typer.Option(help="Folder for checkpoints and latents.")]
 Model = Annotated[Path, typer.Option(help="Folder for the finished pipeline.")]
+Finished = Annotated[Path, typer.Option(help="Folder of the finished pipeline.", exists=True, file_okay=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Minutes = Annotated[float | None, typer.Option(help="Training time of this stage, over all its calls.")]
 CallMinutes = Annotated[float | None, typer.Option(help="End this call after so long, to be gone on with later.")]
@@ -98,7 +100,7 @@ def transformer(
 
 @app.command()
 def evaluate(
-    model: Model = MODEL_FOLDER,
+    model: Finished = MODEL_FOLDER,
     device: Device = "auto",
     captions: Annotated[int, typer.Option(help="Held-out captions to generate.")] = 50,
     vae_clips: Annotated[int, typer.Option(help="Held-out clips for the VAE's PSNR; 0 leaves it out.")] = 10,
@@ -170,4 +172,5 @@ def _unfinished(stage: str) -> int:
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    app()
+    with refusals():
+        app()

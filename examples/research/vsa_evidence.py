@@ -37,22 +37,22 @@ from tiny_evidence import (
 )
 from tiny_wan_transformer import Clips
 from vsa_diffusers import save_vsa, set_top_k_ratio
+from vsa_diffusers.cli.script import run_script, script_app
 from vsa_diffusers.files import read_json, replaced_file
 from vsa_diffusers.tiles import check_block_size
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
 UNFINISHED = 75
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def main(
     latents: Annotated[Path, typer.Option(help="Folder of encoded clips; missing clips are encoded first.")] = Path(
         "runs/latents"
     ),
     output: Annotated[Path, typer.Option(help="Folder for results.json and the plot.")] = Path("runs/evidence"),
-    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan pipeline.")] = MODEL,
+    model: Annotated[
+        Path, typer.Option(help="Directory of the tiny Wan pipeline.", exists=True, file_okay=False)
+    ] = MODEL,
     clips: Annotated[int, typer.Option(help="Clips to train on, a multiple of 32.")] = 2048,
     side: Annotated[int, typer.Option(help="Height and width of the clips.")] = 256,
     frames: Annotated[int, typer.Option(help="Frames of the clips.")] = 61,
@@ -257,6 +257,8 @@ def write(folder: Path, results: dict) -> None:
         partial.write_text(json.dumps(results, indent=1) + "\n")
 
 
+app = script_app(main)
+
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    app()
+    run_script(main)

@@ -21,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vsa_diffusers import enable_vsa, video_sparse_attention
+from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 
@@ -134,7 +135,9 @@ def outputs(query, key, value, kept, order, tile_of) -> Iterator[torch.Tensor]:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan pipeline.")] = MODEL,
+    model: Annotated[
+        Path, typer.Option(help="Directory of the tiny Wan pipeline.", exists=True, file_okay=False)
+    ] = MODEL,
     ratios: Annotated[str, typer.Option(help="Ratios to compare at.")] = "0.3,0.2,0.1",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 12,
     every: Annotated[int, typer.Option(help="Look at one of so many steps.")] = 4,
@@ -172,4 +175,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
