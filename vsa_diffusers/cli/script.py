@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
@@ -44,10 +43,7 @@ def run_script(main: Callable[..., None], argv: Sequence[str] | None = None) -> 
         main: what the script does; its docstring is the beginning of `--help`.
         argv: the words after the script's name; those of this process if left out.
     """
-    app = script_app(main)
-    words = list(sys.argv[1:] if argv is None else argv)
-    with refusals("--traceback" in words):
-        app(words)
+    script_app(main)(argv)
 
 
 def script_app(main: Callable[..., None]) -> typer.Typer:
@@ -58,7 +54,7 @@ def script_app(main: Callable[..., None]) -> typer.Typer:
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _hyphens},
     )
-    app.command()(_with_traceback(main))
+    app.command()(_refusing(main))
     return app
 
 
@@ -66,8 +62,8 @@ def _hyphens(word: str) -> str:
     return word.replace("_", "-")
 
 
-def _with_traceback(main: Callable[..., None]) -> Callable[..., None]:
-    """The same function with one more option, which `run_script` looks for itself."""
+def _refusing(main: Callable[..., None]) -> Callable[..., None]:
+    """The same function inside of `refusals`, with one more option, for these."""
     signature = inspect.signature(main, eval_str=True)
     option = inspect.Parameter(
         "traceback",
@@ -76,9 +72,10 @@ def _with_traceback(main: Callable[..., None]) -> Callable[..., None]:
         annotation=Annotated[bool, typer.Option("--traceback", help=TRACEBACK)],
     )
 
-    def command(**options: Any) -> None:
-        del options["traceback"]
-        main(**options)
+    def command(traceback: bool, **options: Any) -> None:
+        # Inside of typer, which answers Ctrl-C in its own way.
+        with refusals(traceback):
+            main(**options)
 
     parameters = [*signature.parameters.values(), option]
     command.__doc__ = main.__doc__
