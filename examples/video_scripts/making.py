@@ -66,7 +66,7 @@ def make_videos(
     compiled: bool = False,
     sample_rate: int | None = None,
 ) -> None:
-    """Make the video, and the dense one before it where that has a file; write them, and print a table.
+    """Make the video, and the dense one before it where that has a file; write them, and say what came out.
 
     Args:
         pipe: the pipeline, in its place.
@@ -101,9 +101,12 @@ def make_videos(
         files, frames = _write(result, path, fps, sample_rate)
         made.append(Made(name, seconds, memory, frames, files))
     console = Console()
-    console.print(_table(made))
+    if len(made) > 1:
+        console.print(_table(made))
     for each in made:
-        console.print(f"{each.name}: {', '.join(map(str, each.files))}", highlight=False, markup=False, soft_wrap=True)
+        files = ", ".join(map(str, each.files))
+        told = f"{each.name}: {files}, {len(each.frames)} frames in {each.seconds:.1f} s"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def beside(path: Path, word: str) -> Path:

@@ -3,6 +3,7 @@
 import hunyuan_vsa
 import ltx2_vsa
 import pytest
+import torch
 import wan22_two_experts
 import wan_vsa
 
@@ -11,7 +12,10 @@ from tiny_text_pipeline import tiny_hunyuan_video, tiny_pipeline
 from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.video_files import read_frames
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a machine with a CUDA GPU"),
+]
 SCRIPTS = {
     hunyuan_vsa: ("--model", tiny_hunyuan_video),
     ltx2_vsa: ("--checkpoint", tiny_ltx2),
