@@ -46,14 +46,13 @@ def main(
     """Make a video by HunyuanVideo, its joint attention sparse between video tokens; text stays dense.
 
     129 frames of 720x1280 are 118 800 tokens: attention takes most of the time there. The first fifth of the steps and
-    the first layer stay dense, which is where sparsity costs most; blocks are fitted to the video. The VAE decodes in
-    tiles, to save memory.
+    the first layer stay dense, which is where sparsity costs most. The VAE decodes in tiles, to save memory.
     """
     from video_scripts.making import beside, load, make_videos
 
     from vsa_diffusers import VSAConfig, enable_vsa
 
-    sparse = VSAConfig(ratio, block_size="auto", dense_steps=dense_steps, dense_layers=tuple(dense_layers))
+    sparse = VSAConfig(ratio, dense_steps=dense_steps, dense_layers=tuple(dense_layers))
     pipe = load(model, dtype=dtype, device=device, offload=offload, output=output)
     pipe.vae.enable_tiling()
     arguments = {

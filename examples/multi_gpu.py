@@ -85,7 +85,7 @@ def make_video(
     from vsa_diffusers.generation.processes import is_first
     from vsa_diffusers.video_files import write_video
 
-    enable_vsa(pipe, ratio, block_size="auto")
+    enable_vsa(pipe, ratio)
     spread_over_gpus(pipe, guidance_parallel=guidance_parallel)
     pipe.set_progress_bar_config(disable=not is_first())
     begin = time.perf_counter()

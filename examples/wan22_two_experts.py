@@ -55,8 +55,8 @@ def main(
 
     from vsa_diffusers import VSAConfig, enable_vsa
 
-    first = VSAConfig(high_noise_ratio, block_size="auto", dense_steps=dense_steps)
-    second = VSAConfig(low_noise_ratio, block_size="auto")
+    first = VSAConfig(high_noise_ratio, dense_steps=dense_steps)
+    second = VSAConfig(low_noise_ratio)
     pipe = load(model, dtype=dtype, device=device, offload=offload, output=output, in_float32=["vae"])
     if getattr(pipe, "transformer_2", None) is None:
         raise ValueError(f"model={model!r} has one transformer; use wan_vsa.py for it.")

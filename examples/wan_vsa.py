@@ -48,14 +48,14 @@ def main(
     """Make a video by Wan 2.1, its self-attention sparse.
 
     The model has 81 frames of 480x832 (1.3B) or 720x1280 (14B) in mind. The first fifth of the steps and the first
-    layer stay dense, which is where sparsity costs most; blocks are fitted to the video.
+    layer stay dense, which is where sparsity costs most.
     """
     from diffusers import UniPCMultistepScheduler
     from video_scripts.making import beside, load, make_videos
 
     from vsa_diffusers import VSAConfig, enable_vsa
 
-    sparse = VSAConfig(ratio, block_size="auto", dense_steps=dense_steps, dense_layers=tuple(dense_layers))
+    sparse = VSAConfig(ratio, dense_steps=dense_steps, dense_layers=tuple(dense_layers))
     pipe = load(model, dtype=dtype, device=device, offload=offload, output=output, in_float32=["vae"])
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=flow_shift)
     arguments = {

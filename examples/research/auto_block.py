@@ -1,6 +1,6 @@
 """Compare blocks of (4, 4, 4) with those that `block_size="auto"` fits to the grid, on the tiny Wan model.
 
-    PYTHONPATH=examples python examples/research/auto_block.py
+    PYTHONPATH=examples/training python examples/research/auto_block.py
 
 The transformer is given what it sees in the pipeline at a few denoising steps of dense runs from several seeds, with
 and without the prompt. The table shows the relative error of its output against its own dense one, mean and standard
@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vsa_diffusers import attention, disable_vsa, enable_vsa
+from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.tiles import TileGrid, fitting_block_size, num_kept_tiles
 
@@ -115,7 +116,9 @@ def compare(pipe: Any, settings: Settings, size: Size, steps: int, seeds: int, r
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan pipeline.")] = MODEL,
+    model: Annotated[
+        Path, typer.Option(help="Directory of the tiny Wan pipeline.", exists=True, file_okay=False)
+    ] = MODEL,
     sizes: Annotated[str, typer.Option(help="Videos as height x width x frames.")] = "256x256x61,256x208x61,256x256x17",
     ratios: Annotated[str, typer.Option(help="Ratios to compare at.")] = "0.25,0.125",
     steps: Annotated[int, typer.Option(help="Denoising steps: so many noise levels.")] = 3,
@@ -148,4 +151,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -29,6 +29,7 @@ NOWHERE = {
     "wan_vsa": ["--model=./nowhere", "--device=cpu"],
     "precompute_latents": ["--pretrained_model_name_or_path=./nowhere", "--data_dir=./nowhere", "--output_dir=latents"],
     "train_vsa": ["--pretrained_model_name_or_path=./nowhere", "--data_dir=./nowhere", "--output_dir=training"],
+    "auto_block": ["--model=./nowhere"],
     "train_tiny_wan": ["evaluate", "--model=./nowhere"],
     "vsa_evidence": ["--model=./nowhere"],
     "vsa_selection": ["--model=./nowhere"],

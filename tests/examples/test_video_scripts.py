@@ -135,7 +135,7 @@ def test_wan_compares_dense_and_sparse_with_compiled_blocks(models, made, monkey
     assert not np.array_equal(sparse, dense)
     assert made[0].scheduler.config.flow_shift == 3.0
     config = enabled_config(made[0].transformer)
-    assert (config.top_k_ratio, config.block_size, config.dense_layers) == (0.05, "auto", (0,))
+    assert (config.top_k_ratio, config.block_size, config.dense_layers) == (0.05, None, (0,))
     told = capsys.readouterr().out
     assert "times dense" in told
     assert f"VSA: {tmp_path / 'e.mp4'}, 9 frames in " in told
