@@ -75,9 +75,7 @@ def main(
     ] = None,
     without_fine_tuned: Annotated[bool, typer.Option("--no-fine-tuned", help="Leave fine-tuned weights out.")] = False,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo_output"),
-    model: Annotated[
-        Path, typer.Option(help="Directory of the tiny Wan model.", exists=True, file_okay=False)
-    ] = MODEL,
+    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.", exists=True, file_okay=False)] = MODEL,
 ) -> None:
     """Make one video dense and with Video Sparse Attention, side by side."""
     console = Console()

@@ -12,7 +12,7 @@ import typer
 from vsa_diffusers import doctor
 from vsa_diffusers.bench import layers
 from vsa_diffusers.bench.shapes import SHAPES
-from vsa_diffusers.cli import app
+from vsa_diffusers.cli import app, script
 from vsa_diffusers.cli.bench import NAMES, Combine, Dtype, Implementation, Selection
 from vsa_diffusers.cli.values import repeated
 
@@ -59,7 +59,7 @@ def test_plan_as_json_is_one_document_and_nothing_else(capsys):
 )
 def test_a_mistake_is_one_sentence_and_no_traceback(capsys, argv, message):
     code, printed = run(capsys, *argv)
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert message in " ".join(printed.err.split())
     assert "Traceback" not in printed.err
     assert not printed.out
@@ -132,7 +132,7 @@ def test_bench_prints_a_table_with_a_verdict_and_writes_json(capsys, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")
 def test_a_sweep_needs_a_gpu(capsys):
     code, printed = run(capsys, "bench", "--sweep", "here")
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert "--sweep here times launches of the kernels, which need a GPU" in " ".join(printed.err.split())
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import WanPipeline
 
 from vsa_diffusers import VSAConfig, enable_vsa
-from vsa_diffusers.cli import app
+from vsa_diffusers.cli import app, script
 from vsa_diffusers.comparison import Setting, api, compare, quality
 from vsa_diffusers.comparison.measure import _steps_to_warm_up
 from vsa_diffusers.comparison.settings import read_setting
@@ -82,7 +82,7 @@ def numbers(directory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "measure", interrupted)
-        assert started(directory) == app.INTERRUPTED
+        assert started(directory) == script.INTERRUPTED
     assert not (directory / "report.html").exists()
     printed = []
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +187,7 @@ def test_with_the_same_settings_nothing_is_made_and_with_another_seed_everything
     assert [result["mean"] for result in again["results"]] == [result["mean"] for result in numbers["results"]]
     for options in (["--seed=5"], ["--anew"]):
         code, printed = run(capsys, directory, *options)
-        assert code == app.REFUSED
+        assert code == script.REFUSED
         assert "it was made again" in printed.err
 
 
@@ -223,7 +223,7 @@ def test_in_python_it_shows_a_table_and_leaves_the_pipeline_as_it_was(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_made(capsys, tmp_path, options, message):
     code, printed = run(capsys, tmp_path / "new", *options)
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert message in printed.err
     assert not (tmp_path / "new").exists()
 
@@ -233,7 +233,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(capsys, tmp_pa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     code, printed = run(capsys, tmp_path / "new")
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert package in printed.err
     assert 'pip install ".[report]"' in printed.err
     assert not (tmp_path / "new").exists()

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_fine_tuned import fine_tuned
 from tiny_pipelines_video import TINY, ltx2, ltx2_embeddings
 from vsa_diffusers import VSAConfig, save_gates, save_vsa
-from vsa_diffusers.cli import app
+from vsa_diffusers.cli import app, script
 from vsa_diffusers.generation import generate as generation
 from vsa_diffusers.generation.calling import call_arguments, call_pipeline, frames_per_second, named_arguments
 from vsa_diffusers.generation.loading import place
@@ -117,7 +117,7 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     code, printed = run(capsys, "--frames=9", "--height=64", "--width=64", "--steps=1", *options)
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert message in " ".join(printed.err.split())
     assert list(tmp_path.iterdir()) == []
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_nothing_is_written(
 def test_what_is_no_pipeline_is_refused(capsys, model):
     with pytest.raises(SystemExit) as ended:
         app.main(["generate", model, "a"])
-    assert ended.value.code == app.REFUSED
+    assert ended.value.code == script.REFUSED
     assert model in " ".join(capsys.readouterr().err.split())
 
 
