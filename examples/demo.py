@@ -85,7 +85,7 @@ def main(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = WanPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = WanPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     settings = []
     for ratio in ratios:

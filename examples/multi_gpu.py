@@ -103,7 +103,7 @@ def load(model: str, device: Any, fsdp: bool) -> Any:
     from diffusers import DiffusionPipeline
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
     for name, part in pipe.components.items():
         if not isinstance(part, torch.nn.Module):
             continue

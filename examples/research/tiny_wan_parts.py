@@ -147,7 +147,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKLWan, model: TinyWan) -> None:
         text_encoder=model.text_encoder.cpu(),
         vae=vae.cpu(),
         scheduler=build_scheduler(),
-        # Half the size on disk; without `torch_dtype` it is loaded as fp32 all the same.
+        # Half the size on disk; without `dtype` it is loaded as fp32 all the same.
         transformer=model.transformer.cpu().half(),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -92,7 +92,7 @@ def main(options: Options) -> None:
     clips = find_clips(Path(options.data_dir), options.num_frames, options.fps, options.clips_per_video)
     check_pretrained(options.pretrained_model_name_or_path)
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        options.pretrained_model_name_or_path, torch_dtype=DTYPES[options.dtype]
+        options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype]
     )
     pipe.set_progress_bar_config(disable=True)
     if options.offload:

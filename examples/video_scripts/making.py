@@ -49,7 +49,7 @@ def load(
     pipe = load_pipeline(model, dtype=dtype, device=device)
     for name in in_float32 if dtype != "float32" else ():
         cls = type(getattr(pipe, name))
-        setattr(pipe, name, cls.from_pretrained(model, subfolder=name, torch_dtype=torch.float32))
+        setattr(pipe, name, cls.from_pretrained(model, subfolder=name, dtype=torch.float32))
     place(pipe, device, offload)
     return pipe
 

@@ -208,7 +208,7 @@ def test_bitsandbytes_is_exact(name, tmp_path):
     pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install bitsandbytes")
     WAN.build().save_pretrained(tmp_path)
     model = diffusers.WanTransformer3DModel.from_pretrained(
-        tmp_path, quantization_config=BITSANDBYTES[name](), torch_dtype=torch.bfloat16, device_map="cuda"
+        tmp_path, quantization_config=BITSANDBYTES[name](), dtype=torch.bfloat16, device_map="cuda"
     )
     assert type(model.blocks[0].attn1.to_q).__name__ in ("Linear8bitLt", "Linear4bit")
     # In 8 bits activations are rounded, too, by steps that enlarge what differs in the last place.
@@ -248,7 +248,7 @@ def test_an_attention_backend_serves_what_is_dense_or_is_refused_as_without_vsa(
 def test_a_pipeline_loaded_by_device_map_is_exact(device_map, tmp_path):
     PipelineRecipe("WanPipeline", wan(), dict).build().save_pretrained(tmp_path)
     missing = dict(text_encoder=None, tokenizer=None, transformer_2=None)
-    pipe = diffusers.WanPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map=device_map, **missing)
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map=device_map, **missing)
     pipe.set_progress_bar_config(disable=True)
     prompt = {key: value.bfloat16().to(CUDA) for key, value in embeddings().items()}
 

@@ -324,7 +324,7 @@ def test_gguf_weights_are_served(tmp_path):
     writer.close()
     original.save_config(tmp_path / "transformer")
     model = diffusers.WanTransformer3DModel.from_single_file(
-        str(file), config=str(tmp_path), subfolder="transformer", torch_dtype=torch.float32,
+        str(file), config=str(tmp_path), subfolder="transformer", dtype=torch.float32,
         quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.float32),
     )  # fmt: skip
     assert type(model.blocks[0].attn1.to_q).__name__ == "GGUFLinear"

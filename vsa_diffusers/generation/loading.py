@@ -53,7 +53,7 @@ def load_pipeline(
         raise ValueError(f"{model} is {kind} supported; pass a folder with model_index.json, as save_pretrained does.")
     if not Path(model).exists() and str(model).startswith((".", "/", "~")):
         raise MissingDirectoryError(f"{model}: no such directory; check the path.")
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=DTYPES[dtype])
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
     pipe.set_progress_bar_config(disable=True)
     supported_parts(pipe)
     if lora is not None:

@@ -18,7 +18,7 @@ def load_transformer(options: Options, description: Description) -> torch.nn.Mod
     """The pretrained transformer, in fp32."""
     check_pretrained(options.pretrained_model_name_or_path, options.subfolder)
     return getattr(diffusers, description.transformer).from_pretrained(
-        options.pretrained_model_name_or_path, subfolder=options.subfolder, torch_dtype=torch.float32
+        options.pretrained_model_name_or_path, subfolder=options.subfolder, dtype=torch.float32
     )
 
 
