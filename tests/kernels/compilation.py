@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from vsa_diffusers.kernels import backward, forward, support
@@ -176,7 +177,7 @@ def report(label: str, name: int | str, kernel) -> Report:
             source.write_text(kernel.asm["ptx"])
             arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)
             tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-            command = [tools / _assembler(name), "-v", f"--gpu-name={arch}", source, "-o", binary]
+            command = [get_ptxas(name).path, "-v", f"--gpu-name={arch}", source, "-o", binary]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             registers = int(re.search(r"Used (\d+) registers", log).group(1))
             spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
@@ -208,11 +209,6 @@ def _first_matrix_loop(listing: list[str]) -> list[str]:
                 loops.append((start, end))
     bodies = (listing[start : end + 1] for start, end in loops)
     return next((body for body in bodies if any(re.search(r"MMA", line) for line in body)), [])
-
-
-def _assembler(name: int) -> str:
-    blackwell = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
-    return "ptxas-blackwell" if name >= 100 and blackwell.exists() else "ptxas"
 
 
 def main() -> None:

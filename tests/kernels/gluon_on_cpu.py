@@ -25,7 +25,7 @@ import triton.language
 from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.language.nvidia import ampere, hopper
 
-from vsa_diffusers.kernels.hopper import producer
+from vsa_diffusers.kernels.hopper import renamed
 
 DEADLOCK_SECONDS = 30.0
 LATEST_COPY_SECONDS = 2e-4
@@ -92,7 +92,7 @@ class Shared:
         assert order == (1, 0)
         return Shared(self.memory, self.shape, not self.transposed)
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _layout: object) -> Shared:
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _layout: object) -> Shared:
         assert dtype == self.dtype
         assert math.prod(shape) == self.memory.numel()
         return Shared(self.memory, shape)
@@ -326,25 +326,22 @@ MBARRIER = SimpleNamespace(
     arrive=lambda barrier: barrier.change(1),
     expect=lambda barrier, size: barrier.change(1, size),
 )
-TMA = SimpleNamespace(
-    async_copy_global_to_shared=_copy_box,
-    async_copy_shared_to_global=_write_box,
-    store_wait=_await_writes,
-)
+TMA = SimpleNamespace(store_wait=_await_writes)
 STANDING_IN: dict[int, Any] = {
     id(gluon_language): LANGUAGE,
     id(triton.language): LANGUAGE,
     id(hopper.mbarrier): MBARRIER,
     id(hopper.tma): TMA,
-    id(ampere.async_copy): SimpleNamespace(
-        async_copy_global_to_shared=_copy_rows,
-        mbarrier_arrive=_arrive_with_rows,
-    ),
+    id(ampere.async_copy): SimpleNamespace(mbarrier_arrive=_arrive_with_rows),
     id(hopper.fence_async_shared): _nothing,
     id(hopper.warpgroup_mma): _multiply,
     id(hopper.warpgroup_mma_init): lambda acc: acc,
     id(hopper.warpgroup_mma_wait): _wait_for_products,
-    id(producer.synchronise): _nothing,
+    id(renamed.synchronise): _nothing,
+    id(renamed.reinterpret): Shared.reinterpret,
+    id(renamed.load_box): _copy_box,
+    id(renamed.store_box): _write_box,
+    id(renamed.load_rows): _copy_rows,
 }
 _modules: dict[int, dict[str, Any]] = {}
 

@@ -32,6 +32,7 @@ from .common import (
     rows_layout,
     valid_context,
 )
+from .renamed import reinterpret, store_box
 
 
 @gluon.jit
@@ -242,8 +243,8 @@ def consumer(
                     if output_descriptor is not None:
                         fence_async_shared()
                         batch, head, t, h, w, _, _, _ = tile
-                        box = staged._reinterpret(dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
-                        tma.async_copy_shared_to_global(output_descriptor, [batch, t, h, w, head * DIM], box)
+                        box = reinterpret(staged, dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
+                        store_box(output_descriptor, [batch, t, h, w, head * DIM], box)
                     else:
                         exists = rows_exist(tile, BLOCK, ROWS_LAYOUT)[:, None]
                         at_output = row_pointers(output, tile, output_strides, offsets_in_full, grid, DIM)

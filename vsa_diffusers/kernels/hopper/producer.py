@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..primitives.geometry import unpack
 from ..primitives.rows import block_offset, partial_rows
@@ -28,11 +28,11 @@ from .common import (
     rows_layout,
     valid_context,
 )
+from .renamed import load_box, load_rows, reinterpret, synchronise
 
 # Most polls of the chunk counter before a program goes on alone, one L2 round trip each; on short sequences all chunks
 # together take less time than many polls in vain.
 LONG_SPINS, SHORT_SPINS = gl.constexpr(1024), gl.constexpr(64)
-synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
 
 @gluon.jit
@@ -60,10 +60,10 @@ def _fetch_rows(key, value, key_offset, value_offset, exists, buffers, barriers,
     stage = count % STAGES
     mask = exists[:, None]
     _wait_key_empty(barriers, count, STAGES)
-    async_copy.async_copy_global_to_shared(keys.index(stage), key + key_offset[:, None] + dim[None, :], mask=mask)
+    load_rows(keys.index(stage), key + key_offset[:, None] + dim[None, :], mask=mask)
     async_copy.mbarrier_arrive(key_full.index(stage))
     _wait_value_empty(barriers, count, STAGES)
-    async_copy.async_copy_global_to_shared(values.index(stage), value + value_offset[:, None] + dim[None, :], mask=mask)
+    load_rows(values.index(stage), value + value_offset[:, None] + dim[None, :], mask=mask)
     async_copy.mbarrier_arrive(value_full.index(stage))
     synchronise()  # every thread's copies are counted before the phase may end
     mbarrier.arrive(key_full.index(stage))
@@ -76,9 +76,9 @@ def _copy(descriptor, corner, buffer, full, BLOCK: gl.constexpr):
     beyond it, or, without `BLOCK`, rows in tile order."""
     DIM: gl.constexpr = buffer.shape[1]
     if BLOCK is not None:
-        buffer = buffer._reinterpret(buffer.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
+        buffer = reinterpret(buffer, buffer.dtype, [1, BLOCK[0], BLOCK[1], BLOCK[2], DIM], BOX)
     mbarrier.expect(full, ROWS * DIM * 2)
-    tma.async_copy_global_to_shared(descriptor, corner, full, buffer)
+    load_box(descriptor, corner, full, buffer)
 
 
 @gluon.jit
@@ -92,7 +92,7 @@ def _fetch_query_tile(source, descriptor, strides, tile, exists, in_full, grid, 
     else:
         pointers = row_pointers(source, tile, strides, in_full, grid, buffer.shape[1])
         mask = (rows_exist(tile, BLOCK, rows_layout(buffer.shape[1])) & exists)[:, None]
-        async_copy.async_copy_global_to_shared(buffer, pointers, mask=mask)
+        load_rows(buffer, pointers, mask=mask)
         async_copy.mbarrier_arrive(full)
         synchronise()
         mbarrier.arrive(full)
@@ -144,11 +144,11 @@ def _copy_groups(descriptor, rows, buffer, full, GROUP: gl.constexpr):
     """Let the copy engine fill a buffer with the groups of rows that begin at `rows`."""
     DIM: gl.constexpr = buffer.shape[1]
     GROUPS: gl.constexpr = ROWS // GROUP
-    pieces = buffer._reinterpret(buffer.dtype, [GROUPS * (DIM // PANEL_COLUMNS), GROUP, PANEL_COLUMNS], SHARED)
+    pieces = reinterpret(buffer, buffer.dtype, [GROUPS * (DIM // PANEL_COLUMNS), GROUP, PANEL_COLUMNS], SHARED)
     mbarrier.expect(full, ROWS * DIM * 2)
     for piece in gl.static_range(GROUPS * (DIM // PANEL_COLUMNS)):
         corner = [rows[piece % GROUPS], piece // GROUPS * PANEL_COLUMNS]
-        tma.async_copy_global_to_shared(descriptor, corner, full, pieces.index(piece))
+        load_box(descriptor, corner, full, pieces.index(piece))
 
 
 @gluon.jit
