@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from .pipeline import set_top_k_ratio as set_top_k_ratio
     from .pretrained import load_vsa as load_vsa
     from .pretrained import save_vsa as save_vsa
+    from .schedule import RatioSchedule as RatioSchedule
     from .status import vsa_status as vsa_status
 
 _HOMES = {
+    "RatioSchedule": "schedule",
     "VSAAttnProcessor": "attn_processor",
     "VSAConfig": "config",
     "VSA_DEFAULT": "config",
@@ -50,6 +52,7 @@ _HOMES = {
 }
 __all__ = [
     "VSA_DEFAULT",
+    "RatioSchedule",
     "VSAAttnProcessor",
     "VSAConfig",
     "__version__",

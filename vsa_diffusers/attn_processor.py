@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ class VSAAttnProcessor:
 
     Args:
         config: a `VSAConfig`; `fields` (such as `top_k_ratio=0.2`) are its fields. `video_shape` overrides what the
-            inputs say. Those that need to know the whole transformer (`dense_steps`, `dense_layers`, `modules`) cannot
-            be given.
+            inputs say. Those that need to know the whole transformer (`dense_steps`, `dense_layers`, `modules`, a
+            `schedule`) cannot be given.
 
     Raises:
         ValueError: a field is wrong; when called, tokens do not match `video_shape`, or there is none, and no supported
@@ -37,8 +37,9 @@ class VSAAttnProcessor:
     """
 
     def __init__(self, config: VSAConfig | None = None, **fields: Any):
-        self.config = make_config(config, fields)
-        _refuse(self.config, {"dense_steps": 0, "dense_layers": (), "modules": None}, "VSAAttnProcessor")
+        self.config = _constant(make_config(config, fields))
+        unset = {"dense_steps": 0, "dense_layers": (), "modules": None, "schedule": "constant"}
+        _refuse(self.config, unset, "VSAAttnProcessor")
         register_processor(type(self), lambda attn: (attention_processor(type(attn)) or FamilyAttnProcessor).streams)
         self._dense_settings: dict[str, Any] = {"_attention_backend": None, "_parallel_config": None}
         # Modules keep them; this object must not keep the modules.
@@ -71,7 +72,7 @@ class VSAAttnProcessor:
         Raises:
             ValueError: the transformer is not supported, or a field is wrong.
         """
-        config = make_config(config, fields)
+        config = _constant(make_config(config, fields))
         family = require_family(transformer)
         modules = attention_modules(transformer)
         video = list(family.video_modules(transformer))
@@ -220,6 +221,11 @@ def _family_processor(attn: torch.nn.Module) -> type[FamilyAttnProcessor]:
             "VSAAttnProcessor.for_transformer(transformer, ...))."
         )
     return processor
+
+
+def _constant(config: VSAConfig) -> VSAConfig:
+    """Processors that are set one by one keep one ratio, unless a schedule was asked for."""
+    return replace(config, schedule="constant") if config.schedule == "auto" else config
 
 
 def _refuse(config: VSAConfig, defaults: Mapping[str, Any], what: str) -> None:

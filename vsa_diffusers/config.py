@@ -15,6 +15,7 @@ from typing import Any
 from .attention import COMBINES, IMPLEMENTATIONS, check_auto_block_size, check_choice
 from .directories import current_file
 from .files import local_directory, read_json, replaced_file
+from .schedule import RatioSchedule, check_schedule
 from .selection import SELECTIONS
 from .tiles import check_block_size, check_top_k, check_video_shape
 
@@ -48,6 +49,7 @@ _PATTERN_KEYS = {
     "implementation": "implementation",
     "dense_steps": "dense_steps",
     "dense_layers": "dense_layers",
+    "schedule": "schedule",
 }
 # Two ways to say how many tiles are kept; one entry says it in one of them.
 _OTHER_COUNT = {"top_k": "top_k_ratio", "top_k_ratio": "top_k"}
@@ -74,6 +76,9 @@ class VSAConfig:
         implementation: as in `video_sparse_attention`.
         selection: `"mean"` or `"quarters"` (see `video_sparse_attention`), or `"auto"`: "quarters" where `combine`
             comes out as "merge", else "mean", by which models with gates have been trained.
+        schedule: how the ratio changes over a denoising run. `"constant"`; `"front"`: `top_k_ratio` is the mean over
+            the run, and the first steps keep more than the last; a `RatioSchedule`, which says every ratio itself, or
+            a dict of its fields; or `"auto"`, which is "constant" now. Outside of a run it is its mean.
 
     Numbers and arrays of numpy are kept as Python's own numbers and tuples.
 
@@ -91,6 +96,7 @@ class VSAConfig:
     modules: tuple[str, ...] | None = None
     implementation: str = "auto"
     selection: str = "auto"
+    schedule: str | RatioSchedule = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -109,6 +115,14 @@ class VSAConfig:
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
         check_choice("selection", self.selection, ("auto", *SELECTIONS))
         _check_dense_steps(self.dense_steps)
+        self._set("schedule", check_schedule(self.schedule))
+        if self.schedule not in ("auto", "constant") and self.top_k is not None:
+            raise ValueError(f"top_k={self.top_k} is constant, but schedule={self.schedule!r}; pass top_k_ratio.")
+        if isinstance(self.schedule, RatioSchedule) and self.top_k_ratio != type(self).top_k_ratio:
+            raise ValueError(
+                f"top_k_ratio={self.top_k_ratio} and schedule={self.schedule!r} both say how many tiles are kept; pass "
+                'one, or schedule="front" for that mean.'
+            )
         if isinstance(self.block_size, str):
             check_auto_block_size(self.block_size, self.combine)
         elif self.block_size is not None:
@@ -123,7 +137,7 @@ class VSAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _listed(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VSAConfig:
@@ -246,6 +260,8 @@ def module_configs(
             for count, other in _OTHER_COUNT.items():
                 if values.get(count) is not None:
                     settings[name].pop(other, None)
+            for other in _superseded(settings[name], values):
+                del settings[name][other]
             settings[name] |= values
             if dense is not None:
                 settings[name]["dense"] = name in dense
@@ -263,6 +279,9 @@ def make_config(config: VSAConfig | None, changes: Mapping[str, Any]) -> VSAConf
         return VSAConfig(**changes)
     given = {name for name in changes if changes[name] is not None}
     unset = {other: getattr(VSAConfig, other) for name, other in _OTHER_COUNT.items() if name in given}
+    present = {name: value for name, value in vars(config).items() if name not in unset}
+    for other in _superseded(present, {name: changes[name] for name in given}):
+        unset[other] = "constant" if other == "schedule" else getattr(VSAConfig, other)
     return replace(config, **{**unset, **changes})
 
 
@@ -319,6 +338,23 @@ def _refuse_contradiction(config: str, name: str, value: Any, values: Mapping[st
         same = type(present) is type(value) and present == value
         if present is not None and (key == other or not same):
             raise ValueError(f"{name}={value!r} contradicts {key}={present!r} of {config}; pass one of the two.")
+
+
+def _superseded(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    """Fields said earlier that what is said later about the number of tiles takes the place of."""
+    fields = []
+    schedule = earlier.get("schedule", "auto")
+    if "schedule" in later:
+        schedule = check_schedule(later["schedule"])
+        if schedule not in ("auto", "constant"):
+            fields.append("top_k")
+        if isinstance(schedule, RatioSchedule):
+            fields.append("top_k_ratio")
+    elif schedule not in ("auto", "constant") and (
+        later.get("top_k") is not None or (later.get("top_k_ratio") is not None and isinstance(schedule, RatioSchedule))
+    ):
+        fields.append("schedule")
+    return [name for name in fields if name in earlier and name not in later]
 
 
 def _layers(name: str, layers: Sequence[int], modules: Sequence[str]) -> set[str]:
@@ -382,6 +418,12 @@ def _plain(value: Any) -> Any:
         # The shortest decimal: numpy's float32 0.2 is 0.2, not 0.20000000298, which would keep a tile more.
         return float(str(value)) if hasattr(value, "dtype") else float(value)
     return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _listed(each) for name, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _tuple_of(name: str, value: Any, kind: type, example: str) -> tuple:

@@ -7,17 +7,18 @@ import functools
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .config import VSAConfig, module_configs, resolve_config
+from .config import VSAConfig, make_config, module_configs, resolve_config
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
 from .processor import FamilyAttnProcessor, dense_processor, settle_choices
 from .recipes import with_recipes
 from .running import ForwardHooks
+from .schedule import RatioSchedule, mean_share
 from .tiles import check_top_k
 from .wording import as_arguments, grouped, settings
 
@@ -27,6 +28,7 @@ PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 _INSTALLATION = "_vsa_installation"
 _OWNER = "_vsa_owner"
 MOST_SAID = 3  # settings in one line of the log
+USUAL_STEPS = 50
 _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 
 
@@ -38,6 +40,7 @@ def enable_vsa(
     block_size: Sequence[int] | str | None = None,
     combine: str = "auto",
     selection: str = "auto",
+    schedule: str | RatioSchedule | Mapping[str, Any] = "auto",
     video_shape: Sequence[int] | None = None,
     dense_steps: float = 0,
     dense_layers: Sequence[int] = (),
@@ -60,6 +63,8 @@ def enable_vsa(
             some, and otherwise "merge", which needs no training. See `video_sparse_attention`.
         selection: what key tiles are scored by: `"mean"`, `"quarters"` (see `video_sparse_attention`), or `"auto"`:
             "quarters" with "merge", which keeps better tiles for a few percent of attention's time, else "mean".
+        schedule: how the ratio changes over the run: `"constant"`, `"front"` (`top_k_ratio` is the mean over the run,
+            spent at the front), a `RatioSchedule` in the place of `top_k_ratio`, or `"auto"`, "constant" for now.
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs at every call.
         dense_steps: first denoising steps that stay dense, as a number or as a share of the scheduler's steps.
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
@@ -82,6 +87,7 @@ def enable_vsa(
         "block_size": block_size,
         "combine": combine,
         "selection": selection,
+        "schedule": schedule,
         "video_shape": video_shape,
         "dense_steps": dense_steps,
         "dense_layers": dense_layers,
@@ -124,7 +130,8 @@ def set_top_k_ratio(pipe: PipelineOrTransformer, top_k_ratio: float) -> Pipeline
 
     Args:
         pipe: a pipeline or transformer on which VSA is enabled.
-        top_k_ratio: as in `enable_vsa`; replaces a `top_k`, too.
+        top_k_ratio: as in `enable_vsa`: of every step, or the mean of `schedule="front"`. It replaces a `top_k` or a
+            `RatioSchedule`, too.
 
     Returns:
         `pipe` itself.
@@ -136,9 +143,9 @@ def set_top_k_ratio(pipe: PipelineOrTransformer, top_k_ratio: float) -> Pipeline
     check_top_k(None, top_k_ratio)
     for installation in installations:
         for processor in installation.processors:
-            processor.config = replace(processor.config, top_k=None, top_k_ratio=top_k_ratio)
+            processor.config = make_config(processor.config, {"top_k": None, "top_k_ratio": top_k_ratio})
         if isinstance(installation.config, VSAConfig):
-            installation.config = replace(installation.config, top_k=None, top_k_ratio=top_k_ratio)
+            installation.config = make_config(installation.config, {"top_k": None, "top_k_ratio": top_k_ratio})
     return pipe
 
 
@@ -243,6 +250,7 @@ class _Plan:
                 "%d modules had processors that are not diffusers' own, which serve dense calls only from now on: %s.",
                 len(theirs), ", ".join(f"{name} ({what})" for name, what in theirs.items()),
             )  # fmt: skip
+        self._report_dense_steps()
 
     def __str__(self) -> str:
         """What became sparse, how, and what stays dense."""
@@ -257,6 +265,15 @@ class _Plan:
             f"{len(self.configs)} of {len(self.modules)} video self-attention modules are sparse: "
             f"{'; '.join(groups) or 'none'}. Dense: {'; '.join(filter(None, dense))}."
         )
+
+    def _report_dense_steps(self) -> None:
+        """Dense steps come on top of a budget."""
+        for config in {each for each in self.configs.values() if each.schedule == "front" and each.dense_steps}:
+            mean = mean_share("front", config.top_k_ratio, config.dense_steps, USUAL_STEPS)
+            logger.info(
+                "dense_steps=%s come on top of top_k_ratio=%s: over %d steps %.2f of the tiles are kept on average.",
+                config.dense_steps, config.top_k_ratio, USUAL_STEPS, mean,
+            )  # fmt: skip
 
 
 @dataclass

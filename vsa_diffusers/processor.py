@@ -19,6 +19,7 @@ from .layer_skip import why_scores_are_skipped
 from .parallel import RING, dense_attention, exchange_of
 from .record import DENSE_STEP, GRID, STEP
 from .running import RunningForward
+from .schedule import AUTO
 from .wording import as_arguments, settings
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,8 @@ class FamilyAttnProcessor:
         if settled.combine != "gate":
             return False
         choices = {name: getattr(settled, name) for name in ("combine", "selection", "block_size")}
-        self.config = replace(self.config, **choices)
+        schedule = settled.schedule if asked.schedule == "auto" else self.config.schedule
+        self.config = replace(self.config, **choices, schedule=schedule)
         return True
 
     def dense_processor(self, attn: torch.nn.Module) -> Any:
@@ -311,7 +313,7 @@ def dense_processor(processor: Any, attn: torch.nn.Module) -> Any:
 
 
 def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> VSAConfig:
-    """Settle `combine="auto"`, `selection="auto"` and `block_size=None` for one attention module.
+    """Settle `combine`, `selection`, `block_size` and `schedule`, where left open, for one attention module.
 
     Looks at the gate's values, so call it outside of the loop.
 
@@ -331,4 +333,7 @@ def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
         selection = "quarters" if combine == "merge" else "mean"
     if block_size is None:
         block_size = "auto" if combine == "merge" else TRAINED_BLOCK_SIZE
-    return replace(config, combine=combine, selection=selection, block_size=block_size)
+    schedule = config.schedule
+    if schedule == "auto":
+        schedule = AUTO if combine == "merge" and config.top_k is None else "constant"
+    return replace(config, combine=combine, selection=selection, block_size=block_size, schedule=schedule)

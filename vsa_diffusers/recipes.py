@@ -131,8 +131,11 @@ def with_recipes(
                 )
             families = families_of(next(iter(given.values())))
             settings = recipe_settings(families, str(name), given.get("video_shape"))
-            if given.get("top_k") is not None:
+            schedule = given.get("schedule", "auto")
+            if given.get("top_k") is not None or not isinstance(schedule, str):
                 del settings["top_k_ratio"]
+            if schedule not in ("auto", "constant"):  # it says itself when tiles are spent
+                del settings["dense_steps"]
             left_out: Any = {key: value for key, value in settings.items() if key not in given}
             return function(*args, **kwargs, **left_out)
 

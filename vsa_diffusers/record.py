@@ -19,7 +19,7 @@ MOST_GRIDS = 64  # that are told from new ones
 LOGGED_GRIDS = 8  # at INFO; training may have a new one every step
 MOST_KINDS = 32
 STEP, GRID, OTHER = "step", "grid", "other"
-DENSE_STEP = "this denoising step is one of dense_steps"
+DENSE_STEP = "this denoising step is dense"
 # One for all records: transformers are copied and pickled with theirs, which a lock cannot be.
 _lock = threading.Lock()
 

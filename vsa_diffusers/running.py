@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,8 +20,9 @@ import torch
 from .calls import Tally, running
 from .gate_state import gate_version
 from .record import Record
+from .schedule import RatioSchedule, needs_position, share_of
 from .steps import Position, position_in_run
-from .tiles import TileGrid, fitting_block_size, num_selected_tiles
+from .tiles import TileGrid, fitting_block_size, num_kept_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Facts:
         grid: `(T, H, W)`, or `None` where the transformer's inputs do not tell.
         block_size: the tiles' extents, "auto" resolved.
         kept: number of key tiles that each query tile keeps.
-        dense_step: whether this denoising step is one of `dense_steps`.
+        dense_step: whether this denoising step is dense, by `dense_steps` or by the schedule.
         reason: why there is no grid.
     """
 
@@ -271,10 +272,11 @@ class ForwardHooks:
         grid, reason = self.family.grid(transformer, dict(zip(self.parameters, args, strict=False)) | kwargs)
         leaders = self._leaders()
         position = None
-        if any(leader.config.dense_steps for leader in leaders.values()):
+        configs = [leader.config for leader in leaders.values()]
+        if any(needs_position(config.schedule, config.dense_steps) for config in configs):
             position = position_in_run()
             if position is None:
-                self._warn_unknown_step()
+                self._warn_unknown_step(configs)
             else:
                 self._tell_dense_steps(position)
         return {place: facts_of(leader, grid, reason, position) for place, leader in leaders.items()}
@@ -347,15 +349,20 @@ class ForwardHooks:
                 self.label, len(used),
             )  # fmt: skip
 
-    def _warn_unknown_step(self) -> None:
-        if "dense_steps" in self._told:
-            return
-        self._told.add("dense_steps")
-        logger.warning(
-            "%s: dense_steps cannot be counted, since no denoising loop calls the transformer; it runs sparse. Call it "
-            "from the pipeline, or from a loop `for i, t in enumerate(timesteps)`.",
-            self.label,
-        )
+    def _warn_unknown_step(self, configs: Sequence[Any]) -> None:
+        """A budget is its mean without a run to be in, which is as it should be; anything else was meant for a run."""
+        problems = {
+            "dense_steps cannot be counted": any(config.dense_steps for config in configs),
+            "the schedule cannot be followed": any(isinstance(config.schedule, RatioSchedule) for config in configs),
+        }
+        for problem, is_there in problems.items():
+            if is_there and problem not in self._told:
+                self._told.add(problem)
+                logger.warning(
+                    "%s: %s, since no denoising loop calls the transformer; it runs sparse, by the mean. Call it from "
+                    "the pipeline, or from a loop `for i, t in enumerate(timesteps)`.",
+                    self.label, problem,
+                )  # fmt: skip
 
     def _tell_dense_steps(self, position: Position) -> None:
         """Once a run: the first step that is not behind this thread's last one begins another."""
@@ -437,20 +444,15 @@ def facts_of(processor: Any, grid: Grid | None, reason: str | None, position: Po
     """What one forward means for a processor; its config's own grid comes first."""
     config = processor.config
     grid = config.video_shape or grid
-    dense_step = position is not None and position.is_among_first(config.dense_steps)
+    ratio, is_dense = share_of(config.schedule, config.top_k_ratio, config.dense_steps, position)
     if grid is None:
-        return Facts(dense_step=dense_step, reason=reason or UNREADABLE)
+        return Facts(dense_step=is_dense, reason=reason or UNREADABLE)
     tiled_grid = processor.tiled_grid(grid)
-    block_size, kept = _tiling(tiled_grid, config.block_size, config.top_k, config.top_k_ratio)
-    return Facts(grid, block_size, kept, dense_step)
+    block = _fitting_block_size(tiled_grid) if isinstance(config.block_size, str) else config.block_size
+    return Facts(grid, block, num_kept_tiles(TileGrid(tiled_grid, block), config.top_k, ratio), is_dense)
 
 
-@functools.lru_cache(maxsize=256)
-def _tiling(grid: Grid, block_size: Grid | str, top_k: int | None, top_k_ratio: float) -> tuple[Grid, int]:
-    """The tiles' extents, and how many of them each query tile keeps."""
-    block = fitting_block_size(grid) if isinstance(block_size, str) else block_size
-    tiles = TileGrid(grid, block).num_tiles
-    return block, num_selected_tiles(tiles, top_k_ratio) if top_k is None else min(top_k, tiles)
+_fitting_block_size = functools.lru_cache(maxsize=256)(fitting_block_size)
 
 
 def _tokens(facts: ByPlace) -> int:

@@ -11,11 +11,16 @@ from typing import Any
 
 def settings(config: Any) -> dict[str, Any]:
     """The fields of a `VSAConfig` that say how its modules are sparse: the usual ones, and all others that are set."""
-    usual = ("top_k_ratio" if config.top_k is None else "top_k", "combine", "selection", "block_size")
+    count = "top_k_ratio" if config.top_k is None else "top_k"
+    if not isinstance(config.schedule, str):
+        count = "schedule"
+    usual = (count, "combine", "selection", "block_size")
     others = [
         field.name
         for field in dataclasses.fields(config)
-        if field.name not in (*usual, "modules", "dense_layers") and getattr(config, field.name) != field.default
+        if field.name not in (*usual, "modules", "dense_layers")
+        and getattr(config, field.name) != field.default
+        and (field.name, getattr(config, field.name)) != ("schedule", "constant")
     ]
     return {name: getattr(config, name) for name in (*usual, *others)}
 

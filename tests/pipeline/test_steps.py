@@ -8,27 +8,19 @@ import logging
 import diffusers
 import pytest
 import torch
+from wan_runs import FORCING_INPUTS, FOUR, build, call
 
 from positions import recorded_positions
 from tiny_models import RECIPES, run
 from tiny_pipelines_context import helios_pyramid
 from tiny_pipelines_joint import cogvideox, consisid
-from tiny_pipelines_video import FORCING, SIZE, SKYREELS, TINY, PipelineRecipe, embeddings, video, wan, wan22
+from tiny_pipelines_video import FORCING, SIZE, SKYREELS, embeddings, video, wan, wan22
 from vsa_diffusers import enable_vsa, set_top_k_ratio
 from vsa_diffusers.models import attention_modules
 from vsa_diffusers.processor import FamilyAttnProcessor
 from vsa_diffusers.steps import Position, position_in_run
 
 WAN = RECIPES[0]
-FOUR = dict(num_inference_steps=4, guidance_scale=1.0, output_type="latent")
-
-
-def build(scheduler=None, cls="WanPipeline", parts=None):
-    return PipelineRecipe(cls, parts or wan(scheduler=scheduler or diffusers.UniPCMultistepScheduler), dict).build()
-
-
-def call(pipe, **changes):
-    return pipe(**embeddings(), **TINY | FOUR | changes)
 
 
 @contextlib.contextmanager
@@ -98,13 +90,6 @@ def test_a_run_that_begins_in_the_middle_of_its_schedule_has_its_first_steps_den
     with dense_calls(pipe.transformer) as seen:
         pipe(**inputs, video=video(5))
     assert seen == [True, True, False, False]
-
-
-FORCING_INPUTS = {
-    "": dict,
-    "ImageToVideo": lambda: dict(image=video(1)[0]),
-    "VideoToVideo": lambda: dict(video=video(5), overlap_history=5, num_frames=21),
-}
 
 
 @pytest.mark.parametrize("task", FORCING_INPUTS)
