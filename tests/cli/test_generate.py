@@ -14,11 +14,12 @@ from PIL import Image
 from tiny_fine_tuned import fine_tuned
 from tiny_pipelines_video import TINY, ltx2, ltx2_embeddings
 from vsa_diffusers import VSAConfig, save_gates, save_vsa
-from vsa_diffusers.cli import app, script
+from vsa_diffusers.cli import app, options, script
 from vsa_diffusers.generation import generate as generation
 from vsa_diffusers.generation.calling import call_arguments, call_pipeline, frames_per_second, named_arguments
 from vsa_diffusers.generation.loading import place
-from vsa_diffusers.generation.sparsity import read_config, read_fields
+from vsa_diffusers.generation.sparsity import check_sparse, read_config, read_fields
+from vsa_diffusers.schedule import RatioSchedule
 from vsa_diffusers.video_files import read_frames
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "tiny_wan")
@@ -190,6 +191,10 @@ def test_settings_as_text_are_fields():
         "modules": ("*.0.*", "*.1.*"),
     }  # fmt: skip
     assert read_fields("block_size=4x4x4,dense_steps=0.2") == {"block_size": (4, 4, 4), "dense_steps": 0.2}
+    assert read_fields("ratio=0.3,schedule=front") == {"top_k_ratio": 0.3, "schedule": "front"}
+    ramp = RatioSchedule.ramp(0.8, 0.05, power=2)
+    assert read_fields("schedule=0.8:0.05:2,dense_steps=1") == {"schedule": ramp, "dense_steps": 1}
+    assert read_fields("schedule=.5:.05") == {"schedule": RatioSchedule.ramp(0.5, 0.05)}
     with pytest.raises(ValueError) as error:
         read_fields("speed=3")
     assert "speed" in str(error.value)
@@ -206,3 +211,14 @@ def test_there_is_nothing_to_offload_from_on_a_cpu():
     with pytest.raises(ValueError) as error:
         place(None, "cpu", "group")
     assert "'group'" in str(error.value)
+
+
+def test_a_schedule_is_an_option_too():
+    ramp = RatioSchedule.ramp(0.5, 0.05, power=2)
+    assert options.sparse_fields(schedule="0.5:0.05:2", top_k=None) == {"schedule": ramp}
+
+
+def test_a_schedule_that_does_not_exist_is_refused_by_name():
+    with pytest.raises(ValueError) as error:
+        check_sparse(options.sparse_fields(schedule="back"))
+    assert "schedule='back' is unknown" in str(error.value)

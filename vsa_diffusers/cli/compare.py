@@ -37,6 +37,7 @@ def compare(
         ),
     ] = None,
     block_size: options.BlockSize = None,
+    schedule: options.Schedule = None,
     dense_steps: options.DenseSteps = None,
     dense_layers: options.DenseLayers = None,
     negative_prompt: options.NegativePrompt = None,
@@ -67,14 +68,16 @@ def compare(
 
     The model is tiny, and ships with the source: that needs no GPU. Without `--ratio` and `--setting`, 0.5 and 0.25
     are compared.
-    `--block-size`, `--dense-steps` and `--dense-layers` count for all ratios.
+    `--block-size`, `--schedule`, `--dense-steps` and `--dense-layers` count for all ratios.
 
     Into the output directory: report.html (one file that holds everything it shows), results.json, contact_sheet.png,
     an mp4 per setting, and in frames/ what a later call need not make again; after an interruption it goes on there.
     """
     from ..comparison.load import compare_model
 
-    changes = options.sparse_fields(block_size=block_size, dense_steps=dense_steps, dense_layers=dense_layers)
+    changes = options.sparse_fields(
+        block_size=block_size, schedule=schedule, dense_steps=dense_steps, dense_layers=dense_layers
+    )
     arguments = options.call_options(
         more,
         negative_prompt=negative_prompt,

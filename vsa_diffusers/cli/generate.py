@@ -24,6 +24,7 @@ def generate(
     ] = None,
     top_k: options.TopK = None,
     block_size: options.BlockSize = None,
+    schedule: options.Schedule = None,
     dense_steps: options.DenseSteps = None,
     dense_layers: options.DenseLayers = None,
     config: Annotated[
@@ -77,7 +78,12 @@ def generate(
     from ..generation.processes import is_first, is_one_of_several, joined_processes
 
     changes = options.sparse_fields(
-        top_k_ratio=ratio, top_k=top_k, block_size=block_size, dense_steps=dense_steps, dense_layers=dense_layers
+        top_k_ratio=ratio,
+        top_k=top_k,
+        block_size=block_size,
+        schedule=schedule,
+        dense_steps=dense_steps,
+        dense_layers=dense_layers,
     )
     arguments = options.call_options(
         more,

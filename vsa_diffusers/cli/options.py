@@ -75,6 +75,14 @@ DenseSteps = Annotated[
 DenseLayers = Annotated[
     str | None, typer.Option(help="Layers that stay dense, such as 0,-1.", rich_help_panel=SPARSITY)
 ]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="How the ratio changes over the steps: constant; front, where the ratio is the mean and most of it is "
+        "spent early; or a ramp FIRST:LAST:POWER, such as 0.8:0.05:2.",
+        rich_help_panel=SPARSITY,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else, to stdout.")]
 
 

@@ -13,10 +13,12 @@ from ..config import CONFIG_NAME, INDEX_NAME, VSAConfig, resolve_config
 from ..files import PathLike, read_json
 from ..pipeline import enable_vsa
 from ..pretrained import load_vsa
+from ..schedule import RatioSchedule
 
 Config = VSAConfig | Mapping[str, Any]
 _FIELDS = {"ratio": "top_k_ratio", **{field.name: field.name for field in fields(VSAConfig)}}
 _NUMBERS = re.compile(r"-?\d+([x, ]+-?\d+)*")
+_RAMP = re.compile(r"[\d.]+(:[\d.]+){1,2}")
 _TUPLES = ("block_size", "video_shape", "dense_layers")
 
 
@@ -67,11 +69,16 @@ def read_fields(text: str) -> dict[str, Any]:
 
 
 def read_value(field: str, text: str) -> Any:
-    """The value of one field of `VSAConfig`: "4x4x4" or "4,4,4", "0,-1", "auto", "2" (a count), "0.2" (a share)."""
+    """The value of one field of `VSAConfig`: "4x4x4" or "4,4,4", "0,-1", "auto", "2" (a count), "0.2" (a share).
+
+    A schedule is "front", or a ramp from one ratio to another, perhaps with a power: "0.5:0.05", "0.8:0.05:2".
+    """
     if field in _TUPLES and _NUMBERS.fullmatch(text):
         return tuple(int(number) for number in re.findall(r"-?\d+", text))
     if field == "modules":
         return tuple(text.split("+"))
+    if field == "schedule" and _RAMP.fullmatch(text):
+        return RatioSchedule.ramp(*map(float, text.split(":")))
     try:
         return json.loads(text)
     except ValueError:
