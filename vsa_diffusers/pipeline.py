@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -324,15 +324,44 @@ def _remove(transformer: torch.nn.Module) -> None:
 @contextlib.contextmanager
 def vsa_unchanged_on_error(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Whatever interrupts the block, a keyboard included, leaves the transformers as they were."""
-    before = [getattr(transformer, _INSTALLATION, None) for transformer in transformers]
+    put_back = _recorded(transformers)
     try:
         yield
     except BaseException:
+        put_back()
+        raise
+
+
+@contextlib.contextmanager
+def vsa_unchanged(transformers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """However the block ends, it leaves the transformers as they were."""
+    put_back = _recorded(transformers)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _recorded(transformers: Sequence[torch.nn.Module]) -> Callable[[], None]:
+    """What enables VSA again as it is now."""
+    before = [getattr(transformer, _INSTALLATION, None) for transformer in transformers]
+
+    def put_back() -> None:
         for transformer, installation in zip(transformers, before, strict=True):
             _remove(transformer)
             if installation is not None:
                 installation.put_back(transformer)
-        raise
+
+    return put_back
+
+
+def sparse_processors(transformer: torch.nn.Module) -> dict[str, FamilyAttnProcessor]:
+    """The processors that VSA has in a transformer by module; the modules it left dense are not among them.
+
+    Raises:
+        ValueError: it is not enabled.
+    """
+    return {processor.name: processor for processor in _installed(transformer).processors}
 
 
 def _one(values: set[Any]) -> Any:

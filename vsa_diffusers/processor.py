@@ -52,6 +52,8 @@ class FamilyAttnProcessor:
     """Whether this one only makes several ranks attend together, densely."""
     only_video: bool = True
     """Whether the modules' class attends within the video only; in some families text or audio layers share it."""
+    operation: Callable[..., torch.Tensor] | None = None
+    """What sparse calls go to instead of `video_sparse_attention`: an inspection sets its own on the instance."""
 
     def __init__(self, config: VSAConfig, original: Any, state: RunningForward, name: str = "", strict: bool = False):
         self.config = config
@@ -275,7 +277,7 @@ class FamilyAttnProcessor:
             )
         if not shape:
             return dense_attention(query, key, value, text_mask, self._attention_backend)
-        return video_sparse_attention(
+        return (self.operation or video_sparse_attention)(
             query,
             key,
             value,
