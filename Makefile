@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 FAST := tests/op tests/models tests/pipeline tests/docs tests/bench --ignore-glob='*/test_pipelines_*.py'
 
-.PHONY: demo test test-fast test-all lint format bench docs package clean
+.PHONY: demo test test-fast test-all lint format bench docs notebooks package clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -38,6 +38,10 @@ bench: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+# Executes the notebooks, and writes them anew from their texts: twenty minutes on two cores.
+notebooks: $(INSTALLED)
+	$(BIN)/python docs/make_notebooks.py
 
 # Both distributions in dist/, and their metadata checked.
 package: $(INSTALLED)
