@@ -14,8 +14,8 @@
 # %% [markdown]
 # # How Video Sparse Attention works
 #
-# We take query, key and value of a real layer, in the middle of making a video, and follow them through the operation:
-# tiles, coarse scores, kept tiles, and what stands for the rest.
+# We take query, key and value of a real layer, in the middle of making a video, and follow them through the
+# operation: tiles, coarse scores, kept tiles, and what stands for the rest.
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
@@ -31,10 +31,12 @@ import torch
 import transformers
 from diffusers import WanPipeline
 
-from vsa_diffusers import VSAConfig, video_sparse_attention
+from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa, video_sparse_attention
 from vsa_diffusers.inspection import inspect_attention
 from vsa_diffusers.inspection.figures import draw_query
-from vsa_diffusers.tiles import TileGrid, num_selected_tiles
+from vsa_diffusers.pipeline import sparse_processors
+from vsa_diffusers.steps import position_in_run
+from vsa_diffusers.tiles import num_selected_tiles
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -87,10 +89,6 @@ show_tiles()
 # We stop by at one call of the layer and take its tensors along, `[batch, tokens, heads, head_dim]`.
 
 # %%
-from vsa_diffusers import disable_vsa, enable_vsa
-from vsa_diffusers.pipeline import sparse_processors
-from vsa_diffusers.steps import position_in_run
-
 taken = {}
 
 

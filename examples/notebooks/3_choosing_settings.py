@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Choosing ratio, blocks and dense layers
 #
-# Every setting trades time for closeness to the dense video. This notebook finds out, for one model and one size, what
-# a ratio would keep, which layers ask to stay dense, and what that does to the video.
+# Every setting trades time for closeness to the dense video. This notebook finds out, for one model and one size,
+# what a ratio would keep, which layers ask to stay dense, and what that does to the video.
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
@@ -66,8 +66,8 @@ for name, shape in grids.items():
 #
 # ## What would a ratio keep?
 #
-# One dense video tells what sparse attention would do in every layer. Of some query tiles the whole softmax is computed,
-# so the share of it that kept tiles hold, the *mass*, is exact.
+# One dense video tells what sparse attention would do in every layer. Of some query tiles the whole softmax is
+# computed, so the share of it that kept tiles hold, the *mass*, is exact.
 
 # %%
 inspection = inspect_attention(pipe, prompt, RATIO, steps=3, **CALL)
@@ -92,9 +92,9 @@ draw_table(inspection, "error")
 print(inspection.advice)
 
 # %% [markdown]
-# The rule is simple: a layer asks if its worst error is more than 1.5 times that of the median layer. Keeping one layer
-# dense costs the same whichever it is, so it should be one that is much worse than the others. If all are bad alike, no
-# layer asks, and the ratio is what should change.
+# The rule is simple: a layer asks if its worst error is more than 1.5 times that of the median layer. Keeping one
+# layer dense costs the same whichever it is, so it should be one that is much worse than the others. If all are bad
+# alike, no layer asks, and the ratio is what should change.
 #
 # Errors are largest in the first steps, where the video takes its shape. That is why the first steps are worth more
 # than any layer.
@@ -141,8 +141,8 @@ plt.show()
 # 1. Start with `enable_vsa(pipe, 0.5, block_size="auto")` and look at the video.
 # 2. Keep the first fifth of the steps dense, `dense_steps=0.2`, and the layers that ask for it.
 # 3. Lower the ratio while you like what you see. Curves that flatten out late mean that there is little to gain.
-# 4. Still not close enough at the speed you need? [Fine-tune](4_fine_tuning.ipynb): a model that was trained with sparse
-#    attention bears a lower ratio.
+# 4. Still not close enough at the speed you need? [Fine-tune](4_fine_tuning.ipynb): a model that was trained with
+#    sparse attention bears a lower ratio.
 #
-# On the command line, `vsa-diffusers inspect MODEL PROMPT` writes all of these figures and numbers for any model, as a
-# page to read.
+# On the command line, `vsa-diffusers inspect MODEL PROMPT` writes all of these figures and numbers for any model, as
+# a page to read.

@@ -14,8 +14,9 @@
 # %% [markdown]
 # # Fine-tuning, and bringing it back
 #
-# A model that was trained with sparse attention bears a lower ratio. We take the training code of `examples/`, train the
-# tiny Wan model for a few steps on videos that we draw ourselves, and bring the result back onto the stock pipeline.
+# A model that was trained with sparse attention bears a lower ratio. We take the training code of `examples/`, train
+# the tiny Wan model for a few steps on videos that we draw ourselves, and bring the result back onto the stock
+# pipeline.
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
@@ -25,9 +26,9 @@ RATIO = 0.125
 WORK = "fine_tuning"  # a folder for videos, latents and checkpoints
 
 # %% [markdown]
-# This is enough to see the loss fall, on two CPU cores in some minutes, and not enough for a good model. The repository's
-# own fine-tuned weights, `examples/tiny_wan_vsa`, took 600 steps of 8 full-size clips, which is a minute and a half on a
-# GPU.
+# This is enough to see the loss fall, on two CPU cores in some minutes, and not enough for a good model. The
+# repository's own fine-tuned weights, `examples/tiny_wan_vsa`, took 600 steps of 8 full-size clips, which is a minute
+# and a half on a GPU.
 
 # %%
 import contextlib
@@ -98,9 +99,9 @@ sorted(path.name for path in (work / "latents").iterdir())[:3]
 # %% [markdown]
 # ## 3. Train
 #
-# On the command line `accelerate launch train_vsa.py` with options of the same names. The defaults are the recipe that
-# did best: merge, tiles ranked by quarters, first and last layer dense, all weights. The last shard is held out; its
-# loss always has the same noise, so its values compare.
+# On the command line `accelerate launch train_vsa.py` with options of the same names. The defaults are the recipe
+# that did best: merge, tiles ranked by quarters, first and last layer dense, all weights. The last shard is held out;
+# its loss always has the same noise, so its values compare.
 
 # %%
 training = Options(
@@ -134,8 +135,8 @@ plt.show()
 # %% [markdown]
 # ## 4. Bring it back
 #
-# What training leaves is a directory: weights, and the settings that they were trained with. `load_vsa` puts both onto
-# the stock pipeline.
+# What training leaves is a directory: weights, and the settings that they were trained with. `load_vsa` puts both
+# onto the stock pipeline.
 
 # %%
 pipe = WanPipeline.from_pretrained(MODEL)
@@ -167,8 +168,8 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The directory can be shared like any model's, and `save_vsa(pipe, directory)` writes one of your own training loop. The
-# documentation's page on training has gates, LoRA, several GPUs, and what was measured.
+# The directory can be shared like any model's, and `save_vsa(pipe, directory)` writes one of your own training loop.
+# The documentation's page on training has gates, LoRA, several GPUs, and what was measured.
 
 # %%
 shutil.rmtree(work)

@@ -95,8 +95,8 @@ dense.shape
 # ## One registration
 #
 # `video_shape` gets the transformer and the arguments of its `forward` by name, and returns `(T, H, W)` after
-# patchification. It is asked at every forward, so sizes may change. `project` is needed because this attention takes more
-# than hidden states.
+# patchification. It is asked at every forward, so sizes may change. `project` is needed because this attention takes
+# more than hidden states.
 
 
 # %%
@@ -126,8 +126,8 @@ print(f"relative error at 0.25: {((sparse - dense).norm() / dense.norm()).item()
 # %% [markdown]
 # ## Look inside
 #
-# The inspection works for your model as for any other. Weights are random here, so each query looks near itself, where
-# the rotary embeddings agree, and otherwise everywhere alike.
+# The inspection works for your model as for any other. Weights are random here, so each query looks near itself,
+# where the rotary embeddings agree, and otherwise everywhere alike.
 
 # %%
 with observed_attention(model, 0.25) as inspection, torch.no_grad():
@@ -165,5 +165,5 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The documentation's page on custom transformers has more: attention that finishes in another way, subclasses, and what
-# is logged when a call has to run dense.
+# The documentation's page on custom transformers has more: attention that finishes in another way, subclasses, and
+# what is logged when a call has to run dense.

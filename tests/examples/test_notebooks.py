@@ -13,8 +13,12 @@ SMALLER = {
     "1_quick_start": VIDEO,
     "2_how_vsa_works": f"{VIDEO}; STEP = 1",
     "3_choosing_settings": VIDEO,
-    "4_fine_tuning": (
-        "SIZE = dict(height=64, width=64, num_frames=13); CLIPS, TRAIN_STEPS, BATCH, SIGMAS = 4, 2, 1, 1; WORK = {work!r}"
+    "4_fine_tuning": "\n".join(
+        [
+            "SIZE = dict(height=64, width=64, num_frames=13)",
+            "CLIPS, TRAIN_STEPS, BATCH, SIGMAS = 4, 2, 1, 1",
+            "WORK = {work!r}",
+        ]
     ),
     "5_your_own_transformer": "LATENTS = (1, 4, 8, 16, 16)",
 }

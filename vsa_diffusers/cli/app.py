@@ -12,6 +12,7 @@ from .bench import bench
 from .compare import compare
 from .doctor import doctor
 from .generate import generate
+from .inspect import inspect
 from .plan import plan
 from .script import TRACEBACK, refusals
 from .values import SeveralValues
@@ -32,6 +33,10 @@ app.command(cls=SeveralValues)(generate)
 app.command(cls=SeveralValues)(compare)
 app.command()(doctor)
 app.command(cls=SeveralValues)(bench)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+app.command()(generate)
+app.command()(compare)
+app.command()(inspect)
 
 
 def _print_version(asked: bool) -> None:

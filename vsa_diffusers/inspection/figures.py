@@ -18,7 +18,9 @@ MOST_LAYERS = 6
 MOST_FRAMES = 6
 DIMMED = 0.22
 """Brightness of what no head keeps."""
-_ROW_INCHES = 0.26
+_WIDTH = 5.2
+"""Inches; on a telephone such a figure is still legible."""
+_ROW_INCHES = 0.28
 _ACCENT = "#c2410c"
 _QUERY = "#fb923c"
 
@@ -27,7 +29,7 @@ def draw_table(inspection: Inspection, what: str) -> Figure:
     """A number of each layer and step as a map: "mass" (of the kept tiles) or "error" (of the layer's output)."""
     title, colors, limit = _TABLES[what]
     table = inspection.table(what)
-    figure = _figure(6.4, 1.5 + _ROW_INCHES * len(table))
+    figure = _figure(_WIDTH, 1.2 + _ROW_INCHES * len(table))
     axis = figure.subplots()
     top = max(float(np.nanmax(table)), 1e-9) if limit is None else limit
     image = axis.imshow(table, aspect="auto", cmap=colors, vmin=0, vmax=top)
@@ -39,7 +41,7 @@ def draw_table(inspection: Inspection, what: str) -> Figure:
     for (row, column), value in np.ndenumerate(table):
         if math.isfinite(value):
             color = "black" if bright[row, column] else "white"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
     figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
     return figure
 
@@ -48,12 +50,12 @@ def draw_sharpness(inspection: Inspection) -> Figure:
     """The share of the tiles that each layer needs for 90 % of its mass: chosen by mass, and by the selection."""
     best, selected = inspection.by_layer("needed"), inspection.by_layer("needed_by_selection")
     ratio = _kept_share(inspection)
-    figure = _figure(6.4, 1.7 + _ROW_INCHES * len(best))
+    figure = _figure(_WIDTH, 1.9 + _ROW_INCHES * len(best))
     axis = figure.subplots()
     rows = np.arange(len(best))
     axis.hlines(rows, best, selected, color="#9ca3af", lw=3)
-    axis.plot(best, rows, "o", color="#1d4ed8", label="the tiles with most mass", ms=6)
-    axis.plot(selected, rows, "o", color=_ACCENT, label="tiles as the selection ranks them", ms=6)
+    axis.plot(best, rows, "o", color="#1d4ed8", label="those with most mass", ms=6)
+    axis.plot(selected, rows, "o", color=_ACCENT, label="as the selection ranks them", ms=6)
     axis.axvline(ratio, color="black", ls="--", lw=1, label=f"kept: {ratio:.3g} of the tiles")
     axis.set_xlim(0, max(1.05 * float(selected.max()), 1.15 * ratio))
     axis.set_ylim(len(best) - 0.5, -0.5)
@@ -62,7 +64,7 @@ def draw_sharpness(inspection: Inspection) -> Figure:
     axis.set_title("How sharp each layer is: further left is sharper", fontsize=10, loc="left")
     axis.grid(axis="x", color="#e5e7eb")
     axis.set_axisbelow(True)
-    figure.legend(loc="outside lower center", fontsize=8, ncols=3, frameon=False)
+    figure.legend(loc="outside lower left", fontsize=9, ncols=2, frameon=False)
     return figure
 
 
@@ -70,7 +72,7 @@ def draw_curves(inspection: Inspection) -> Figure:
     """The mass that tiles kept by the selection hold, at every ratio, a line a layer."""
     import matplotlib
 
-    figure = _figure(6.4, 4.2)
+    figure = _figure(_WIDTH, 3.8)
     axis = figure.subplots()
     curves, layers = inspection.by_layer("curve"), inspection.layers
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
@@ -93,7 +95,7 @@ def draw_curves(inspection: Inspection) -> Figure:
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(layers) - 1), "viridis")
         figure.colorbar(scale, ax=axis, label="layer", fraction=0.04, pad=0.02)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, ncols=2, loc="lower right")
+        axis.legend(fontsize=9, ncols=2, loc="lower right")
     return figure
 
 
@@ -121,18 +123,18 @@ def draw_query(
         columns[np.abs(columns - query_column).argmin()] = query_column
     frames = {each: _frame(inspection, first, each) for each in columns}
     height, width, _ = frames[columns[0]][1].shape
-    side = 7.2 / len(columns)
-    figure = _figure(8.2, len(drawn) * side * height / width + 0.75)
+    side = min(1.7, 7.6 / len(columns))
+    figure = _figure(len(columns) * side + 0.8, len(drawn) * side * height / width + 0.8)
     axes = figure.subplots(len(drawn), len(columns), squeeze=False)
     for row, each in zip(axes, drawn, strict=True):
-        row[0].set_ylabel(f"{_short(each.layer, inspection)}\n{each.mass:.0%} held", fontsize=8)
+        row[0].set_ylabel(f"{_short(each.layer, inspection)}\nholds {each.mass:.0%}", fontsize=8)
         for axis, column in zip(row, columns, strict=True):
             number, frame = frames[column]
             _draw_tiles(axis, frame, each, column, what)
             if each is first:
                 axis.set_title("" if number is None else f"frame {number}", fontsize=8)
     brightness = "share of the heads that keep a tile" if what == "kept" else "mass in a tile"
-    figure.suptitle(f"step {first.step}; brightness: {brightness}; outlined: the query's tile", fontsize=9)
+    figure.suptitle(f"step {first.step}, brightness: {brightness}", fontsize=9)
     return figure
 
 
@@ -224,7 +226,7 @@ def _kept_share(inspection: Inspection) -> float:
 
 def _name_layers(axis: Any, inspection: Inspection) -> None:
     layers = inspection.layers
-    axis.set_yticks(range(len(layers)), [_short(layer, inspection) for layer in layers], fontsize=8)
+    axis.set_yticks(range(len(layers)), [_short(layer, inspection) for layer in layers], fontsize=9)
     for label, layer in zip(axis.get_yticklabels(), layers, strict=True):
         if layer in inspection.dense_layers:
             label.set_color(_ACCENT)

@@ -59,6 +59,8 @@ class Observation:
         run: which of the layer's calls in that step: guidance makes two, and so do some solvers.
         grid: the call's tiles.
         kept: number of key tiles that each query tile keeps.
+        combine: how the branches become one output.
+        selection: what key tiles are ranked by.
         mass: share of dense attention's softmax on what is attended exactly: kept tiles and context tokens.
         mass_of_heads: the same of every head.
         best_mass: what the same number of tiles could hold, were they chosen by their mass.
@@ -76,6 +78,8 @@ class Observation:
     run: int
     grid: TileGrid
     kept: int
+    combine: str
+    selection: str
     mass: float
     mass_of_heads: tuple[float, ...]
     best_mass: float
@@ -140,6 +144,8 @@ def measure(
     return {
         "grid": problem.grid,
         "kept": problem.top_k,
+        "combine": problem.combine,
+        "selection": problem.selection,
         "mass": float(held.mean()),
         "mass_of_heads": tuple(held.mean((0, 2, 3)).tolist()),
         "best_mass": float(best[..., problem.top_k - 1].mean()),

@@ -32,7 +32,7 @@ class Inspection:
         config: what VSA was enabled with.
         query_tiles: how many query tiles were measured in each call.
         query: the chosen token `(t, h, w)`; `None` for the one in the middle.
-        model: class of the pipeline.
+        model: its name, or the class of its pipeline.
         prompt: of the video.
         call: other arguments of the pipeline's call that are numbers or text.
         frames: of the dense video, uint8 `[frames, height, width, 3]`, where the pipeline returned any.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..problem import Problem
 from ..processor import FamilyAttnProcessor
 from ..steps import position_in_run
 from ..tiles import TileGrid, settle, whole, whole_numbers
+from ..video_files import video_frames
 from .observation import Layer, Observation, dense_output, measure, sampled_tiles, tile_of
 from .result import Inspection
 
@@ -80,7 +81,8 @@ def inspect_attention(
         output = pipe(**given)
         inspection.frames = None if call.get("output_type") == "latent" else _frames(output)
     inspection.prompt = prompt if isinstance(prompt, str) else None
-    inspection.call = {name: value for name, value in call.items() if isinstance(value, (int, float, str))}
+    facts = {name: value for name, value in call.items() if isinstance(value, (int, float, str))}
+    inspection.call = {name: value for name, value in facts.items() if name != "output_type"}
     inspection.call["seed"] = seed
     if not inspection.observations:
         raise ValueError(
@@ -286,19 +288,8 @@ def _positions(layers: Sequence[int] | None, count: int, part: str) -> set[int]:
     return {layer % count for layer in layers}
 
 
-def _frames(output: Any) -> np.ndarray | None:
-    """The first video of a pipeline's output, `[frames, height, width, 3]` in uint8; `None` if it has none."""
-    first = output[0] if isinstance(output, (tuple, dict)) else next(iter(vars(output).values()))
-    while isinstance(first, (list, tuple)) and first and isinstance(first[0], (list, tuple, np.ndarray, torch.Tensor)):
-        first = first[0]
-    if isinstance(first, torch.Tensor):
-        first = first.detach().float().cpu().numpy()
-    elif isinstance(first, list):
-        first = np.stack([np.asarray(frame) for frame in first])
-    pixels = np.asarray(first)
-    pixels = pixels[0] if pixels.ndim == 5 else pixels
-    if pixels.ndim == 4 and pixels.shape[-1] != 3 and pixels.shape[1] == 3:
-        pixels = pixels.transpose(0, 2, 3, 1)
-    if pixels.ndim != 4 or pixels.shape[-1] != 3:
-        return None
-    return pixels if pixels.dtype == np.uint8 else np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+def _frames(output: Any) -> np.ndarray:
+    """The first video of a pipeline's output, `[frames, height, width, 3]` in uint8."""
+    frames = output.get("frames", output.get("video")) if isinstance(output, Mapping) else output[0]
+    is_batch = getattr(frames, "ndim", 4) == 5 or isinstance(frames[0], list) or getattr(frames[0], "ndim", 3) == 4
+    return video_frames(frames[0] if is_batch else frames)
