@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..problem import Problem
-from ..torch_impl import Tiled, accumulator, context_key_mask
+from ..torch_impl import Layout, Tiled, accumulator, context_key_mask, part_of, parts
 
 MAX_BYTES = 2**28
 """Of the logits that are held at once, or those of one head and query tile if that is more."""
@@ -29,10 +29,9 @@ def tile_mass(
     """
     batch, sequence, heads, _ = query.shape
     dtype, count = accumulator(query.dtype), problem.grid.num_tiles
-    index = problem.grid.token_index(query.device)
+    layout = Layout(problem, query.device, dtype)
     column = torch.full((sequence,), count, device=query.device)
-    for_slots = torch.arange(count, device=query.device)[:, None].expand_as(index)
-    column[index[index >= 0] + problem.before] = for_slots[index >= 0]
+    column[problem.video] = layout.tile_of_token
     mask = context_key_mask(key, context_mask, problem)
     mass = torch.zeros(batch, heads, len(tiles), count + 1, device=query.device, dtype=dtype)
     row_bytes = batch * sequence * problem.grid.tile_capacity * mass.element_size() * 2
@@ -41,7 +40,7 @@ def tile_mass(
         some = slice(first, first + step)
         keys = key[:, :, some].to(dtype).permute(0, 2, 3, 1)
         for number, tile in enumerate(tiles.tolist()):
-            rows = index[tile][index[tile] >= 0] + problem.before
+            rows = layout.index[tile][layout.valid[tile]]
             logits = query[:, rows, some].to(dtype).transpose(1, 2) @ keys * problem.scale
             if mask is not None:
                 logits = logits.masked_fill(~mask, -torch.inf)
@@ -49,18 +48,31 @@ def tile_mass(
     return mass
 
 
-def selection_order(tiled: Tiled, query: torch.Tensor, key: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+def selection_order(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context_mask: torch.Tensor | None,
+    problem: Problem,
+    tiles: torch.Tensor,
+) -> torch.Tensor:
     """All key tiles in the order in which some query tiles would keep them, int64 `[batch, heads, sampled, tiles]`.
 
     Args:
-        tiled: of the call.
-        query: `[batch, sequence, heads, head_dim]`.
-        key: likewise.
+        query, key, value, context_mask, problem: the call, as `torch_impl.forward` takes it.
         tiles: numbers of the query tiles, int64 `[sampled]`, ascending.
     """
-    rows, first = [], 0
-    for scores in tiled.scores(query, key):
-        inside = tiles[(tiles >= first) & (tiles < first + scores.shape[2])] - first
-        rows.append(scores[:, :, inside.to(scores.device)])
-        first += scores.shape[2]
-    return torch.cat(rows, 2).argsort(dim=-1, descending=True)
+    layout = Layout(problem, query.device, accumulator(query.dtype))
+    shape = query.shape[0], query.shape[2], len(tiles), problem.grid.num_tiles
+    order = torch.empty(shape, dtype=torch.int64, device=query.device)
+    for items, heads in parts(query):
+        mask = None if context_mask is None else context_mask[items]
+        q, k, v = (part_of(x, items, heads) for x in (query, key, value))
+        tiled = Tiled(q, k, v, mask, layout)
+        rows, first = [], 0
+        for scores in tiled.scores():
+            inside = tiles[(tiles >= first) & (tiles < first + scores.shape[2])] - first
+            rows.append(scores[:, :, inside.to(scores.device)])
+            first += scores.shape[2]
+        order[items, heads] = torch.cat(rows, 2).argsort(dim=-1, descending=True)
+    return order

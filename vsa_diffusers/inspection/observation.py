@@ -11,7 +11,7 @@ import torch
 from ..operators import forward
 from ..problem import Problem
 from ..tiles import TileGrid, num_selected_tiles
-from ..torch_impl import Tiled, accumulator, context_key_mask
+from ..torch_impl import accumulator, context_key_mask
 from .mass import selection_order, tile_mass
 
 CURVE_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -129,7 +129,7 @@ def measure(
     del sparse
     mass = tile_mass(query, key, problem, tiles, context_mask)
     of_tiles, context = mass[..., :-1], mass[..., -1:]
-    order = selection_order(Tiled(query, key, value, context_mask, problem), query, key, tiles)
+    order = selection_order(query, key, value, context_mask, problem, tiles)
     selected = indices[:, :, tiles.to(indices.device)].long()
     held = of_tiles.gather(-1, selected).sum(-1, keepdim=True) + context
     by_selection, best = (
