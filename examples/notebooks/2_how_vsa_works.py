@@ -19,9 +19,9 @@
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
-CALL = dict(height=256, width=256, num_frames=61, num_inference_steps=8, guidance_scale=4.0)
+CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=8, guidance_scale=4.0)
 LAYER, STEP = 4, 4
-RATIO = 0.125
+RATIO = 0.2
 
 # %%
 import diffusers
@@ -54,7 +54,7 @@ prompt = "a large yellow square moves down over purple stripes"
 # leaves us the frames.
 
 # %%
-config = VSAConfig(RATIO)
+config = VSAConfig(RATIO, block_size=(4, 4, 4))
 inspection = inspect_attention(pipe, prompt, config=config, layers=[LAYER], steps=[STEP], **CALL)
 grid = inspection.observations[0].grid
 print(f"{grid.num_tokens} tokens {grid.video_shape} make {grid.num_tiles} tiles {grid.tiles_per_axis}")

@@ -19,8 +19,8 @@
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
-CALL = dict(height=256, width=256, num_frames=61, num_inference_steps=8, guidance_scale=4.0)
-RATIO = 0.125
+CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=8, guidance_scale=4.0)
+RATIO = 0.2
 
 # %%
 import diffusers
