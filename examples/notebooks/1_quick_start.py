@@ -108,7 +108,7 @@ def show(videos, columns=6):
 show({"dense": dense, f"VSA {RATIO:g}": sparse, f"VSA {RATIO / 2:g}": sparser})
 
 # %% [markdown]
-# How much faster is it? Hardly, here: 32 tiles are too few to gain much. The longer the video and the larger its frames,
+# How much faster is it? 32 tiles are too few to gain much. The longer the video and the larger its frames,
 # the more there is to skip; the README has measurements. `vsa-diffusers compare MODEL PROMPT` measures your own model
 # and size, dense and sparse, each warmed up, and shows the videos side by side.
 
