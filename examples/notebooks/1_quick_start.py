@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
-CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=8, guidance_scale=4.0)
+CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=6, guidance_scale=4.0)
 RATIO = 0.25
 
 # %% [markdown]
@@ -34,6 +34,8 @@ RATIO = 0.25
 # two CPU cores.
 
 # %%
+import logging
+
 import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,10 +43,11 @@ import torch
 import transformers
 from diffusers import WanPipeline
 
-from vsa_diffusers import disable_vsa, enable_vsa, set_top_k_ratio
+from vsa_diffusers import disable_vsa, enable_vsa, set_top_k_ratio, vsa_status
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # a notebook shows what it wants to show
 
 pipe = WanPipeline.from_pretrained(MODEL)
 pipe.set_progress_bar_config(disable=True)
@@ -77,6 +80,12 @@ def psnr(video, reference):
 
 
 print(f"{psnr(sparse, dense):.1f} dB to the dense video")
+
+# %% [markdown]
+# What became sparse, what ran, and what stayed dense:
+
+# %%
+vsa_status(pipe)
 
 # %% [markdown]
 # ## Sparser

@@ -19,11 +19,13 @@
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
-CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=8, guidance_scale=4.0)
-LAYER, STEP = 4, 4
+CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=6, guidance_scale=4.0)
+LAYER, STEP = 4, 3
 RATIO = 0.2
 
 # %%
+import logging
+
 import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,6 +42,7 @@ from vsa_diffusers.tiles import num_selected_tiles
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # a notebook shows what it wants to show
 
 pipe = WanPipeline.from_pretrained(MODEL)
 pipe.set_progress_bar_config(disable=True)

@@ -19,10 +19,12 @@
 
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
-CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=8, guidance_scale=4.0)
+CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=6, guidance_scale=4.0)
 RATIO = 0.2
 
 # %%
+import logging
+
 import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,6 +39,7 @@ from vsa_diffusers.tiles import TileGrid, fitting_block_size
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # a notebook shows what it wants to show
 
 pipe = WanPipeline.from_pretrained(MODEL)
 pipe.set_progress_bar_config(disable=True)

@@ -34,6 +34,7 @@ WORK = "fine_tuning"  # a folder for videos, latents and checkpoints
 import contextlib
 import io
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ from vsa_diffusers import disable_vsa, enable_vsa, load_vsa
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # a notebook shows what it wants to show
 work = Path(WORK)
 
 # %% [markdown]

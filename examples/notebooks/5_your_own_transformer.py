@@ -26,6 +26,8 @@ LATENTS = (1, 4, 16, 32, 32)  # batch, channels, frames, height, width
 # Its attention has the usual projections, and rotary embeddings, which make it a little less usual.
 
 # %%
+import logging
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,8 @@ from torch import nn
 from vsa_diffusers import add_gate_compress, disable_vsa, enable_vsa, register_transformer
 from vsa_diffusers.inspection import observed_attention
 from vsa_diffusers.inspection.figures import draw_query
+
+logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # a notebook shows what it wants to show
 
 
 class VideoAttention(nn.Module):

@@ -31,12 +31,9 @@ app = typer.Typer(
 app.command(cls=SeveralValues)(plan)
 app.command(cls=SeveralValues)(generate)
 app.command(cls=SeveralValues)(compare)
+app.command(cls=SeveralValues)(inspect)
 app.command()(doctor)
 app.command(cls=SeveralValues)(bench)
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
-app.command()(generate)
-app.command()(compare)
-app.command()(inspect)
 
 
 def _print_version(asked: bool) -> None:
