@@ -135,8 +135,9 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The bright diagonal is a tile that looks at itself, the lines beside it are the same place at other times. Averages
-# are flatter than what they average, so the coarse scores are paler; but it is only their *order* that counts.
+# The bright diagonal is a tile that looks at itself, the lines beside it are its neighbours above and below, and the
+# fainter ones farther off the same place at another time. The two tables need not agree in their values: it is only the
+# *order* of a row that counts.
 #
 # ## Kept tiles
 #

@@ -14,6 +14,7 @@ from tiny_pipelines_joint import cogvideox, hunyuan_video, motif_video
 from tiny_text_pipeline import tiny_pipeline
 from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
 from vsa_diffusers.inspection import CURVE_RATIOS, Inspection, Layer, inspect_attention, mass, observed_attention
+from vsa_diffusers.inspection.figures import draw_curves
 from vsa_diffusers.inspection.observation import dense_output, measure, tile_of
 from vsa_diffusers.pipeline import enabled_config, sparse_processors
 from vsa_diffusers.problem import Problem
@@ -282,3 +283,8 @@ def test_it_is_written_as_json_without_nan(inspection):
     assert found["dense"]["threshold"] == inspection.threshold
     assert len(found["observations"]) == 8
     assert found["call"]["num_frames"] == 9
+
+
+def test_a_notebook_shows_a_drawing_without_pyplot(inspection):
+    shown = draw_curves(inspection)._repr_png_()
+    assert shown.startswith(b"\x89PNG")

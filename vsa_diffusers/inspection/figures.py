@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,13 @@ def draw_query(
     return figure
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
 _TABLES: dict[str, tuple[str, str, float | None]] = {
     "mass": ("Attention mass on what is attended exactly", "viridis", 1.0),
     "error": ("Error of the layer's output, sparse against dense", "inferno", None),
@@ -241,4 +249,10 @@ def _short(layer: Layer, inspection: Inspection) -> str:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure((width, height), dpi=110, layout="constrained")
+    class Drawing(Figure):
+        """A figure that notebooks show, whether or not they use pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            return png(self)
+
+    return Drawing((width, height), dpi=110, layout="constrained")

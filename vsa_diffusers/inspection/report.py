@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ def write_inspection(inspection: Inspection, directory: PathLike, command: str |
     Raises:
         OSError: a file cannot be written.
     """
-    pictures = {f"{name}.png": _png(figure) for name, figure in _figures(inspection).items()}
+    pictures = {f"{name}.png": figures.png(figure) for name, figure in _figures(inspection).items()}
     files = {NUMBERS: (json.dumps(inspection.to_dict(), indent=1) + "\n").encode()}
     files |= {PAGE: html(inspection, pictures, command).encode(), **pictures}
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -120,9 +119,3 @@ def _figures(inspection: Inspection) -> dict[str, Figure]:
     if any(each.query is not None for each in inspection.observations):
         drawn["query"] = figures.draw_query(inspection)
     return drawn
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
