@@ -12,7 +12,7 @@ import torch
 from .config import VSAConfig, make_config, module_configs
 from .layer_skip import register_processor
 from .models import attention_modules, attention_processor, dense_attention, find_family, require_family
-from .processor import FamilyAttnProcessor, dense_processor, settle_choices
+from .processor import FamilyAttnProcessor, dense_gate_configs, dense_processor, settle_choices
 from .running import ForwardHooks, calling_transformer
 from .wording import as_arguments, settings
 
@@ -84,13 +84,15 @@ class VSAAttnProcessor:
         # The processors of an enabled VSA give way to those that they stand in for.
         processors = {name: dense_processor(attn.processor, attn) for name, attn in modules.items()}
         hooks = ForwardHooks(transformer, family, leave=True)
-        for name, each in configs.items():
-            settled = settle_choices(each, modules[name], name)
+        settled = {name: settle_choices(each, modules[name], name) for name, each in configs.items()}
+        dense = dense_gate_configs(config, configs, settled, {name: modules[name] for name in video})
+        for name, each in (settled | dense).items():
             make = family.processor_of(transformer, name)
-            strict = settled.video_shape is not None
-            state = hooks.state_for(settled, make.tiled_grid)
-            processors[name] = make(settled, processors[name], state, name, strict)
-            hooks.watch(name, modules[name], processors[name], each)
+            strict = each.video_shape is not None
+            state = hooks.state_for(each, make.tiled_grid, name in dense)
+            processors[name] = make(each, processors[name], state, name, strict)
+            processors[name].stays_dense = name in dense
+            hooks.watch(name, modules[name], processors[name], configs.get(name, each))
         hooks.register_alone()
         return {f"{name}.processor": processor for name, processor in processors.items()}
 

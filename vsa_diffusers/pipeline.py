@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .config import VSAConfig, make_config, module_configs, resolve_config
 from .models import Family, attention_modules, find_family, refusal, supported_transformers
-from .processor import FamilyAttnProcessor, dense_processor, settle_choices
+from .processor import FamilyAttnProcessor, dense_gate_configs, dense_processor, settle_choices
 from .recipes import with_recipes
 from .running import ForwardHooks
 from .schedule import RatioSchedule, mean_share
@@ -195,6 +195,7 @@ class _Plan:
     modules: dict[str, torch.nn.Module]
     asked: dict[str, VSAConfig]
     configs: dict[str, VSAConfig]
+    dense: dict[str, VSAConfig]
     family: Family
     config: VSAConfig | Mapping[str, Any]
 
@@ -209,7 +210,8 @@ class _Plan:
             raise ValueError(
                 f"config sets different values of video_shape in one transformer: {sorted(map(str, shapes))}."
             )
-        return cls(transformer, modules, asked, configs, family, config)
+        dense = dense_gate_configs(config, asked, configs, modules)
+        return cls(transformer, modules, asked, configs, dense, family, config)
 
     def check_sharing(self, owner: str | None) -> None:
         """Pipelines that share a transformer share its VSA: refuse, or tell, what another one would not expect."""
@@ -231,19 +233,24 @@ class _Plan:
         installation = _Installation({}, hooks, [], self.configs, self.config, owner)
         setattr(self.transformer, _INSTALLATION, installation)
         theirs = {}
-        for name, config in self.configs.items():
+        for name, config in (self.configs | self.dense).items():
             attn = self.modules[name]
             found = getattr(attn, "processor", None) or _OwnForward(attn)
             if not isinstance(found, _OwnForward) and not _is_stock(found, self.transformer):
                 theirs[name] = type(found).__name__
             strict = config.video_shape is not None
             cls = self.family.processor_of(self.transformer, name)
-            state = hooks.state_for(config, cls.tiled_grid)
+            stays_dense = name in self.dense
+            state = hooks.state_for(config, cls.tiled_grid, stays_dense)
             processor = cls(config, dense_processor(found, attn), state, name, strict)
+            processor.stays_dense = stays_dense
             installation.found[name] = found
             installation.processors.append(processor)
-            hooks.watch(name, attn, processor, self.asked[name])
+            hooks.watch(name, attn, processor, self.asked.get(name, config))
             _put(attn, processor)
+        for name, attn in self.modules.items():
+            if name not in self.configs and name not in self.dense:
+                hooks.watch_dense(name, attn)
         hooks.register()
         if theirs:
             logger.warning(

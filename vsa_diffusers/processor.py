@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,8 @@ TRAINED_BLOCK_SIZE = (4, 4, 4)
 """Of published models with gates, and of the operation."""
 DENSE = ()
 """In the place of a video shape: attention over all tokens, which several ranks hold together."""
+WITH_COARSE = ("gate", "sum")
+"""Ways to combine in which the coarse branch is a term of its own, part of what the model learned."""
 
 
 class FamilyAttnProcessor:
@@ -49,7 +51,7 @@ class FamilyAttnProcessor:
     surplus: str | None = None
     """Where tokens beyond the grid sit in this family's video stream: "before", "after", or None if there are none."""
     stays_dense: bool = False
-    """Whether this one only makes several ranks attend together, densely."""
+    """Whether all tiles are kept at every call: to make several ranks attend together, or for a trained gate's sake."""
     only_video: bool = True
     """Whether the modules' class attends within the video only; in some families text or audio layers share it."""
     operation: Callable[..., torch.Tensor] | None = None
@@ -109,8 +111,9 @@ class FamilyAttnProcessor:
     ) -> tuple[int, ...] | None:
         """The video shape if this call can be sparse. If it cannot, `None`, and the reason is logged, once per reason.
 
-        Where other ranks have the rest of the tokens, the processor that this one stands in for would attend to its
-        own: a dense call is `DENSE` there, and goes through `attend`, too.
+        Dense steps and layers of what has a coarse branch keep it: they count as sparse, and keep all tiles. Where
+        other ranks have the rest of the tokens, the processor that this one stands in for would attend to its own: a
+        dense call is `DENSE` there, and goes through `attend`, too.
 
         Args:
             sequence: number of tokens in the video stream, without a text stream that `attend` gets as `text`.
@@ -119,7 +122,7 @@ class FamilyAttnProcessor:
 
         Raises:
             ValueError: the user's own `video_shape` does not match the `sequence` tokens; or a dense call is one that
-                several ranks cannot make together.
+                several ranks cannot make together, or one that would lose the coarse branch.
         """
         if not self.is_video:
             return None
@@ -132,6 +135,12 @@ class FamilyAttnProcessor:
         kind, reason = self._why_dense(shape, sequence, attention_mask, obstacle)
         if reason is None:
             return shape
+        if self.keeps_coarse and kind != "scores":
+            raise ValueError(
+                f"{self.name or 'attention'} cannot run dense without the coarse branch that combine="
+                f'"{self.config.combine}" adds, and that is not known here, since {reason}; mend that, or choose '
+                'combine="sparse" to leave the branch out.'
+            )
         if exchange is not None and (obstacle or attention_mask is not None):
             raise ValueError(
                 f"{self.name or 'attention'} runs dense, since {reason}, and such calls are not served under context "
@@ -149,6 +158,11 @@ class FamilyAttnProcessor:
             self._logged.add(kind)
             level = logging.INFO if kind == STEP else logging.WARNING
             logger.log(level, "%s runs dense: %s.", self.name or "attention", reason)
+
+    @property
+    def keeps_coarse(self) -> bool:
+        """Whether its dense calls are those with all tiles kept, since stock attention lacks the coarse branch."""
+        return self.config.combine in WITH_COARSE
 
     def _all_tokens(self, local: int, shape: tuple[int, int, int] | None) -> int:
         """The number of tokens on all ranks together, for that of this one."""
@@ -178,8 +192,10 @@ class FamilyAttnProcessor:
         reasons = {
             obstacle or "": obstacle,
             "scores": why_scores_are_skipped(),
-            "layer": "this layer is one of those that stay dense" if self.stays_dense else None,
-            STEP: DENSE_STEP if self.state.dense_step else None,
+            "layer": "this layer is one of those that stay dense"
+            if self.stays_dense and not self.keeps_coarse
+            else None,
+            STEP: DENSE_STEP if self.state.dense_step and not self.keeps_coarse else None,
             "mask": None if attention_mask is None else "the call has an attention mask",
             "parallel": RING if self._parallel_config is not None and self.exchange is None else None,
         }
@@ -328,9 +344,13 @@ def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
             f'combine="gate" needs gates, but {name or type(attn).__name__} has no to_gate_compress; load trained ones '
             'with load_gates(transformer, path), add new ones with add_gate_compress(transformer), or use "merge".'
         )
-    combine, selection, block_size = config.combine, config.selection, config.block_size
-    if combine == "auto":
-        combine = "gate" if is_trained(attn) else "merge"
+    if config.combine != "auto":
+        return _settled(config, config.combine)
+    return _settled(config, "gate" if is_trained(attn) else "merge")
+
+
+def _settled(config: VSAConfig, combine: str) -> VSAConfig:
+    selection, block_size = config.selection, config.block_size
     if selection == "auto":
         selection = "quarters" if combine == "merge" else "mean"
     if block_size is None:
@@ -339,3 +359,34 @@ def settle_choices(config: VSAConfig, attn: torch.nn.Module, name: str = "") -> 
     if schedule == "auto":
         schedule = AUTO if combine == "merge" and config.top_k is None else "constant"
     return replace(config, combine=combine, selection=selection, block_size=block_size, schedule=schedule)
+
+
+def dense_gate_configs(
+    config: VSAConfig | Mapping[str, Any],
+    asked: Mapping[str, VSAConfig],
+    configs: Mapping[str, VSAConfig],
+    modules: Mapping[str, torch.nn.Module],
+) -> dict[str, VSAConfig]:
+    """For modules that stay dense though they have trained gates: settings for dense attention plus the gated branch.
+
+    None where the config leaves gates out by its choice of `combine`.
+
+    Args:
+        config: as it was given.
+        asked: the configs of the modules that become sparse.
+        configs: the same with choices settled.
+        modules: all video self-attention modules.
+    """
+    trained = [name for name, attn in modules.items() if name not in configs and is_trained(attn)]
+    combines = {each.combine for each in asked.values()}
+    if isinstance(config, VSAConfig):
+        combines.add(config.combine)
+    if not trained or (combines and combines.isdisjoint(("auto", "gate"))):
+        return {}
+    like = next((each for each in configs.values() if each.combine == "gate"), None)
+    if like is None:
+        shape = next((each.video_shape for each in configs.values()), None)
+        like = config if isinstance(config, VSAConfig) else VSAConfig(video_shape=shape)
+    everywhere = dict(dense_steps=0, dense_layers=(), modules=None, schedule="constant")
+    whole = replace(like, top_k=None, top_k_ratio=1.0, combine="gate", **everywhere)
+    return dict.fromkeys(trained, _settled(whole, "gate"))

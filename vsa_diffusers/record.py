@@ -142,7 +142,7 @@ def _dense_unseen(processors: Mapping[str, Any]) -> dict[str, tuple[str, list[st
     dense: dict[str, tuple[str, list[str]]] = {}
     for name, processor in processors.items():
         facts = processor.state.facts
-        if facts.dense_step:
+        if facts.dense_step and not processor.keeps_coarse:
             dense.setdefault(STEP, (DENSE_STEP, []))[1].append(name)
         elif facts.grid is None:
             dense.setdefault(GRID, (facts.reason, []))[1].append(name)

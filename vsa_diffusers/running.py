@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from .calls import Tally, running
-from .gate_state import gate_version
+from .gate_state import gate_version, is_trained
 from .record import Record
 from .schedule import RatioSchedule, needs_position, share_of
 from .steps import Position, position_in_run
@@ -147,6 +147,8 @@ class ForwardHooks:
         self._handles: list[Any] = []
         # Versions of the gates that were not trained when "auto" was settled.
         self._gates: dict[str, tuple[Any, Any]] = {}
+        # The same of modules that stay dense, with the modules.
+        self._dense_gates: dict[str, tuple[Any, Any]] = {}
         self._told: set[str] = set()
         # Facts of the forwards that a backward pass may run again.
         self._pending: list[ByPlace] = []
@@ -161,15 +163,16 @@ class ForwardHooks:
             hooks.register_alone()
         return hooks
 
-    def state_for(self, config: Any, tiled_grid: Callable[[Grid], Grid]) -> RunningForward:
+    def state_for(self, config: Any, tiled_grid: Callable[[Grid], Grid], stays_dense: bool = False) -> RunningForward:
         """The state that all processors share whose tiles are cut alike: see `FamilyAttnProcessor.tiled_grid`.
 
         Args:
             config: the processor's, choices settled. `set_top_k_ratio` changes that of all of them alike.
             tiled_grid: the processor's.
+            stays_dense: the processor's.
         """
         # One dense step equals all of them, 1 == 1.0, but is not the same.
-        key = (config, type(config.dense_steps), tiled_grid)
+        key = (config, type(config.dense_steps), tiled_grid, stays_dense)
         return self._states.setdefault(key, RunningForward(self, len(self._states)))
 
     def watch(self, name: str, attn: torch.nn.Module, processor: Any, asked: Any) -> None:
@@ -186,6 +189,10 @@ class ForwardHooks:
             self._gates[name] = (asked, gate_version(attn))
         else:
             self._gates.pop(name, None)
+
+    def watch_dense(self, name: str, attn: torch.nn.Module) -> None:
+        """Notice if the gate of a module that stays dense, with its stock processor, is loaded or trained."""
+        self._dense_gates[name] = (attn, gate_version(attn))
 
     def register(self) -> None:
         """Begin."""
@@ -219,6 +226,7 @@ class ForwardHooks:
         """Learn the grid and the step of the forward that begins."""
         self._notice_replaced_processors()
         self._notice_trained_gates()
+        self._notice_trained_gates_of_dense_modules()
         self.family.prepare(transformer)
         facts = self._facts(transformer, args, kwargs)
         self._tell(facts)
@@ -349,6 +357,19 @@ class ForwardHooks:
                 self.label, len(used),
             )  # fmt: skip
 
+    def _notice_trained_gates_of_dense_modules(self) -> None:
+        """Their stock processors leave gates out, which enabling again exchanges."""
+        changed = {name: attn for name, (attn, version) in self._dense_gates.items() if gate_version(attn) != version}
+        for name, attn in changed.items():
+            self._dense_gates[name] = (attn, gate_version(attn))
+        trained = [name for name, attn in changed.items() if is_trained(attn)]
+        if trained:
+            logger.warning(
+                "%s: gates were loaded or trained since VSA was enabled in %d modules that stay dense and leave them "
+                "out, among them %s; call enable_vsa again.",
+                self.label, len(trained), ", ".join(trained[:3]),
+            )  # fmt: skip
+
     def _warn_unknown_step(self, configs: Sequence[Any]) -> None:
         """A budget is its mean without a run to be in, which is as it should be; anything else was meant for a run."""
         problems = {
@@ -449,7 +470,10 @@ def facts_of(processor: Any, grid: Grid | None, reason: str | None, position: Po
         return Facts(dense_step=is_dense, reason=reason or UNREADABLE)
     tiled_grid = processor.tiled_grid(grid)
     block = _fitting_block_size(tiled_grid) if isinstance(config.block_size, str) else config.block_size
-    return Facts(grid, block, num_kept_tiles(TileGrid(tiled_grid, block), config.top_k, ratio), is_dense)
+    tiles = TileGrid(tiled_grid, block)
+    whole = processor.keeps_coarse and (is_dense or processor.stays_dense)
+    kept = tiles.num_tiles if whole else num_kept_tiles(tiles, config.top_k, ratio)
+    return Facts(grid, block, kept, is_dense)
 
 
 _fitting_block_size = functools.lru_cache(maxsize=256)(fitting_block_size)

@@ -155,6 +155,13 @@ def sparse_alone(recipe: Recipe) -> torch.nn.Module:
     return sparse(built(recipe), dense_layers=(0,))
 
 
+def gates_of_dense_layers() -> None:
+    recipe = BY_NAME["hunyuan-video"]
+    expected = run(sparse(built(recipe, gates=True), dense_layers=(0, 1)), recipe, GRID)
+    assert relative_error(run(built(recipe), recipe, GRID), expected) > 1e-4
+    assert_equal(run(spread(sparse(built(recipe, gates=True), dense_layers=(0, 1))), recipe, GRID), expected)
+
+
 def with_a_dense_step() -> None:
     recipe = BY_NAME["mochi"]
 
@@ -417,6 +424,7 @@ for name in DENSE_BY_NAME:
 for name in OF_ISSUE:
     CASES[f"{name} trains as one process"] = functools.partial(trains_as_one, name)
 CASES |= {
+    "dense layers keep their gates": gates_of_dense_layers,
     "gates travel with the query": functools.partial(equals_one, "wan", gates=True),
     "gates of joint attention do, too": functools.partial(equals_one, "hunyuan-video", gates=True),
     "gates train as in one process": functools.partial(trains_as_one, "wan", gates=True),
