@@ -20,15 +20,15 @@ from .undo import unchanged_on_error
 GATES_NAME = "vsa_gates.safetensors"
 
 Gates = dict[str, dict[str, torch.Tensor]]
-"""Weight and bias by the attention module's name."""
+"""Weight, and bias where the family's gates have one, by the attention module's name."""
 
 
 def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
     """Add a zero-initialised `to_gate_compress` to every video self-attention that has none.
 
-    A gate is an `nn.Linear` of the query projection's sizes (its input features to `heads * head_dim`), with bias, in
-    the dtype and on the device of the transformer. All zeros means that the coarse branch has no weight until it is
-    trained.
+    A gate is an `nn.Linear` of the query projection's sizes (its input features to `heads * head_dim`), with bias
+    (MiniMax-H3's have none, as FastH3's), in the dtype and on the device of the transformer. All zeros means that the
+    coarse branch has no weight until it is trained.
 
     Args:
         transformer: a supported video transformer. Add gates before offloading, casting or `torch.compile`.
@@ -48,9 +48,11 @@ def add_gate_compress(transformer: torch.nn.Module) -> list[str]:
     for name, attn in missing.items():
         reference = references[name]
         like = attn.get_submodule(family.query_projection)
-        gate = torch.nn.Linear(like.in_features, like.out_features, device=reference.device, dtype=reference.dtype)
-        torch.nn.init.zeros_(gate.weight)
-        torch.nn.init.zeros_(gate.bias)
+        gate = torch.nn.Linear(
+            like.in_features, like.out_features, family.gate_bias, device=reference.device, dtype=reference.dtype
+        )
+        for parameter in gate.parameters():
+            torch.nn.init.zeros_(parameter)
         learns = any(parameter.requires_grad for parameter in like.parameters())
         attn.add_module(GATE, gate.requires_grad_(learns).train(attn.training))
         mark_trained(gate, False)
@@ -139,6 +141,7 @@ def fitting_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[
     for key, tensor in _read_gates(path_or_repo):
         owner, _, parameter = key.partition(f".{GATE}.")
         owner = re.sub(r"^(model\.diffusion_model\.|transformer\.|model\.)", "", owner)
+        parameter = "weight" if parameter == "set_weight" else parameter
         if owner in names and parameter in ("weight", "bias"):
             if parameter in found.setdefault(names[owner], {}):
                 raise ValueError(f"{str(path_or_repo)!r} holds {key} twice, under two names; keep one of them.")
@@ -159,7 +162,9 @@ def fitting_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[
         )
     for name, tensors in found.items():
         linear = modules[name].get_submodule(family.query_projection)
-        expected = {"weight": (linear.out_features, linear.in_features), "bias": (linear.out_features,)}
+        expected: dict[str, tuple[int, ...]] = {"weight": (linear.out_features, linear.in_features)}
+        if family.gate_bias:
+            expected["bias"] = (linear.out_features,)
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if shapes != expected:
             message = f"{name}.{GATE} in {str(path_or_repo)!r} has shapes {shapes}, but needs {expected}."
@@ -180,10 +185,10 @@ def _check_plain(name: str, gate: torch.nn.Module, what: str) -> None:
             f"{name} has no values here, as offloading leaves it, and cannot be {what}; do so before "
             "enable_sequential_cpu_offload, or after pipe.remove_all_hooks()."
         )
-    if parameters.keys() != {"weight", "bias"} or not all(map(is_plain, parameters.values())):
+    if not {"weight"} <= parameters.keys() <= {"weight", "bias"} or not all(map(is_plain, parameters.values())):
         kinds = sorted({type(parameter).__name__ for parameter in parameters.values()})
         raise ValueError(
-            f"{name} is a {type(gate).__name__} of {', '.join(kinds)} instead of a Linear with a weight and a bias, "
+            f"{name} is a {type(gate).__name__} of {', '.join(kinds)} instead of a Linear with a weight (and a bias), "
             f"and cannot be {what}; do so before quantising, sharding or wrapping it."
         )
 

@@ -28,6 +28,7 @@ TRAINED_BLOCK_SIZE = (4, 4, 4)
 """Of published models with gates, and of the operation."""
 DENSE = ()
 """In the place of a video shape: attention over all tokens, which several ranks hold together."""
+DENSE_LAYER = "this layer is one of those that stay dense"
 WITH_COARSE = ("gate", "sum")
 """Ways to combine in which the coarse branch is a term of its own, part of what the model learned."""
 
@@ -192,9 +193,7 @@ class FamilyAttnProcessor:
         reasons = {
             obstacle or "": obstacle,
             "scores": why_scores_are_skipped(),
-            "layer": "this layer is one of those that stay dense"
-            if self.stays_dense and not self.keeps_coarse
-            else None,
+            "layer": DENSE_LAYER if self.stays_dense and not self.keeps_coarse else None,
             STEP: DENSE_STEP if self.state.dense_step and not self.keeps_coarse else None,
             "mask": None if attention_mask is None else "the call has an attention mask",
             "parallel": RING if self._parallel_config is not None and self.exchange is None else None,
@@ -282,8 +281,9 @@ class FamilyAttnProcessor:
         tensors: Sequence[torch.Tensor],
         text: tuple[int, int],
         text_mask: torch.Tensor | None,
+        combine: str | None = None,
     ) -> torch.Tensor:
-        """Attention over whole sequences: query, key, value, and perhaps the gate."""
+        """Attention over whole sequences: query, key, value, and perhaps the gate; `combine` as in the config."""
         query, key, value, *gate = tensors
         before, after = text
         surplus = query.shape[1] - math.prod(shape) - before - after if shape else query.shape[1] - before - after
@@ -300,7 +300,7 @@ class FamilyAttnProcessor:
             shape,
             **self._tiles(),
             gate=gate[0] if gate else None,
-            combine=self.config.combine,
+            combine=combine or self.config.combine,
             context_tokens=(before + surplus, after) if self.surplus == "before" else (before, after + surplus),
             context_mask=text_mask,
             selection=self.config.selection,
@@ -387,6 +387,6 @@ def dense_gate_configs(
     if like is None:
         shape = next((each.video_shape for each in configs.values()), None)
         like = config if isinstance(config, VSAConfig) else VSAConfig(video_shape=shape)
-    everywhere = dict(dense_steps=0, dense_layers=(), modules=None, schedule="constant")
+    everywhere: dict[str, Any] = dict(dense_steps=0, dense_layers=(), modules=None, schedule="constant")
     whole = replace(like, top_k=None, top_k_ratio=1.0, combine="gate", **everywhere)
     return dict.fromkeys(trained, _settled(whole, "gate"))

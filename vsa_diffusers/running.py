@@ -12,7 +12,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,7 @@ class Facts:
         kept: number of key tiles that each query tile keeps.
         dense_step: whether this denoising step is dense, by `dense_steps` or by the schedule.
         reason: why there is no grid.
+        segments: numbers of the rows before the video, by kind, in families whose coarse branch has tiles of them.
     """
 
     grid: Grid | None = None
@@ -51,6 +52,7 @@ class Facts:
     kept: int | None = None
     dense_step: bool = False
     reason: str = "no hooks of the transformer ran that read the grid; call the transformer itself, with VSA enabled"
+    segments: tuple[int, ...] | None = None
 
 
 NOTHING = Facts()
@@ -85,6 +87,7 @@ class RunningForward(threading.local):
         self._grid = None if facts.grid is None else torch.empty(1).expand(facts.grid)
         self._block_size = None if facts.block_size is None else torch.empty(1).expand(facts.block_size)
         self._kept = None if facts.kept is None else torch.empty(1).expand(facts.kept)
+        self._segments = None if facts.segments is None else torch.empty(1).expand(facts.segments or (0,))
         if self._kept is not None:
             torch._dynamo.maybe_mark_dynamic(self._kept, 0)
 
@@ -109,6 +112,11 @@ class RunningForward(threading.local):
         """Number of key tiles that each query tile keeps; `None` where there is no grid."""
         return None if self._kept is None else self._kept.shape[0]
 
+    @property
+    def segments(self) -> tuple[int, ...] | None:
+        """Numbers of the rows before the video, by kind; `None` where they are not told."""
+        return None if self._segments is None else tuple(self._segments.shape)
+
     def catch_up(self, sequence: int) -> None:
         """Learn the facts where the hooks did not run in this thread: see `ForwardHooks.facts_without_hooks`."""
         facts = None if self.hooks is None else self.hooks.facts_without_hooks(sequence)
@@ -119,6 +127,7 @@ class ReadsGrid(Protocol):
     """What the hooks need of a model family."""
 
     def grid(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Grid | None, str | None]: ...
+    def segments(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, ...] | None: ...
     def prepare(self, transformer: torch.nn.Module) -> None: ...
 
 
@@ -277,7 +286,9 @@ class ForwardHooks:
         return None if call is None else self._facts(*call)
 
     def _facts(self, transformer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ByPlace:
-        grid, reason = self.family.grid(transformer, dict(zip(self.parameters, args, strict=False)) | kwargs)
+        inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        grid, reason = self.family.grid(transformer, inputs)
+        segments = self.family.segments(transformer, inputs)
         leaders = self._leaders()
         position = None
         configs = [leader.config for leader in leaders.values()]
@@ -287,7 +298,8 @@ class ForwardHooks:
                 self._warn_unknown_step(configs)
             else:
                 self._tell_dense_steps(position)
-        return {place: facts_of(leader, grid, reason, position) for place, leader in leaders.items()}
+        facts = {place: facts_of(leader, grid, reason, position) for place, leader in leaders.items()}
+        return facts if segments is None else {place: replace(each, segments=segments) for place, each in facts.items()}
 
     def _leaders(self) -> dict[int, Any]:
         """One processor by place for each state that has any; trained gates may leave states without."""

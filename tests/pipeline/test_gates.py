@@ -105,13 +105,16 @@ def test_gates_that_do_not_fit_are_an_error_and_change_nothing(tmp_path, change,
     assert list(model.state_dict()) == keys
 
 
-def test_the_gates_of_fasth3_are_refused_with_the_reason(tmp_path):
-    model = next(recipe for recipe in RECIPES if recipe.name == "minimax-h3").build()
-    keys = [f"transformer_blocks.{n}.attn.to_gate_compress.weight" for n in range(2)]
-    save_file({key: torch.ones(64, 48) for key in keys}, tmp_path / "fasth3.safetensors")
-    with pytest.raises(ValueError, match="which have no bias, weigh a coarse branch over tiles of text"):
-        load_gates(model, tmp_path / "fasth3.safetensors")
-    assert not hasattr(model.transformer_blocks[0].attn, "to_gate_compress")
+def test_the_other_gates_of_ltx_2_3_are_refused_with_the_reason(tmp_path):
+    model = next(recipe for recipe in RECIPES if recipe.name == "ltx2").build()
+    tensors = {}
+    for n in range(2):
+        tensors[f"transformer_blocks.{n}.attn1.to_gate_compress.weight"] = torch.ones(2, 64)
+        tensors[f"transformer_blocks.{n}.attn1.to_gate_compress.bias"] = torch.ones(2)
+    save_file(tensors, tmp_path / "ltx2.3.safetensors")
+    with pytest.raises(ValueError, match="one row for each head are LTX-2\\.3's own"):
+        load_gates(model, tmp_path / "ltx2.3.safetensors")
+    assert not hasattr(model.transformer_blocks[0].attn1, "to_gate_compress")
 
 
 def test_nothing_to_save_and_wrong_models_are_errors(tmp_path):

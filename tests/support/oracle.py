@@ -116,6 +116,37 @@ def attention(
     return output.transpose(1, 2), logits.logsumexp(-1)
 
 
+def packed_tiles(segments, video_shape, block_size) -> torch.Tensor:
+    """The tile of every row of a packed sequence: runs of each segment by itself, then those of the video."""
+    tiles: list[torch.Tensor] = []
+    parts = [torch.arange(length) // math.prod(block_size) for length in segments if length]
+    for part in [*parts, tile_numbers(video_shape, block_size)]:
+        tiles.append(part + (int(tiles[-1].max()) + 1 if tiles else 0))
+    return torch.cat(tiles)
+
+
+def fasth3(query, key, value, gate, segments, video_shape, *, top_k, block_size=(4, 4, 4)):
+    """FastH3's attention in fp64, and the tiles that video tiles keep `[batch, heads, tiles, tiles]`.
+
+    Tiles of what precedes the video are always kept, and keep all; the coarse branch has all tiles, and the gate all
+    rows.
+    """
+    tile = packed_tiles(segments, video_shape, block_size).to(query.device)
+    prefix = len(tile.unique()) - len(tile_numbers(video_shape, block_size).unique())
+    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5
+    mean_q, mean_k, mean_v = (_means(x, tile) for x in (q, k, v))
+    scores = scale * mean_q @ mean_k.transpose(-1, -2)
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    video = scores[:, :, prefix:, prefix:]
+    best = video.topk(min(top_k, video.shape[-1]), dim=3).indices
+    kept[:, :, prefix:, prefix:] = torch.zeros_like(video, dtype=torch.bool).scatter_(3, best, True)
+    logits = (scale * q @ k.transpose(-1, -2)).masked_fill(~kept[:, :, tile][..., tile], -math.inf)
+    coarse = (scores.softmax(-1) @ mean_v)[:, :, tile]
+    output = logits.softmax(-1) @ v + gate.double().transpose(1, 2) * coarse
+    return output.transpose(1, 2), kept
+
+
 def _means(x: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
     membership = torch.nn.functional.one_hot(tile).double()
     return (membership / membership.sum(0)).T @ x

@@ -425,6 +425,7 @@ for name in OF_ISSUE:
     CASES[f"{name} trains as one process"] = functools.partial(trains_as_one, name)
 CASES |= {
     "dense layers keep their gates": gates_of_dense_layers,
+    "gates over a packed sequence": functools.partial(equals_one, "minimax-h3", gates=True),
     "gates travel with the query": functools.partial(equals_one, "wan", gates=True),
     "gates of joint attention do, too": functools.partial(equals_one, "hunyuan-video", gates=True),
     "gates train as in one process": functools.partial(trains_as_one, "wan", gates=True),

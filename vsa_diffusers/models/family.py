@@ -46,6 +46,9 @@ class Family:
         parallel_obstacle: from the transformer, why its tokens cannot be split over ranks, or `None`.
         parallel_hooks: what the plan cannot say, as hooks; returns their handles.
         stock_ring: whether diffusers' own ring attention is right for it under the plan.
+        gate_bias: whether its gates have a bias.
+        read_segments: from the transformer and its forward's arguments by name, the numbers of the rows before the
+            video, by kind; in families whose gated branch has tiles of them.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Family:
     parallel_obstacle: Callable[[torch.nn.Module], str | None] | None = None
     parallel_hooks: Callable[[torch.nn.Module, Exchange], list[Any]] | None = None
     stock_ring: bool = False
+    gate_bias: bool = True
+    read_segments: Callable[[torch.nn.Module, Mapping[str, Any]], tuple[int, ...]] | None = None
 
     def why_not_parallel(self, transformer: torch.nn.Module) -> str | None:
         """Why the transformer's tokens cannot be split over ranks; `None` if they can."""
@@ -109,6 +114,15 @@ class Family:
             return check_video_shape(grid), None
         except ValueError:
             return None, f"{UNREADABLE} ({grid!r} is not a grid of tokens)"
+
+    def segments(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """What `read_segments` reads; `None` where the family has no such branch, or `inputs` do not tell."""
+        if self.read_segments is None:
+            return None
+        try:
+            return self.read_segments(transformer, inputs)
+        except (KeyError, AttributeError, IndexError, TypeError, ValueError):
+            return None
 
     def video_modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The video self-attention modules by name, in the order of the transformer's blocks.

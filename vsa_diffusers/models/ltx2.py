@@ -114,6 +114,10 @@ FAMILY = Family(
     needs=(*NORMED, "rope_type"),
     checkpoints=("Lightricks/LTX-2", "diffusers/LTX-2.3-Diffusers", "Lightricks/LTX-2.5-Diffusers"),
     stays_dense="cross-attention, audio, audio to video and back; reference tokens attend densely",
+    foreign_gates=(
+        "Gates with one row for each head are LTX-2.3's own gated attention, `to_gate_logits` in diffusers, which "
+        "FastVideo calls `to_gate_compress` too; they come with the model and are no gates of VSA."
+    ),
     plan=plan,
     parallel_hooks=parallel_hooks,
 )

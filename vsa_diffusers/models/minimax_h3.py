@@ -1,14 +1,19 @@
-"""MiniMax-H3: one packed sequence of text, conditions, references, audio, and at its end the video."""
+"""MiniMax-H3: one packed sequence of text, conditions, references, audio, and at its end the video.
+
+With gates its attention is that of FastH3 (FastVideo's backend VIDEO_SPARSE_ATTN_H3): the coarse branch has tiles of
+all rows, and the gate weighs it in every row.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.transformers import transformer_minimax_h3
 
+from ..coarse import packed_coarse
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, Grid
 
@@ -40,6 +45,29 @@ class MiniMaxH3VSAProcessor(FamilyAttnProcessor):
         output = self.attend(attn, shape, query, key, value, hidden_states).flatten(2).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
 
+    def _attend(
+        self,
+        shape: tuple[int, ...],
+        tensors: Sequence[torch.Tensor],
+        text: tuple[int, int],
+        text_mask: torch.Tensor | None,
+        combine: str | None = None,
+    ) -> torch.Tensor:
+        """As everywhere, but the gated branch has tiles of what precedes the video, too."""
+        if not shape or self.config.combine != "gate":
+            return super()._attend(shape, tensors, text, text_mask, combine)
+        query, key, value, gate = tensors
+        segments = self.state.segments or ()
+        if sum(segments) + math.prod(shape) != query.shape[1]:
+            raise ValueError(
+                f"{self.name or 'attention'} sees {query.shape[1]} rows, of which video_shape={shape} has "
+                f"{math.prod(shape)}, and text, conditions and audio before it {segments or 'an unknown number'}; the "
+                "gated branch has tiles of each, so call the transformer itself, whose inputs tell."
+            )
+        exact = super()._attend(shape, (query, key, value), text, text_mask, "sparse")
+        block = self._tiles()["block_size"]
+        return exact + gate.to(exact.dtype) * packed_coarse(query, key, value, segments, shape, block)
+
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first channels of `[batch, sequence, heads, head_dim]` by cos and sin `[sequence, channels]`."""
@@ -59,6 +87,17 @@ def read_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Grid |
     return (t, h, w) if whole else None
 
 
+def read_segments(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Numbers of the rows of text, of all conditions together, and of audio.
+
+    Where references mix video and audio rows, the segments are of these lengths, too, as in FastVideo.
+    """
+    video, text, audio = (len(inputs[f"{kind}_indices"]) for kind in ("video", "text", "audio"))
+    rows = inputs["video_indices"]
+    conditions = torch.arange(video, device=rows.device)[rows.diff(prepend=rows[:1] - 1) != 1][-1:]
+    return text, int(conditions.sum()), audio
+
+
 def plan(transformer: torch.nn.Module) -> Mapping[str, Any]:
     """That of diffusers: one packed sequence."""
     return transformer._cp_plan
@@ -73,10 +112,14 @@ FAMILY = Family(
     needs=(*NORMED, "fused_projections"),
     checkpoints=("MiniMaxAI/MiniMax-H3",),
     stays_dense="token refiner; text, audio and reference tokens attend densely",
-    foreign_gates=(
-        "The gates of `FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree` and its sisters, which have no bias, "
-        "weigh a coarse branch over tiles of text, references and audio too; here it covers the video alone."
+    trained_gates=(
+        "FastVideo/FastVideo-FastH3-8-Step-V2",
+        "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree",
+        "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-Synthetic-Step1300",
+        "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-Synthetic-Step1900",
     ),
+    gate_bias=False,
+    read_segments=read_segments,
     plan=plan,
     stock_ring=True,
 )
