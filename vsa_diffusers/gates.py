@@ -15,6 +15,7 @@ from .directories import current_file
 from .files import check_name, check_values, local_directory, opened_tensors, read_json, replaced_file
 from .gate_state import GATE, is_plain, mark_trained
 from .models import require_family
+from .trained import SOURCE
 from .undo import unchanged_on_error
 
 GATES_NAME = "vsa_gates.safetensors"
@@ -118,6 +119,7 @@ def load_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[str
     found = fitting_gates(transformer, path_or_repo)
     with unchanged_on_error(transformer) as keep:
         set_gates(transformer, found, keep)
+        setattr(transformer, SOURCE, str(path_or_repo))
     return list(found)
 
 

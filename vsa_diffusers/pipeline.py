@@ -20,6 +20,7 @@ from .recipes import with_recipes
 from .running import ForwardHooks
 from .schedule import RatioSchedule, mean_share
 from .tiles import check_top_k
+from .trained import warn_of_lost_gates, warn_of_other_settings
 from .wording import as_arguments, grouped, settings
 
 logger = logging.getLogger(__name__)
@@ -252,6 +253,8 @@ class _Plan:
             if name not in self.configs and name not in self.dense:
                 hooks.watch_dense(name, attn)
         hooks.register()
+        warn_of_lost_gates(hooks.label, self.transformer, self.modules, self.configs)
+        warn_of_other_settings(hooks.label, self.transformer, self.configs)
         if theirs:
             logger.warning(
                 "%d modules had processors that are not diffusers' own, which serve dense calls only from now on: %s.",
