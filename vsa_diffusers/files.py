@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -133,6 +133,20 @@ def check_values(key: str, tensor: torch.Tensor, source: str, dtype: torch.dtype
         )
 
 
+def check_fits(source: PathLike, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ValueError` unless the tensors found in `source` have the names and sizes that are expected."""
+    problems = {
+        "missing keys": sorted(expected.keys() - found.keys()),
+        "unexpected keys": sorted(found.keys() - expected.keys()),
+        "other sizes": [
+            f"{key}: {found[key]}, needs {shape}" for key, shape in expected.items() if found.get(key, shape) != shape
+        ],
+    }
+    told = [f"{len(keys)} {what}: {keys[:3]}" for what, keys in problems.items() if keys]
+    if told:
+        raise ValueError(f"{source} does not fit the transformer: {'; '.join(told)}.")
+
+
 def check_regular(path: Path) -> Path:
     """The path itself, if it is a file; opening a FIFO or a device could hang.
 
@@ -157,8 +171,10 @@ def check_name(name: str, source: Path) -> str:
     return name
 
 
-def local_directory(path_or_repo: PathLike, patterns: list[str]) -> Path:
+def local_directory(path_or_repo: PathLike, patterns: list[str], ignored: list[str] | None = None) -> Path:
     """A local directory or file as it is, or the files of a repository on the Hugging Face Hub, downloaded.
+
+    In `patterns`, and those `ignored`, a star stands for slashes, too.
 
     A string such as "name/name" that is not a local path is a repository; everything else is local.
 
@@ -173,7 +189,7 @@ def local_directory(path_or_repo: PathLike, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_repo, allow_patterns=patterns))
+        return Path(snapshot_download(path_or_repo, allow_patterns=patterns, ignore_patterns=ignored))
     except (OSError, ValueError) as error:
         raise MissingDirectoryError(
             f"path_or_repo={path_or_repo!r}: no such directory, and the Hugging Face Hub did not give a repository of "

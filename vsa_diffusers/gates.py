@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from .config import INDEX_NAME
 from .directories import current_file
 from .files import check_name, check_values, local_directory, opened_tensors, read_json, replaced_file
 from .gate_state import GATE, is_plain, mark_trained
+from .layouts import plain_name
 from .models import require_family
 from .trained import SOURCE
 from .undo import unchanged_on_error
@@ -141,8 +141,7 @@ def fitting_gates(transformer: torch.nn.Module, path_or_repo: str | os.PathLike[
     found: Gates = {}
     unknown = []
     for key, tensor in _read_gates(path_or_repo):
-        owner, _, parameter = key.partition(f".{GATE}.")
-        owner = re.sub(r"^(model\.diffusion_model\.|transformer\.|model\.)", "", owner)
+        owner, _, parameter = plain_name(key, family.name).partition(f".{GATE}.")
         parameter = "weight" if parameter == "set_weight" else parameter
         if owner in names and parameter in ("weight", "bias"):
             if parameter in found.setdefault(names[owner], {}):
@@ -212,27 +211,58 @@ def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, tor
     for file in _files(path_or_repo):
         with opened_tensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                if f".{GATE}." in key:
+                if is_gate(key):
                     yield key, tensors.get_tensor(key)
 
 
+def is_gate(key: str) -> bool:
+    """Whether a weight of this name belongs to a gate."""
+    return f".{GATE}." in key
+
+
 def _files(path_or_repo: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files that may hold gates: the gates' own file if there is one, else all of the checkpoint."""
-    path = local_directory(path_or_repo, ["*.safetensors", "*.safetensors.index.json", INDEX_NAME])
+    """The safetensors files that may hold gates: the gates' own file if there is one, else some of the checkpoint."""
+    owns = (GATES_NAME, f"transformer/{GATES_NAME}")
+    path = local_directory(path_or_repo, [*owns, "*.safetensors.index.json", INDEX_NAME])
     if not path.is_dir():
         return [path]
-    for name in (GATES_NAME, f"transformer/{GATES_NAME}"):
+    for name in owns:
         file = current_file(path, INDEX_NAME, name)
         if file.exists():
             return [file]
-    folders = [folder for folder in (path, path / "transformer") if folder.is_dir()]
-    for index in (file for folder in folders for file in folder.glob("*.safetensors.index.json")):
-        shards = sorted({index.parent / shard for key, shard in weight_map(index).items() if f".{GATE}." in key})
-        for shard in shards:
-            if not shard.exists():
-                raise ValueError(f"{shard} is missing, which {index.name} names; save or download it again.")
-        return shards
-    return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    return checkpoint_files(path_or_repo, path, is_gate)
+
+
+def checkpoint_files(
+    path_or_repo: str | os.PathLike[str], path: Path, holds: Callable[[str], bool] | None
+) -> list[Path]:
+    """The files of a transformer's checkpoint that hold some of its weights, downloaded if need be, and no others.
+
+    Args:
+        path_or_repo: as it was given.
+        path: the same, on this machine; has the indices of shards.
+        holds: says by a weight's name whether its file is wanted; `None` wants the index in the shards' place.
+
+    Raises:
+        ValueError: the index names files that are not there.
+    """
+    if not path.is_dir():
+        return [path]
+    for folder in ("", "transformer/"):
+        for index in sorted((path / folder).glob("*.safetensors.index.json")):
+            if holds is None:
+                return [index]
+            shards = sorted({folder + shard for key, shard in weight_map(index).items() if holds(key)})
+            local_directory(path_or_repo, shards)
+            for shard in shards:
+                if not (path / shard).exists():
+                    raise ValueError(f"{path / shard} is missing, which {index.name} names; save or download it again.")
+            return [path / shard for shard in shards]
+    # Of a repository without an index nothing tells what lies where: its transformer, or what lies outside of folders.
+    local_directory(path_or_repo, ["transformer/*.safetensors"])
+    if not any((path / "transformer").glob("*.safetensors")):
+        local_directory(path_or_repo, ["*.safetensors"], ["*/*"])
+    return [file for folder in (path, path / "transformer") for file in sorted(folder.glob("*.safetensors"))]
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ vsa_index.json                                   which components there are, wha
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,16 @@ from . import lora
 from .attention import check_choice
 from .config import CONFIG_NAME, INDEX_NAME, VSAConfig, make_config, module_configs
 from .directories import SavedDirectory, read_directory, replaced_directory
-from .files import check_name, check_values, local_directory, opened_tensors
-from .gate_state import GATE, is_plain
-from .gates import GATES_NAME, Gates, fitting_gates, set_gates, weight_map
+from .files import check_fits, check_name, check_values, local_directory, opened_tensors
+from .gate_state import is_plain
+from .gates import GATES_NAME, Gates, fitting_gates, is_gate, set_gates, weight_map
 from .models import attention_modules, require_family
 from .pipeline import PipelineOrTransformer, enable_vsa, enabled_config, supported_parts, vsa_unchanged_on_error
+from .published import ROUNDINGS, SMALL, plan_published, refuse_by_name
+from .trained import SOURCE
 from .undo import unchanged_on_error
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONTENTS = ("full", "lora", "gates")
@@ -93,43 +98,66 @@ def save_vsa(
 
 
 def load_vsa(
-    pipe: PipelineOrTransformer, path_or_repo: str | os.PathLike[str], **changes: Any
+    pipe: PipelineOrTransformer,
+    path_or_repo: str | os.PathLike[str],
+    *,
+    rounding: str = "tiles",
+    variant: str | None = None,
+    **changes: Any,
 ) -> PipelineOrTransformer:
     """Bring what `save_vsa` wrote back on a stock pipeline or transformer, and enable VSA as it was trained.
 
         pipe = WanPipeline.from_pretrained(...)
         load_vsa(pipe, "my_training/final")
+        load_vsa(pipe, "FastVideo/FastWan2.1-T2V-1.3B-Diffusers")
+
+    Checkpoints as they were published are taken, too: FastVideo's of Wan and MiniMax-H3 (FastH3), FastH3's LoRA files,
+    which are merged into the weights, and LTX-2's gates. On a transformer that came from the same checkpoint, gates are
+    all that is loaded. What is set then is logged; `docs/checkpoints.md` has a table.
 
     Load before offloading, compiling or quantising. A LoRA becomes the adapter "vsa".
     While weights are replaced, main memory holds a copy of the old ones.
 
     Args:
         pipe: a pipeline with the video transformers that were saved, or the transformer if there was one.
-        path_or_repo: a directory, or a repository on the Hugging Face Hub.
+        path_or_repo: a directory, a safetensors file, or a repository on the Hugging Face Hub, of which only the files
+            that are needed are downloaded.
+        rounding: how a published checkpoint's sparsity becomes a number of tiles: `"tiles"`, by their number; or
+            `"tokens"`, as FastVideo did before July 2026, which keeps a few less where tiles do not divide the video
+            evenly and needs `video_shape=`.
+        variant: folder of one of several adapters, such as "vsa-datafree".
         changes: fields of `VSAConfig` to override, such as `top_k_ratio=0.3`.
 
     Returns:
         `pipe` itself.
 
     Raises:
-        ValueError: not such a directory, damaged or edited files, other components or another class than were saved,
-            missing or unexpected keys, sizes or values that do not fit, or a config that does not. After any error
-            weights, gates, adapters and VSA are what they were.
+        ValueError: not such a directory or checkpoint; one of a kind that cannot be served, with the reason; damaged or
+            edited files; other components or another class than were saved; missing or unexpected keys, sizes or values
+            that do not fit, or a config that does not. After any error weights, gates, adapters and VSA are what they
+            were.
     """
-    path = local_directory(path_or_repo, ["*.json", "*.safetensors"])
-    if not (path / INDEX_NAME).exists():
-        raise ValueError(
-            f"path_or_repo={str(path)!r} lacks {INDEX_NAME} or {CONFIG_NAME}, so save_vsa did not write it; "
-            "load_gates reads other checkpoints with gates."
-        )
-    config, loads = read_directory(path, INDEX_NAME, lambda saved: _plan(pipe, saved, changes))
+    check_choice("rounding", rounding, ROUNDINGS)
+    refuse_by_name(path_or_repo)
+    published = None
+    path = local_directory(path_or_repo, list(SMALL))
+    if (path / INDEX_NAME).exists():
+        path = local_directory(path_or_repo, ["*.json", "*.safetensors"])
+        config, loads = read_directory(path, INDEX_NAME, lambda saved: _plan(pipe, saved, changes))
+    else:
+        published = plan_published(pipe, path_or_repo, changes, rounding, variant)
+        config, loads = published.config, [_Load(published.transformer, published.weights, published.gates)]
     transformers = [load.transformer for load in loads]
     with unchanged_on_error(*transformers, beside=pipe) as keep, vsa_unchanged_on_error(transformers):
         for load in loads:
             load.extend(keep)
+        if published is not None:
+            setattr(published.transformer, SOURCE, str(path_or_repo))
         enable_vsa(pipe, config=config)
         for load in loads:
             load.replace(keep)
+    if published is not None:
+        logger.info("%s.", published.said)
     return pipe
 
 
@@ -157,12 +185,12 @@ class _Save:
                 f'contents="full", but {kind} has the adapter {list(adapters)}; fuse it into the weights with '
                 'fuse_lora() and unload_lora(), or save it with contents="lora".'
             )
-        gates = {key: tensor for key, tensor in state_dict.items() if _is_gate(key)}
+        gates = {key: tensor for key, tensor in state_dict.items() if is_gate(key)}
         if contents == "gates" and not gates:
             raise ValueError(f'contents="gates", but {kind} has none; add_gate_compress(transformer) adds new ones.')
         weights, adapter = {}, None
         if contents == "full":
-            weights = {key: tensor for key, tensor in state_dict.items() if not _is_gate(key)}
+            weights = {key: tensor for key, tensor in state_dict.items() if not is_gate(key)}
         if contents == "lora":
             from peft import get_peft_model_state_dict
 
@@ -301,7 +329,7 @@ class _Load:
     def replace(self, keep: Callable[[Iterable[torch.Tensor]], None]) -> None:
         """Give the transformer its weights."""
         if self.weights:
-            keep(_without_gates(self.transformer).values())
+            keep(tensor for key, tensor in _without_gates(self.transformer).items() if key in self.weights)
             self.transformer.load_state_dict(self.weights, strict=False)
 
     def _plan_lora(self, saved: SavedDirectory, name: str, folder: Path) -> None:
@@ -338,7 +366,7 @@ def _fitting(folder: Path, targets: Tensors, files: list[Path]) -> dict[str, tor
                 if key in tensors:
                     raise ValueError(f"{file} holds {key}, as {source[key]} does; save or download it again.")
                 tensors[key], source[key] = opened.get_tensor(key), file
-    _compare(folder, targets, tensors)
+    check_fits(folder, *({key: tuple(each.shape) for key, each in some.items()} for some in (targets, tensors)))
     for key, tensor in tensors.items():
         target = targets[key]
         if not target.dtype.is_floating_point and tensor.dtype == target.dtype:
@@ -383,12 +411,8 @@ def _config_of(parts: Mapping[str, torch.nn.Module]) -> VSAConfig:
     return configs[0]
 
 
-def _is_gate(key: str) -> bool:
-    return f".{GATE}." in key
-
-
 def _without_gates(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key: tensor for key, tensor in transformer.state_dict().items() if not _is_gate(key)}
+    return {key: tensor for key, tensor in transformer.state_dict().items() if not is_gate(key)}
 
 
 def _ready(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -404,21 +428,6 @@ def _ready(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, torch.Tenso
 def _kind(transformer: torch.nn.Module) -> str:
     """Name of the transformer's class, or of the one that FSDP derived it from."""
     return next(cls.__name__ for cls in type(transformer).__mro__ if not cls.__module__.startswith("torch.distributed"))
-
-
-def _compare(folder: Path, expected: Tensors, found: Tensors) -> None:
-    problems = {
-        "missing keys": sorted(expected.keys() - found.keys()),
-        "unexpected keys": sorted(found.keys() - expected.keys()),
-        "other sizes": [
-            f"{key}: {tuple(found[key].shape)}, needs {tuple(tensor.shape)}"
-            for key, tensor in expected.items()
-            if key in found and found[key].shape != tensor.shape
-        ],
-    }
-    told = [f"{len(keys)} {what}: {keys[:3]}" for what, keys in problems.items() if keys]
-    if told:
-        raise ValueError(f"{folder} does not fit the transformer: {'; '.join(told)}.")
 
 
 def _skeleton(transformer: torch.nn.Module) -> torch.nn.Module:

@@ -377,11 +377,13 @@ def dense_gate_configs(
         configs: the same with choices settled.
         modules: all video self-attention modules.
     """
-    trained = [name for name, attn in modules.items() if name not in configs and is_trained(attn)]
     combines = {each.combine for each in asked.values()}
     if isinstance(config, VSAConfig):
         combines.add(config.combine)
-    if not trained or (combines and combines.isdisjoint(("auto", "gate"))):
+    if combines and combines.isdisjoint(("auto", "gate")):
+        return {}
+    trained = [name for name, attn in modules.items() if name not in configs and is_trained(attn)]
+    if not trained:
         return {}
     like = next((each for each in configs.values() if each.combine == "gate"), None)
     if like is None:

@@ -18,7 +18,7 @@ import torch
 
 from .config import INDEX_NAME, VSAConfig
 from .files import opened_tensors, read_json
-from .gate_state import GATE, is_trained
+from .gate_state import GATE
 from .processor import TRAINED_BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,9 @@ TRAINED = (
         0.9, _FOUR,
     ),
     Trained(("FastVideo-FastH3-4-step-Preview-v1-LoRA",), 0.9, _FOUR),
-    Trained(("FastVideo-FastH3-4-step-Preview-v1-Dense-DataFree",), None, _FOUR),
+    Trained(
+        ("FastVideo-FastH3-4-step-Preview-v1-Dense-DataFree", "FastVideo-FastH3-Dense-4-step-v1"), None, _FOUR
+    ),
     Trained(("FastVideo-FastH3-8-Step-V2",), 0.8, _EIGHT),
     Trained(("FastVideo-FastH3-8-Step-V2-FP8", "FastH3-QAD-v2"), 0.8, _EIGHT, _QUANTISED),
     Trained(("FastVideo-FastH3-Comfy", "FastVideo-FastH3"), 0.8, _EIGHT, _COMFY),
@@ -117,7 +119,7 @@ def warn_of_lost_gates(
     """
     if not any(each.combine == "merge" for each in configs.values()):
         return
-    if any(is_trained(modules[name]) for name, each in configs.items() if each.combine == "merge"):
+    if any(getattr(modules[name], GATE, None) is not None for name in configs):
         return
     for name in origins(transformer):
         known = trained_as([name])
