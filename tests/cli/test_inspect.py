@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vsa_diffusers.cli import app
+from vsa_diffusers.cli import app, script
 from vsa_diffusers.inspection import report
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "tiny_wan")
@@ -104,7 +104,7 @@ def test_the_page_refers_to_nothing_outside_of_itself_and_names_what_it_shows(nu
 )
 def test_what_is_refused_is_one_sentence_and_leaves_nothing(capsys, tmp_path, options, message):
     code, printed = run(capsys, tmp_path / "new", *options)
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert message in " ".join(printed.err.split())
     assert printed.out == ""
     assert not (tmp_path / "new").exists()
@@ -118,6 +118,6 @@ def test_what_fails_while_drawing_leaves_the_files_of_before(directory, numbers,
 
     monkeypatch.setattr(report.figures, "draw_query", broken)
     code, printed = run(capsys, directory, "--layers=0", "--at-steps=1")
-    assert code == app.REFUSED
+    assert code == script.REFUSED
     assert "No space left" in printed.err
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
