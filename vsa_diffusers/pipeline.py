@@ -53,11 +53,11 @@ def enable_vsa(
 ) -> PipelineOrTransformer:
     """Make the video self-attention of a diffusers pipeline sparse. Calling it again re-configures it.
 
-    The argument that matters:
-        top_k_ratio: share of key tiles that each query tile attends to exactly, in (0, 1]; lower is faster.
+    The argument that matters is `top_k_ratio`; the others are there to tinker with.
 
     Args:
         pipe: a pipeline (every video transformer in it, such as `transformer` and `transformer_2`), or a transformer.
+        top_k_ratio: share of key tiles that each query tile attends to exactly, in (0, 1]; lower is faster.
         block_size: `(t, h, w)`, tokens per tile along each axis, or `"auto"`, the block that fits the video best;
             `None`: "auto" with "merge", else (4, 4, 4), which gates have been trained for. See `VSAConfig`.
         combine: how the coarse and the sparse branch become one output; `"auto"` uses trained gates where there are

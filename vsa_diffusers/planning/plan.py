@@ -141,7 +141,9 @@ def plan(
     Args:
         model: a family ("wan", "ltx2"), a published or other id on the Hugging Face Hub, or the folder of a pipeline or
             transformer.
-        height, width, frames: of the video; what is left out is the model's usual.
+        height: of the video, in pixels; like width and frames the model's usual if it is left out.
+        width: in pixels.
+        frames: of the video, not of its latents.
         ratios: `top_k_ratio`s to look at.
         gpu: whose measurements to estimate from, "H100" or "H200".
         block_size: `(t, h, w)`, or `"auto"`; `None` fits the grid, or is (4, 4, 4) where gates were trained for that.
