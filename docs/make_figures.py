@@ -45,12 +45,12 @@ def tiles() -> Figure:
         x, y = 0.2 + 0.75 * frame, 0.3 + 0.75 * frame
         for row, column in np.ndindex(height, width):
             color = TILE_COLORS[row // block * (width // block) + column // block]
-            axis.add_patch(Rectangle((x + column, y + row), 0.9, 0.9, fc=color, ec="none", alpha=1 if not frame else 0.6))
+            axis.add_patch(Rectangle((x + column, y + row), 0.9, 0.9, fc=color, ec="none", alpha=0.6 if frame else 1))
     axis.text(6.2, 11.2, "(4, 8, 12) tokens, six tiles", ha="center", va="center")
     for frame in reversed(range(block)):
         for row, column in np.ndindex(block, block):
             place = (15.2 + 0.4 * frame + 0.62 * column, 4.6 + 0.4 * frame + 0.62 * row)
-            axis.add_patch(Rectangle(place, 0.55, 0.55, fc=TILE_COLORS[2], ec="none", alpha=1 if not frame else 0.6))
+            axis.add_patch(Rectangle(place, 0.55, 0.55, fc=TILE_COLORS[2], ec="none", alpha=0.6 if frame else 1))
     axis.text(17.2, 9.4, "64 tokens", ha="center", va="center")
     _arrow(axis, (17, 4.2), (17, 2.7))
     axis.add_patch(Rectangle((16.4, 1.3), 1.2, 1.2, fc=TILE_COLORS[2], ec="none"))
@@ -73,7 +73,7 @@ def branches() -> Figure:
         ((7.5, 4.85), (7.5, 3.65)), ((2.5, 2.55), (3.8, 1.25)), ((7.5, 2.55), (6.2, 1.25)),
     ):  # fmt: skip
         _arrow(axis, start, end)
-    axis.plot([7.3, 9.9, 9.9], [8.8, 8.8, 3.1], color=INK, lw=0.9, solid_joinstyle="miter")
+    axis.plot([7.8, 9.9, 9.9], [8.8, 8.8, 3.1], color=INK, lw=0.9, solid_joinstyle="miter")
     _arrow(axis, (9.95, 3.1), (9.7, 3.1))
     return figure
 
@@ -92,7 +92,7 @@ def scores(coarse: torch.Tensor, kept: torch.Tensor) -> Figure:
 def kept_tiles(frames: np.ndarray, grid: TileGrid, kept: torch.Tensor, query: int) -> Figure:
     """Which tiles one query tile keeps, over a frame of each of their times."""
     n_t, n_h, n_w = grid.tiles_per_axis
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH * 0.8, WIDTH * 0.85), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH * 0.8, WIDTH * 0.86), layout="constrained")
     shown = kept[query].reshape(n_t, n_h, n_w)
     for time, axis in enumerate(axes.flat):
         first, last = (round(place * len(frames) / n_t) for place in (time, time + 1))

@@ -1,7 +1,7 @@
 """Write `docs/models.md` from the registry: `python docs/make_models_table.py --write`; without it, print.
 
-What becomes sparse is from `vsa_diffusers/models`, usual videos and expectations are those of `vsa-diffusers plan`; what
-a pipeline is called with stands here.
+What becomes sparse is from `vsa_diffusers/models`, usual videos and expectations are those of `vsa-diffusers plan`.
+What a pipeline is called with stands here.
 """
 
 import sys
@@ -42,6 +42,7 @@ REFUSALS = """\
 `enable_vsa` raises a `ValueError` with the reason. Your own class can be taught with
 [`register_transformer`](custom-transformers.md).
 """
+UNBROKEN = "&nbsp;"
 PROMPT = '"A cat walks on the grass."'
 
 
@@ -112,8 +113,9 @@ def page() -> str:
 def overview_row(found: Plan) -> str:
     """Where a family's section is, and whether it pays."""
     height, width, frames = found.size
+    tokens = spaced(found.tokens).replace(" ", UNBROKEN)
     return line(
-        f"[{found.family}](#{anchor(found.family)})", f"{height}x{width}, {frames} frames", spaced(found.tokens),
+        f"[{found.family}](#{anchor(found.family)})", f"{height}x{width}, {frames}{UNBROKEN}frames", tokens,
         f"{found.speeds[0].model:.2f}x",
     )  # fmt: skip
 
@@ -127,18 +129,23 @@ def section(family: Family, name: str, found: Plan) -> str:
     """What somebody with a model of this family wants to know."""
     call = CALLS[family.name]
     height, width, frames = found.size
+    modules = family.modules.replace(r"\.", ".").replace(r"\d+", "*")
     facts = [
         ("Usual video", f"{height}x{width}, {frames} frames: {by(found.video_shape)} = {spaced(found.tokens)} tokens, "
          f"{spaced(found.tiles)} tiles of {by(found.block)} (`vsa-diffusers plan {name}`)"),
         (f"Expected at {RATIO:g}", f"layer {found.speeds[0].layer:.2f}x, whole transformer "
          f"{found.speeds[0].model:.2f}x; {found.kind}"),
         ("Stays dense", family.stays_dense),
-        ("Sparse", f"`{family.modules}`".replace(r"\.", ".").replace(r"\d+", "*") + f" of {names(family.transformers)}"),
+        ("Sparse", f"`{modules}` of {names(family.transformers)}"),
         ("Checkpoints", names(family.checkpoints)),
         ("With trained gates", names(family.trained_gates)),
         ("Others' gates", family.foreign_gates),
     ]  # fmt: skip
-    parts = [f"## {family.name}\n", f"```python\n{code(call, DEFAULTS[name], found)}\n```\n", *([f"{call.note}\n"] if call.note else [])]
+    parts = [
+        f"## {family.name}\n",
+        f"```python\n{code(call, DEFAULTS[name], found)}\n```\n",
+        *([f"{call.note}\n"] if call.note else []),
+    ]
     return "\n".join([*parts, *(f"- **{what}**: {said}" for what, said in facts if said), ""])
 
 
@@ -159,16 +166,14 @@ def _code(call: Call, checkpoint: str, found: Plan) -> Iterator[str]:
         yield f'pipe = ModularPipeline.from_pretrained("{checkpoint}")'
         yield "pipe.load_components(dtype=torch.bfloat16)"
     else:
-        yield f'pipe = {call.pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)'
+        yield f'pipe = {call.pipeline}.from_pretrained(\n    "{checkpoint}",\n    dtype=torch.bfloat16,\n)'
     yield 'pipe.to("cuda")'
     yield 'enable_vsa(pipe, recipe="balanced")'
     given = ['    image=load_image("first_frame.png"),'] if call.image else []
     given += [f'    {name}=load_video("{name}.mp4"),' for name in call.videos]
-    size = f"height={height}, width={width}, {call.frames}={frames}"
-    if given:
-        yield "\n".join(["result = pipe(", *given, f"    prompt={PROMPT},", f"    {size},", ")"])
-    else:
-        yield f"result = pipe(prompt={PROMPT}, {size})"
+    given += [f"    prompt={PROMPT},", f"    height={height},", f"    width={width},"]
+    given += [f"    {call.frames}={frames},"]
+    yield "\n".join(["result = pipe(", *given, ")"])
     yield f"video = result{call.result}"
 
 

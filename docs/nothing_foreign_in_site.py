@@ -5,8 +5,6 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
-from mkdocs.exceptions import PluginError
-
 LOADED = ("src", "srcset", "poster", "data")
 LINKED = ("stylesheet", "icon", "preload", "preconnect", "dns-prefetch", "manifest", "modulepreload")
 
@@ -29,6 +27,8 @@ class Resources(HTMLParser):
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Refuse the page, or pass it on as it is."""
+    from mkdocs.exceptions import PluginError
+
     foreign = [each for each in Resources(output).addresses if each.startswith(("http:", "https:", "//"))]
     if foreign:
         raise PluginError(f"{page.file.src_uri} loads {', '.join(foreign)} from another host; keep a copy in docs/.")
