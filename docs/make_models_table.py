@@ -67,7 +67,7 @@ class Call:
     note: str = ""
 
 
-_SOUND = "The sound is the result's `audio`."
+_SOUND = "The sound is the result's `audio`; `vsa-diffusers generate` writes both."
 CALLS = {
     "Allegro": Call("AllegroPipeline"),
     "AnyFlow": Call("AnyFlowPipeline"),
@@ -77,12 +77,15 @@ CALLS = {
     "Cosmos 3": Call("Cosmos3OmniPipeline", result=".video"),
     "EasyAnimate": Call("EasyAnimatePipeline"),
     "Helios": Call("HeliosPipeline"),
-    "HunyuanVideo": Call("HunyuanVideoPipeline"),
+    "HunyuanVideo": Call("HunyuanVideoPipeline", note="As a script with options: `examples/hunyuan_vsa.py`."),
     "HunyuanVideo 1.5": Call("HunyuanVideo15Pipeline"),
     "HunyuanVideo Framepack": Call("HunyuanVideoFramepackPipeline", image=True),
     "Kandinsky 5": Call("Kandinsky5T2VPipeline"),
     "Kandinsky 6": Call("Kandinsky6TI2VAPipeline", note=_SOUND),
-    "LTX-2": Call("LTX2Pipeline", note=_SOUND),
+    "LTX-2": Call(
+        "LTX2Pipeline",
+        note=f"{_SOUND} `examples/ltx2_vsa.py` also takes the single file that Lightricks publishes.",
+    ),
     "LTX-Video": Call("LTXPipeline"),
     "MiniMax-H3": Call("ModularPipeline", result='["videos"][0]'),
     "Mochi": Call("MochiPipeline"),
@@ -91,7 +94,7 @@ CALLS = {
     "Wan": Call(
         "WanPipeline",
         note="Both transformers of Wan 2.2 become sparse; `WanImageToVideoPipeline` and the others of the family take "
-        "the same line.",
+        "the same line. As scripts with options: `examples/wan_vsa.py`, `examples/wan22_two_experts.py`.",
     ),
     "Wan Animate": Call(
         "WanAnimatePipeline", image=True, videos=("pose_video", "face_video"), frames="segment_frame_length"
