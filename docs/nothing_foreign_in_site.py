@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -15,14 +16,21 @@ class Resources(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.addresses: list[str] = []
+        self._in_script = False
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note the addresses of one element."""
+        self._in_script = tag == "script"
         values = {name: value or "" for name, value in attrs}
         if tag == "link" and set(values.get("rel", "").split()) & set(LINKED):
             self.addresses.append(values.get("href", ""))
         self.addresses += [values[name] for name in LOADED if name in values]
+
+    def handle_data(self, data: str) -> None:
+        """Note what a script in the page would import."""
+        if self._in_script:
+            self.addresses += re.findall(r"https?://[^\s\"']+\.m?js", data)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

@@ -17,7 +17,13 @@ DOCS = ROOT / "docs"
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 USERS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-EXPORTED = {"vsa_diffusers", "vsa_diffusers.planning", "vsa_diffusers.comparison", "vsa_diffusers.doctor"}
+EXPORTED = {
+    "vsa_diffusers",
+    "vsa_diffusers.inspection",
+    "vsa_diffusers.planning",
+    "vsa_diffusers.comparison",
+    "vsa_diffusers.doctor",
+}
 
 
 def pages_of(entries):
@@ -35,7 +41,8 @@ def test_every_page_is_in_the_navigation_once_and_what_is_for_maintainers_is_lef
     pages = list(pages_of(SITE["nav"]))
     there = {path.name for path in DOCS.iterdir() if not excluded(path)} - {"images", "stylesheets"}
     assert len(pages) == len(set(pages))
-    assert {page for page in pages if not page.startswith("notebooks/")} == there | {"changelog.md"}
+    notebooks = {f"notebooks/{path.name}" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    assert set(pages) == there | notebooks | {"changelog.md"}
     assert all(excluded(DOCS / name) for name in ("lab", "measurements", "make_choosing.py", "changelog_in_site.py"))
 
 
@@ -49,6 +56,8 @@ def test_no_page_of_the_site_tells_how_it_is_made():
 def test_a_page_that_loads_from_another_host_is_told_from_one_that_links_to_it():
     page = '<link rel="stylesheet" href="{0}"><script src="{0}"></script><img src="{0}"><a href="{0}"></a>'
     assert Resources(page.format("https://example.org/x")).addresses == ["https://example.org/x"] * 3
+    imported = '<script type="module">import("https://example.org/x.mjs")</script>'
+    assert Resources(imported).addresses == ["https://example.org/x.mjs"]
     assert Resources('<a href="https://example.org"></a><link rel="canonical" href="https://x">').addresses == []
 
 

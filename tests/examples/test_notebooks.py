@@ -2,10 +2,11 @@
 
 import re
 
-import make_notebooks
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import make_notebooks
 
 NOTEBOOKS = sorted(make_notebooks.NOTEBOOKS.glob("*.py"))
 VIDEO = "CALL = dict(height=128, width=128, num_frames=13, num_inference_steps=2)"

@@ -22,7 +22,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Links between notebooks lead to pages of the site."""
+    """Links between notebooks lead to pages of the site, and diagrams, of which there are none, need no library."""
     if not page.file.src_uri.startswith("notebooks/"):
         return html
+    html = re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", html, flags=re.DOTALL)
     return re.sub(r'href="(\w+)\.ipynb"', r'href="../\1/"', html)
