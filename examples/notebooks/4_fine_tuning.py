@@ -21,8 +21,10 @@
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
 SIZE = dict(height=128, width=128, num_frames=29)
-CLIPS, TRAIN_STEPS, BATCH, SIGMAS = 24, 40, 4, 4
+CLIPS, TRAIN_STEPS, BATCH, SIGMAS = 18, 24, 2, 4
 RATIO = 0.125
+VIDEO = dict(height=256, width=256, num_frames=29, num_inference_steps=6, guidance_scale=4.0)
+FINE_TUNED = "../tiny_wan_vsa"
 WORK = "fine_tuning"  # a folder for videos, latents and checkpoints
 
 # %% [markdown]
@@ -52,7 +54,7 @@ from procedural_video import render, sample_scene
 from vsa_training.options import Options
 from vsa_training.trainer import Trainer
 
-from vsa_diffusers import disable_vsa, enable_vsa, load_vsa
+from vsa_diffusers import disable_vsa, enable_vsa, load_vsa, vsa_status
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -137,30 +139,42 @@ plt.show()
 # %% [markdown]
 # ## 4. Bring it back
 #
-# What training leaves is a directory: weights, and the settings that they were trained with. `load_vsa` puts both
-# onto the stock pipeline.
+# What training leaves is a directory: weights, and the settings that they were trained with. `load_vsa` puts both onto
+# the stock pipeline.
 
 # %%
 pipe = WanPipeline.from_pretrained(MODEL)
 pipe.set_progress_bar_config(disable=True)
-call = dict(prompt=scene.caption, num_inference_steps=4, guidance_scale=4.0, max_sequence_length=32, **SIZE)
-
-
-def make_video():
-    return pipe(**call, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
-
-
-enable_vsa(pipe, RATIO, block_size=(2, 2, 2), dense_layers=(0, -1))
-before = make_video()
-disable_vsa(pipe)
-
 load_vsa(pipe, result)
-after = make_video()
-json.loads((Path(result) / "vsa_config.json").read_text())
+vsa_status(pipe)
+
+
+# %% [markdown]
+# ## What more training does
+#
+# A few steps on small clips make no better videos yet. `examples/tiny_wan_vsa` holds what 600 steps on full-size clips
+# left. Here is the stock model, densely and at the same ratio, and then with these weights, all from the same noise:
+
 
 # %%
-figure, axes = plt.subplots(2, 5, figsize=(8, 3.4), dpi=80)
-for row, (name, video) in zip(axes, {"before": before, "after": after}.items(), strict=True):
+def make_video():
+    """Frames [frames, height, width, 3] in 0 to 1."""
+    return stock(prompt, generator=torch.Generator().manual_seed(0), output_type="np", **VIDEO).frames[0]
+
+
+prompt = "a large red ring moves left over blue waves"
+stock = WanPipeline.from_pretrained(MODEL)
+stock.set_progress_bar_config(disable=True)
+videos = {"dense": make_video()}
+enable_vsa(stock, RATIO, dense_layers=(0,), block_size=(4, 4, 4))
+videos["stock weights"] = make_video()
+disable_vsa(stock)
+load_vsa(stock, FINE_TUNED)
+videos["fine-tuned"] = make_video()
+
+# %%
+figure, axes = plt.subplots(3, 5, figsize=(7.5, 4.8), dpi=80)
+for row, (name, video) in zip(axes, videos.items(), strict=True):
     row[0].set_ylabel(name)
     for axis, pick in zip(row, range(0, len(video), max(1, len(video) // 5)), strict=False):
         axis.imshow(video[pick].clip(0, 1))

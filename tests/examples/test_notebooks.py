@@ -18,6 +18,7 @@ SMALLER = {
         [
             "SIZE = dict(height=64, width=64, num_frames=13)",
             "CLIPS, TRAIN_STEPS, BATCH, SIGMAS = 4, 2, 1, 1",
+            "VIDEO = dict(height=64, width=64, num_frames=9, num_inference_steps=1)",
             "WORK = {work!r}",
         ]
     ),
