@@ -32,8 +32,8 @@ family's usual video: an [estimate](choosing.md#how-far-off-a-plan-is), as `vsa-
 GATES = """\
 ## Trained gates
 
-Where a checkpoint has trained gates (`to_gate_compress`), load them with `load_gates(pipe.transformer, repo)` before
-`enable_vsa`: they are then used on their own. All other models run with `combine="merge"`, which needs no training.
+Where a checkpoint has trained gates (`to_gate_compress`), `load_vsa(pipe, repo)` loads them and sets what they were
+trained with: [Checkpoints](checkpoints.md). All other models run with `combine="merge"`, which needs no training.
 `FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers` was trained with full attention, not with VSA.
 """
 REFUSALS = """\

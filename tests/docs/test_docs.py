@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from published_checkpoints import Hub, write_wan
 
 from tiny_text_pipeline import tiny_pipeline
 
@@ -35,6 +36,9 @@ def _silenced_by_a_page_alone():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run_in_order(page, monkeypatch, tmp_path):
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", tiny_pipeline)
+    if page.name == "checkpoints.md":
+        write_wan(tmp_path / "hub")
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path / "hub", tmp_path / "cache").download)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks

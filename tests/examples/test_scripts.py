@@ -22,6 +22,8 @@ DATACLASSES = {"train_vsa": train_vsa.Options, "precompute_latents": precompute_
 # Words that lead to a path that is not there.
 NOWHERE = {
     "demo": ["--model=./nowhere"],
+    "fasth3": ["--checkpoint=./nowhere", "--device=cpu"],
+    "fastwan": ["--checkpoint=./nowhere", "--device=cpu"],
     "hunyuan_vsa": ["--model=./nowhere", "--device=cpu"],
     "ltx2_vsa": ["--checkpoint=./nowhere", "--device=cpu"],
     "multi_gpu": ["--model=./nowhere"],
