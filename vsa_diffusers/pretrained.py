@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONTENTS = ("full", "lora", "gates")
-_FORMAT = 1
+FORMAT = 1
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Tensors = Mapping[str, torch.Tensor]
@@ -89,7 +89,7 @@ def save_vsa(
     ]
     for save in saves:
         save.check(dtype)
-    facts = {"format": _FORMAT, "components": {save.name: save.description() for save in saves}}
+    facts = {"format": FORMAT, "components": {save.name: save.description() for save in saves}}
     with replaced_directory(directory, INDEX_NAME, facts, _owned) as folder:
         for save in saves:
             save.write(folder / save.name, dtype, max_shard_size)
@@ -238,7 +238,7 @@ class _Save:
 
 def _plan(pipe: Any, saved: SavedDirectory, changes: Mapping[str, Any]) -> tuple[VSAConfig, list[_Load]]:
     """Everything that loading will do, from files that fit; nothing is changed."""
-    components = _components(saved)
+    components = saved_components(saved)
     if not saved.has(CONFIG_NAME):
         raise ValueError(f"{saved.path} lacks {CONFIG_NAME}, so save_vsa did not write it; save or download it again.")
     config = make_config(VSAConfig.from_file(saved.file(CONFIG_NAME)), changes)
@@ -256,11 +256,11 @@ def _plan(pipe: Any, saved: SavedDirectory, changes: Mapping[str, Any]) -> tuple
     return config, [_Load.make(part, saved, name, components[name]) for name, part in parts.items()]
 
 
-def _components(saved: SavedDirectory) -> dict[str, dict[str, Any]]:
+def saved_components(saved: SavedDirectory) -> dict[str, dict[str, Any]]:
     """What the index says of each component, if it is an index."""
-    if saved.facts.get("format") != _FORMAT:
+    if saved.facts.get("format") != FORMAT:
         raise ValueError(
-            f"{saved.manifest} has format {saved.facts.get('format')!r}, but this version reads {_FORMAT}; save it "
+            f"{saved.manifest} has format {saved.facts.get('format')!r}, but this version reads {FORMAT}; save it "
             "again, or install the version that wrote it."
         )
     components = saved.facts.get("components")
@@ -311,7 +311,7 @@ class _Load:
                     "unload_lora()."
                 )
             targets = _without_gates(transformer)
-            load.weights = _fitting(folder, targets, _weight_files(saved, name))
+            load.weights = _fitting(folder, targets, weight_files(saved, name))
         if facts["contents"] == "lora":
             load._plan_lora(saved, name, folder)
         if facts["gates"]:
@@ -380,7 +380,7 @@ def _fitting(folder: Path, targets: Tensors, files: list[Path]) -> dict[str, tor
     return tensors
 
 
-def _weight_files(saved: SavedDirectory, name: str) -> list[Path]:
+def weight_files(saved: SavedDirectory, name: str) -> list[Path]:
     index = f"{name}/{WEIGHTS_NAME}.index.json"
     if not saved.has(index):
         return [saved.file(f"{name}/{WEIGHTS_NAME}")]
@@ -390,13 +390,13 @@ def _weight_files(saved: SavedDirectory, name: str) -> list[Path]:
 def _owned(old: SavedDirectory) -> list[str]:
     """What `save_vsa` wrote while its index did not name the files."""
     owned = [CONFIG_NAME]
-    for name, each in _components(old).items():
+    for name, each in saved_components(old).items():
         files = [GATES_NAME] if each["gates"] else []
         if each["contents"] == "lora":
             files += [lora.LORA_NAME, lora.CONFIG_NAME]
         if each["contents"] == "full":
             files += [WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json"]
-            owned += [file.relative_to(old.path).as_posix() for file in _weight_files(old, name)]
+            owned += [file.relative_to(old.path).as_posix() for file in weight_files(old, name)]
         owned += [f"{name}/{file}" for file in files]
     return owned
 

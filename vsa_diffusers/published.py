@@ -81,10 +81,10 @@ def plan_published(
     adapter = _adapter(path_or_repo, path, variant)
     if adapter is not None:
         return _lora(transformer, adapter, changes, rounding)
-    sparsity, contract = _contract(path)
+    sparsity, contract = read_contract(path)
     known = trained_as([name])
     family = require_family(transformer)
-    keys = _names(path_or_repo, path)
+    keys = names_of(path_or_repo, path)
     if not keys:
         raise ValueError(
             f"path_or_repo={name!r} lacks {INDEX_NAME} or {CONFIG_NAME}, so save_vsa did not write it, and has no "
@@ -106,7 +106,7 @@ def plan_published(
         plan.weights = _whole(transformer, files, family.name, name)
     if sparsity is None and known is not None:
         sparsity = known.sparsity
-    plan.config, settings = _as_trained(sparsity, changes, rounding)
+    plan.config, settings = as_trained(sparsity, changes, rounding)
     what = "gates" if only_gates else "weights and gates"
     sampling = f"; trained for {known.sampling}" if known is not None and known.sampling else ""
     plan.said = f"{name}: {what} of {len(plan.gates)} modules{contract}, {settings}{sampling}"
@@ -121,7 +121,7 @@ def top_k_by_tokens(video_shape: Sequence[int], sparsity: float, tile_tokens: in
     return max(1, math.ceil((1 - sparsity) * math.prod(check_video_shape(video_shape)) / tile_tokens - 1e-9))
 
 
-def _as_trained(sparsity: float | None, changes: Mapping[str, Any], rounding: str) -> tuple[VSAConfig, str]:
+def as_trained(sparsity: float | None, changes: Mapping[str, Any], rounding: str) -> tuple[VSAConfig, str]:
     """The settings of training under the caller's, and what they are in words."""
     config = VSAConfig(block_size=TRAINED_BLOCK_SIZE, combine="gate", selection="mean", schedule="constant")
     said = "sparsity not known, so that top_k_ratio is yours to set"
@@ -158,7 +158,7 @@ def refuse_by_name(path_or_repo: str | os.PathLike[str]) -> None:
         raise ValueError(f"path_or_repo={name!r} cannot be loaded: {reason}.")
 
 
-def _contract(path: Path) -> tuple[float | None, str]:
+def read_contract(path: Path) -> tuple[float | None, str]:
     """The sparsity that FastH3's contract file states, and a word about it."""
     file = path / CONTRACT_NAME if path.is_dir() else path.with_name(CONTRACT_NAME)
     if not file.is_file():
@@ -177,7 +177,7 @@ def _contract(path: Path) -> tuple[float | None, str]:
     return sparsity, f" under {CONTRACT_NAME}"
 
 
-def _names(path_or_repo: str | os.PathLike[str], path: Path) -> list[str]:
+def names_of(path_or_repo: str | os.PathLike[str], path: Path) -> list[str]:
     """Names of all tensors: by the index, or by the headers of the files."""
     names = []
     for file in checkpoint_files(path_or_repo, path, None):
@@ -274,7 +274,7 @@ def _lora(transformer: torch.nn.Module, file: Path, changes: Mapping[str, Any], 
             raise ValueError(f"{file} has gates for {kinds['set_weight']} of {len(blocks)} blocks; download it again.")
         plan.gates = fitting_gates(transformer, file)
         sparsity = 0.9 if known is None else known.sparsity  # all published adapters with gates have this one
-        plan.config, settings = _as_trained(sparsity, changes, rounding)
+        plan.config, settings = as_trained(sparsity, changes, rounding)
     else:
         plan.config = make_config(VSAConfig(top_k_ratio=1.0, combine="merge", schedule="constant"), changes)
         settings = "trained with full attention, so that all tiles are kept"

@@ -10,6 +10,7 @@ import typer
 from ..version import __version__
 from .bench import bench
 from .compare import compare
+from .convert import convert
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
@@ -32,6 +33,7 @@ app.command(cls=SeveralValues)(plan)
 app.command(cls=SeveralValues)(generate)
 app.command(cls=SeveralValues)(compare)
 app.command(cls=SeveralValues)(inspect)
+app.command()(convert)
 app.command()(doctor)
 app.command(cls=SeveralValues)(bench)
 
