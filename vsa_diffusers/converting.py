@@ -114,10 +114,10 @@ def convert(
 
 def _to_vsa(source: str | os.PathLike[str], target: Path, shard_bytes: int, changes: Mapping[str, Any]) -> Converted:
     name = str(source)
-    refuse_by_name(source)
     path = local_directory(source, [*SMALL, "transformer/config.json"])
     if path.is_dir() and (path / INDEX_NAME).exists():
         raise ValueError(f"source={name!r} was written by save_vsa already; load_vsa reads it as it is.")
+    refuse_by_name(source)
     keys = names_of(source, path)
     if (foreign := why_foreign(keys)) is not None:
         raise ValueError(f"source={name!r} cannot be converted: {foreign}.")

@@ -29,7 +29,7 @@ from .gate_state import is_plain
 from .gates import GATES_NAME, Gates, fitting_gates, is_gate, set_gates, weight_map
 from .models import attention_modules, require_family
 from .pipeline import PipelineOrTransformer, enable_vsa, enabled_config, supported_parts, vsa_unchanged_on_error
-from .published import ROUNDINGS, SMALL, plan_published, refuse_by_name
+from .published import ROUNDINGS, SMALL, plan_published
 from .trained import SOURCE
 from .undo import unchanged_on_error
 
@@ -138,7 +138,6 @@ def load_vsa(
             were.
     """
     check_choice("rounding", rounding, ROUNDINGS)
-    refuse_by_name(path_or_repo)
     published = None
     path = local_directory(path_or_repo, list(SMALL))
     if (path / INDEX_NAME).exists():

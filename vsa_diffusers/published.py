@@ -70,6 +70,7 @@ def plan_published(
         ValueError: it is of a kind that cannot be served, or does not fit.
     """
     name = str(path_or_repo)
+    refuse_by_name(name)
     path = local_directory(path_or_repo, list(SMALL))
     parts = supported_parts(pipe)
     if len(parts) != 1:
@@ -144,10 +145,8 @@ def as_trained(sparsity: float | None, changes: Mapping[str, Any], rounding: str
 
 
 def refuse_by_name(path_or_repo: str | os.PathLike[str]) -> None:
-    """Raise `ValueError` for what a name alone says cannot be served, before anything is downloaded."""
+    """Raise `ValueError` for what a name alone says cannot be served; only for what `save_vsa` did not write."""
     name = str(path_or_repo)
-    if (Path(name) / INDEX_NAME).exists():
-        return
     known: Trained | None = trained_as([name])
     reason = "" if known is None else known.refused
     own = name.lower().replace("\\", "/").rstrip("/").split("/")[-2:]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from oracle import relative_error
 from tiny_models import run
-from vsa_diffusers import enable_vsa, load_gates, load_vsa, vsa_status
+from vsa_diffusers import enable_vsa, load_gates, load_vsa, save_vsa, vsa_status
 from vsa_diffusers.models import find_family
 from vsa_diffusers.pipeline import enabled_config
 from vsa_diffusers.published import top_k_by_tokens
@@ -242,11 +242,23 @@ def test_foreign_layouts_are_refused_with_the_reason(tmp_path, key, index):
         ("Veda-Sparse/Minimax-H3-FL2VA-Veda-Preview", "learned scores"),
     ],
 )
-def test_repositories_that_cannot_be_served_are_refused_before_anything_is_downloaded(repository, reason, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+def test_repositories_that_cannot_be_served_are_refused_before_weights_are_downloaded(
+    repository, reason, monkeypatch, tmp_path
+):
+    write_fasth3(tmp_path / "there")
+    hub = Hub(tmp_path / "there", tmp_path / "here")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
     with pytest.raises(ValueError) as error:
         load_vsa(H3.build(), repository)
     assert reason in str(error.value)
+    assert not [name for name in hub.downloaded() if name.endswith(".safetensors")]
+
+
+def test_what_save_vsa_wrote_may_have_any_name(tmp_path):
+    folder = tmp_path / "FastVideo-FastH3-Comfy" / "wan-fp8-sla"
+    model = enable_vsa(trained("wan"), 0.3)
+    save_vsa(model, folder)
+    assert run(load_vsa(WAN.build(), folder), WAN, GRID).equal(run(model, WAN, GRID))
 
 
 def test_a_checkpoint_without_gates_is_refused(tmp_path):
