@@ -72,6 +72,8 @@ def plan_published(
     name = str(path_or_repo)
     refuse_by_name(name)
     path = local_directory(path_or_repo, list(SMALL))
+    if path.is_dir() and (path / CONFIG_NAME).exists():
+        raise ValueError(f"path_or_repo={name!r} has {CONFIG_NAME}, but lacks {INDEX_NAME}; save or download it again.")
     parts = supported_parts(pipe)
     if len(parts) != 1:
         raise ValueError(
