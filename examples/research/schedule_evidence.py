@@ -31,6 +31,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from tiny_wan_evaluation import generate, held_out_captions
 from vsa_diffusers import RatioSchedule, disable_vsa, enable_vsa
+from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.tiles import TileGrid
 
@@ -169,7 +170,9 @@ def draw(found: list[Row], path: Path) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan pipeline.")] = MODEL,
+    model: Annotated[
+        Path, typer.Option(help="Directory of the tiny Wan pipeline.", exists=True, file_okay=False)
+    ] = MODEL,
     pairs: Annotated[int, typer.Option(help="Pairs of a held-out caption and a seed.")] = 16,
     steps: Annotated[str, typer.Option(help="Numbers of denoising steps.")] = "20,50,8,4",
     height: Annotated[int, typer.Option(help="Of the videos.")] = 256,
@@ -181,7 +184,7 @@ def main(
 ) -> None:
     """Print the table."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = WanPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = WanPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": height, "width": width, "num_frames": num_frames}
     rows: list[Row] = []
@@ -208,4 +211,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
