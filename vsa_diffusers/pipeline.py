@@ -365,6 +365,20 @@ def _recorded(transformers: Sequence[torch.nn.Module]) -> Callable[[], None]:
     return put_back
 
 
+def install_vsa(transformer: torch.nn.Module, config: VSAConfig, label: str) -> dict[str, FamilyAttnProcessor]:
+    """What `enable_vsa(transformer, config=config)` does, without a word of it in the log.
+
+    Returns:
+        The processors, as `sparse_processors` returns them.
+    """
+    [(model, family)] = _transformers(transformer)
+    plan = _Plan.make(model, family, config)
+    with vsa_unchanged_on_error([model]):
+        _remove(model)
+        plan.install(None, label)
+    return sparse_processors(model)
+
+
 def sparse_processors(transformer: torch.nn.Module) -> dict[str, FamilyAttnProcessor]:
     """The processors that VSA has in a transformer by module; the modules it left dense are not among them.
 

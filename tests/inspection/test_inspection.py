@@ -18,6 +18,7 @@ from vsa_diffusers.inspection.figures import draw_curves
 from vsa_diffusers.inspection.observation import dense_output, measure, tile_of
 from vsa_diffusers.pipeline import enabled_config, sparse_processors
 from vsa_diffusers.problem import Problem
+from vsa_diffusers.schedule import RatioSchedule
 from vsa_diffusers.tiles import TileGrid
 
 CALL = dict(prompt="a red ring", height=64, width=64, num_frames=9, num_inference_steps=2, max_sequence_length=16)
@@ -174,7 +175,7 @@ def test_what_was_enabled_stays_and_lends_its_settings(pipe):
     try:
         before, config = sparse_processors(pipe.transformer), enabled_config(pipe.transformer)
         inspection = inspect_attention(pipe, output_type="latent", **CALL)
-        assert inspection.config == replace(config, dense_layers=(), dense_steps=0)
+        assert inspection.config == replace(config, dense_layers=(), dense_steps=0, schedule="constant")
         assert len(inspection.layers) == 2
         with pytest.raises(ValueError, match="query"):
             inspect_attention(pipe, query=(99, 0, 0), **CALL)
@@ -184,6 +185,17 @@ def test_what_was_enabled_stays_and_lends_its_settings(pipe):
         assert all(pipe.transformer.get_submodule(name).processor is each for name, each in after.items())
     finally:
         disable_vsa(pipe)
+
+
+def test_a_schedule_is_set_aside_and_one_without_a_mean_wants_a_ratio(pipe):
+    front = VSAConfig(0.5, block_size=(1, 2, 2), schedule="front")
+    inspection = inspect_attention(pipe, config=front, output_type="latent", **CALL)
+    assert {each.kept for each in inspection.observations} == {6}
+    falling = VSAConfig(block_size=(1, 2, 2), schedule=RatioSchedule([(0, 0.8), (1, 0.1)]))
+    with pytest.raises(ValueError, match="pass the ratio to inspect"):
+        inspect_attention(pipe, config=falling, **CALL)
+    inspection = inspect_attention(pipe, ratio=0.25, config=falling, output_type="latent", **CALL)
+    assert {each.kept for each in inspection.observations} == {3}
 
 
 def test_nothing_stays_where_nothing_was_enabled(pipe, inspection):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from ..config import VSAConfig
 from ..files import PathLike, replaced_file
 from ..pages import data_uri, render
 from . import figures
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUMBERS, PAGE = "inspection.json", "report.html"
-HEADINGS = ("layer", "mass held", "at best", "error", "worst error", "tiles for 90 %", "")
+HEADINGS = ("layer", "mass held", "at best", "error", "worst error", "tiles for 90 %", "stay dense")
 _SPARSE = ("top_k_ratio", "top_k", "block_size", "combine", "selection")
 
 
@@ -52,9 +53,9 @@ def html(inspection: Inspection, pictures: dict[str, bytes], command: str | None
     """The page, with pictures by their names inside of it."""
     numbers = inspection.to_dict()
     grids = sorted({(each.grid.video_shape, each.grid.block_size, each.kept) for each in inspection.observations})
-    config = {name: numbers["config"][name] for name in _SPARSE if numbers["config"][name] is not None}
-    if inspection.config.top_k is not None:
-        del config["top_k_ratio"]
+    given = {name: numbers["config"][name] for name in _SPARSE}
+    count = "top_k_ratio" if inspection.config.top_k is None else "top_k"
+    config = {name: value for name, value in given.items() if name == count or value != getattr(VSAConfig, name)}
     return render(
         "inspection/report.html.jinja",
         inspection=inspection,
@@ -68,7 +69,7 @@ def html(inspection: Inspection, pictures: dict[str, bytes], command: str | None
         positions=tuple(sorted({layer.position for layer in inspection.dense_layers})),
         pictures={Path(name).stem: data_uri(content, "image/png") for name, content in pictures.items()},
         config=config,
-        call=numbers["call"],
+        call={name: value for name, value in numbers["call"].items() if value != ""},
         settled=sorted({f"{each.combine} by {each.selection}" for each in inspection.observations}),
         grids=[
             f"{'x'.join(map(str, shape))} tokens, blocks of {'x'.join(map(str, block))}, {kept} tiles kept"
@@ -90,7 +91,7 @@ def rows(inspection: Inspection) -> list[tuple[str, ...]]:
     for place, layer in enumerate(inspection.layers):
         name = f"{layer.part} {layer.position}" if several else str(layer.position)
         numbers = (f"{column[place]:.0%}" if column is not values[2] else f"{column[place]:.1%}" for column in columns)
-        cells.append((name, *numbers, "asks to stay dense" if layer in marked else ""))
+        cells.append((name, *numbers, "asks" if layer in marked else ""))
     return cells
 
 
@@ -98,7 +99,7 @@ def table(inspection: Inspection) -> Table:
     """For a terminal."""
     shown = Table(title=f"{_kept(inspection)}; error: sparse against dense")
     for heading in HEADINGS:
-        shown.add_column(heading, justify="right" if heading else "left")
+        shown.add_column(heading, justify="right")
     for row in rows(inspection):
         shown.add_row(*row)
     return shown

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from ..config import VSAConfig
-from ..pipeline import enable_vsa, enabled_config, sparse_processors, supported_parts, vsa_unchanged
+from ..pipeline import enabled_config, install_vsa, supported_parts, vsa_unchanged
 from ..problem import Problem
 from ..processor import FamilyAttnProcessor
+from ..schedule import RatioSchedule
 from ..steps import position_in_run
 from ..tiles import TileGrid, settle, whole, whole_numbers
 from ..video_files import video_frames
@@ -46,8 +47,8 @@ def inspect_attention(
     and all return the dense result. So each layer is judged by itself, on what the dense model gives it.
 
     Args:
-        pipe: a diffusers pipeline, not compiled. What `enable_vsa` did to it stays; `dense_steps` and `dense_layers`
-            are set aside, since their layers and steps are to be measured, too.
+        pipe: a diffusers pipeline, not compiled. What `enable_vsa` did to it stays; `dense_steps`, `dense_layers`
+            and `schedule` are set aside: all layers and steps are measured alike.
         prompt: of the call; `None` where the call brings embeddings or needs none.
         ratio: `top_k_ratio`, the share of key tiles that each query tile keeps; `None` takes that of `config`.
         config: block size, combine, selection and ratio; `None` takes what VSA is enabled with, or else
@@ -130,8 +131,7 @@ def observed_attention(
 
     with vsa_unchanged(list(parts.values())):
         for part, transformer in parts.items():
-            enable_vsa(transformer, config=chosen)
-            processors = sparse_processors(transformer)
+            processors = install_vsa(transformer, chosen, part)
             wanted = _positions(layers, len(processors), part)
             for position, (name, processor) in enumerate(processors.items()):
                 if processor.exchange is not None:
@@ -225,7 +225,7 @@ class _Observer:
 
 
 def _config(parts: dict[str, torch.nn.Module], ratio: float | None, config: VSAConfig | None) -> VSAConfig:
-    """What to enable: what was passed, or is enabled, or the default; at the ratio, and with no layer or step dense."""
+    """What to enable: what was passed, or is enabled, or the default; at one ratio in every layer and step."""
     if config is None:
         try:
             enabled = enabled_config(next(iter(parts.values())))
@@ -236,9 +236,10 @@ def _config(parts: dict[str, torch.nn.Module], ratio: float | None, config: VSAC
         config = enabled
     if not isinstance(config, VSAConfig):
         raise TypeError(f"config={config!r} must be a VSAConfig.")
-    if ratio is not None:
-        config = replace(config, top_k=None, top_k_ratio=ratio)
-    return replace(config, dense_steps=0, dense_layers=(), modules=None)
+    if isinstance(config.schedule, RatioSchedule) and ratio is None:
+        raise ValueError(f"schedule={config.schedule!r} has a ratio for every step; pass the ratio to inspect.")
+    config = replace(config, dense_steps=0, dense_layers=(), modules=None, schedule="constant")
+    return config if ratio is None else replace(config, top_k=None, top_k_ratio=ratio)
 
 
 def _refuse_compiled(pipe: Any, parts: dict[str, torch.nn.Module]) -> None:
