@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from vsa_diffusers.models import require_family
 from vsa_diffusers.models.wan import WanVSAProcessor
-from vsa_diffusers.tiles import TileGrid
+from vsa_diffusers.tiles import TileGrid, settle
 
 
 class MergeGateProcessor(WanVSAProcessor):
@@ -20,7 +20,8 @@ class MergeGateProcessor(WanVSAProcessor):
         """As the base class; the video must be whole tiles."""
         merged = super().attend(attn, shape, query, key, value, hidden, text, text_mask)
         gate = attn.to_gate_compress(hidden).unflatten(-1, query.shape[2:])
-        return merged + gate * coarse_branch(query, key, value, TileGrid(shape, self.config.block_size))
+        block_size, _ = settle(shape, self._tiles()["block_size"])
+        return merged + gate * coarse_branch(query, key, value, TileGrid(shape, block_size))
 
 
 def coarse_branch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TileGrid) -> torch.Tensor:

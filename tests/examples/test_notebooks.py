@@ -25,8 +25,12 @@ SMALLER = {
     "5_your_own_transformer": "LATENTS = (1, 4, 8, 16, 16)",
 }
 # A kernel that ran another notebook knows nothing of it; small sizes make few tiles, and that is warned of.
-BEFORE = "%reset -f\nimport warnings\nwarnings.filterwarnings('ignore', '.*tiles; with fewer.*')"
+BEFORE = """%reset -f
+import torch, warnings
+torch.set_num_threads(1)
+warnings.filterwarnings('ignore', '.*tiles; with fewer.*')"""
 BYTES = 400_000
+QUICK = ("1_quick_start", "5_your_own_transformer")  # the others take minutes on two cores
 FOREIGN = re.compile(r"/(home|root|tmp|usr|work|var)/|[A-Z]:\\\\")
 
 
@@ -41,7 +45,11 @@ def kernel():
         manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.parametrize("text", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "text",
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda value: value.stem,
+)
 def test_it_runs_from_top_to_bottom_without_noise(text, kernel, tmp_path):
     notebook = make_notebooks.read(text, SMALLER[text.stem].format(work=str(tmp_path / "work")))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(BEFORE, id="before"))

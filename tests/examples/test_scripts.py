@@ -16,7 +16,8 @@ from vsa_diffusers.cli.script import REFUSED, script_app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RESEARCH = {path.stem for path in (EXAMPLES / "research").glob("*.py")}
-FILES = [path for path in EXAMPLES.rglob("*.py") if "research" not in path.parts]
+# Notebooks are read, and show what research has.
+FILES = [path for path in EXAMPLES.rglob("*.py") if not {"research", "notebooks"} & set(path.parts)]
 RUN = [path for path in sorted(EXAMPLES.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
 DATACLASSES = {"train_vsa": train_vsa.Options, "precompute_latents": precompute_latents.Options}
 # Words that lead to a path that is not there.

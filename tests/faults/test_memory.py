@@ -1,6 +1,7 @@
 """Memory stays flat: over enabling and disabling, over calls of changing sizes, and over runs of a pipeline."""
 
 import gc
+import logging
 import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,12 @@ def assert_flat(make, warm, times):
     assert grown.traced < 250_000 + 20 * times
     # The allocator keeps some of what it was given back.
     assert grown.resident < 64 * 2**20
+
+
+@pytest.fixture(autouse=True)
+def no_messages(caplog):
+    """pytest keeps the records of all of them."""
+    caplog.set_level(logging.CRITICAL, "vsa_diffusers")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -129,7 +129,9 @@ def test_enabling_over_a_processor_set_by_hand_keeps_it_for_later():
 
 def test_the_reasons_that_are_remembered_are_few(monkeypatch):
     model = enable_vsa(WAN.build(), 0.3)
-    wrong = types.SimpleNamespace(grid=lambda *_: ((1, 2, 3), None), prepare=lambda transformer: None)
+    wrong = types.SimpleNamespace(
+        grid=lambda *_: ((1, 2, 3), None), segments=lambda *_: None, prepare=lambda transformer: None
+    )
     monkeypatch.setattr(model._vsa_installation.hooks, "family", wrong)
     for height in range(8, 60, 2):
         run(model, WAN, (1, height, 8))

@@ -122,7 +122,7 @@ def test_a_folder_is_read(folder):
 def test_a_hub_id_is_asked_for_its_configurations_alone(monkeypatch):
     asked = []
 
-    def snapshot(repo, allow_patterns):
+    def snapshot(repo, allow_patterns, **_):
         asked.append((repo, allow_patterns))
         return str(TINY_WAN)
 

@@ -302,6 +302,16 @@ PUBLISHED = (
         "scripts/convert_minimax_h3_to_diffusers.py; the canvas and frames of its blocks", vae=(4, 16), calls=1,
     ),
     Published(
+        (
+            "FastVideo/FastVideo-FastH3-8-Step-V2",
+            "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree",
+            "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-Synthetic-Step1300",
+            "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-Synthetic-Step1900",
+        ),
+        "MiniMaxH3Transformer3DModel", {}, (768, 1344, 124), "FastVideo's cards: students of MiniMax-H3, same sizes",
+        vae=(4, 16), calls=1, gates=True,
+    ),
+    Published(
         ("Motif-Technologies/Motif-Video-2B",), "MotifVideoTransformer3DModel",
         {"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24, "num_decoder_layers": 8},
         (736, 1280, 121), "docs of MotifVideoTransformer3DModel for the layers",
