@@ -1,11 +1,12 @@
 import json
 import logging
 
+import diffusers
 import pytest
 import torch
 
 from vsa_diffusers.bench.full_size import FULL_SIZES
-from vsa_diffusers.bench.transformers import cells, main, shallow
+from vsa_diffusers.bench.transformers import blocks_compiled, cells, main, shallow
 from vsa_diffusers.models import find_family
 
 
@@ -60,3 +61,23 @@ def test_a_full_size_has_its_checkpoint_s_parameters_and_accepts_its_inputs(name
     assert frames * height * width == tokens
     with torch.no_grad(), shallow(model):
         assert model(**inputs, return_dict=False)[0].shape == inputs["hidden_states"].shape
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU, where it takes seconds")
+def test_blocks_are_compiled_in_the_dense_and_the_sparse_model(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        diffusers.WanTransformer3DModel, "compile_repeated_blocks", lambda self, **options: compiled.append(options)
+    )
+    rows = main(
+        ["--tiny", "--models", "wan1.3b-480p", "--combines", "merge", "--compile", "--block-size", "4", "4", "4"]
+    )
+    assert compiled == 2 * [{"fullgraph": True, "mode": "default"}]
+    assert [(row["compile"], row["block_size"]) for row in rows] == 2 * [("default", ["4", "4", "4"])]
+
+
+def test_compiled_blocks_are_as_before_afterwards():
+    model = FULL_SIZES["wan1.3b-480p"].build("cpu", torch.float32, tiny=True)
+    with blocks_compiled(model, "default"):
+        assert all(block._compiled_call_impl is not None for block in model.blocks)
+    assert all(block._compiled_call_impl is None for block in model.blocks)

@@ -1,10 +1,10 @@
-"""Time two checkouts of the package against each other on one GPU, call by call in turns.
+"""Time checkouts of the package against one another on one GPU, call by call in turns.
 
-    python tests/kernels/compare_checkouts.py OLD NEW --json comparison.json
+    python tests/kernels/compare_checkouts.py OLD NEW [NEW...] --json comparison.json
 
-OLD and NEW are folders that hold `vsa_diffusers/`. Each has a process of its own, of which one works at a time; they
-make the same inputs. A row is the median over pairs of new time / old time, with the least and the greatest ratio, and
-by how much the norms of what they computed differ.
+OLD and NEW are folders that hold `vsa_diffusers/`, and perhaps a Triton of their own, `triton/`. Each has a process of
+its own, of which one works at a time; they make the same inputs. A row is the median over rounds of new time / old
+time, with the least and the greatest ratio, and by how much the norms of what they computed differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Worker:
     """A process that has imported one of the checkouts."""
 
     def __init__(self, root: Path):
+        self.name = root.name
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(root.resolve())]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -59,6 +60,10 @@ def work(root: str) -> None:
 
     import vsa_diffusers
 
+    if (Path(root) / "triton").exists():
+        import triton
+
+        assert Path(triton.__file__).is_relative_to(root), f"imported {triton.__file__} instead of that of {root}"
     assert Path(vsa_diffusers.__file__).is_relative_to(root), f"imported {vsa_diffusers.__file__} instead of {root}"
     call: Callable[[], Any] = lambda: None  # noqa: E731 - until a case is prepared
     for line in sys.stdin:
@@ -132,34 +137,39 @@ def cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def compare(old: Worker, new: Worker, case: dict[str, Any], pairs: int) -> dict[str, Any]:
-    """One row: medians, the ratio of every pair, and how far the results lie apart."""
-    for worker in (old, new):  # both compile at the same time
+def compare(workers: Sequence[Worker], case: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """One row for each worker but the first: medians, the ratio of every round, and how far the results lie apart."""
+    for worker in workers:  # all compile at the same time
         worker.ask(do="prepare", **case)
-    norms = [worker.answer()["norms"] for worker in (old, new)]
-    times: dict[str, list[dict[str, float]]] = {"old": [], "new": []}
-    for pair in range(pairs):
-        turns = [("old", old), ("new", new)]
-        for name, worker in turns if pair % 2 == 0 else reversed(turns):
-            times[name].append(worker.tell(do="measure"))
-    ratios = [after["ms"] / before["ms"] for before, after in zip(times["old"], times["new"], strict=True)]
-    return {
-        **case,
-        **{f"{name}_ms": statistics.median(each["ms"] for each in times[name]) for name in times},
-        **{f"{name}_host_us": statistics.median(each["host_us"] for each in times[name]) for name in times},
-        "new_over_old": statistics.median(ratios),
-        "ratios": ratios,
-        "norms_differ_by": max(abs(x - y) / abs(x) for x, y in zip(*norms, strict=True)),
-    }
+    norms = [worker.answer()["norms"] for worker in workers]
+    times: list[list[dict[str, float]]] = [[] for _ in workers]
+    for number in range(rounds):
+        turns = range(len(workers))
+        for place in turns if number % 2 == 0 else reversed(turns):
+            times[place].append(workers[place].tell(do="measure"))
+    old = times[0]
+    return [
+        {
+            **case,
+            "old": workers[0].name,
+            "new": worker.name,
+            **{f"old_{what}": statistics.median(each[what] for each in old) for what in old[0]},
+            **{f"new_{what}": statistics.median(each[what] for each in new) for what in new[0]},
+            "new_over_old": statistics.median(ratios),
+            "ratios": ratios,
+            "norms_differ_by": max(abs(x - y) / abs(x) for x, y in zip(norms[0], of_new, strict=True)),
+        }
+        for worker, new, of_new in zip(workers[1:], times[1:], norms[1:], strict=True)
+        for ratios in [[after["ms"] / before["ms"] for before, after in zip(old, new, strict=True)]]
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("old", type=Path, nargs="?")
-    parser.add_argument("new", type=Path, nargs="?")
+    parser.add_argument("folders", type=Path, nargs="*", help="that hold vsa_diffusers/, the old one first")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="where to write all rows")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=400, help="begin no other case after so long")
     parser.add_argument("--forward", nargs="*", default=FORWARD, metavar="SHAPE")
     parser.add_argument("--backward", nargs="*", default=BACKWARD, metavar="SHAPE")
@@ -168,25 +178,29 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments.worker)
-    if arguments.old is None or arguments.new is None:
-        parser.error("give the two folders that hold vsa_diffusers/, the old one and the new one")
+    if len(arguments.folders) < 2:
+        parser.error("give two folders or more that hold vsa_diffusers/, the old one first")
     end = time.monotonic() + arguments.seconds
-    old, new = Worker(arguments.old), Worker(arguments.new)
-    print("| call | combine | ratio | old ms | new ms | new / old | least to greatest | host µs | norms differ by |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    rows, todo = [], cases(arguments)
-    for case in todo:
+    workers = [Worker(folder) for folder in arguments.folders]
+    print(
+        "| call | combine | ratio | new | old ms | new ms | new / old | least to greatest | host µs | norms differ by |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    rows: list[dict[str, Any]] = []
+    todo = cases(arguments)
+    for done, case in enumerate(todo):
         if time.monotonic() > end:
-            print(f"out of time: {len(todo) - len(rows)} of {len(todo)} cases are left", flush=True)
+            print(f"out of time: {len(todo) - done} of {len(todo)} cases are left", flush=True)
             break
-        row = compare(old, new, case, arguments.pairs)
-        rows.append(row)
-        print(
-            f"| {row['what']} {row['shape']} | {row['combine']} | {row['ratio']:g} | {row['old_ms']:.3f} "
-            f"| {row['new_ms']:.3f} | {row['new_over_old']:.3f} | {min(row['ratios']):.3f} to {max(row['ratios']):.3f} "
-            f"| {row['old_host_us']:.0f}, {row['new_host_us']:.0f} | {row['norms_differ_by']:.0e} |",
-            flush=True,
-        )
+        for row in compare(workers, case, arguments.rounds):
+            rows.append(row)
+            print(
+                f"| {row['what']} {row['shape']} | {row['combine']} | {row['ratio']:g} | {row['new']} "
+                f"| {row['old_ms']:.3f} | {row['new_ms']:.3f} | {row['new_over_old']:.3f} "
+                f"| {min(row['ratios']):.3f} to {max(row['ratios']):.3f} "
+                f"| {row['old_host_us']:.0f}, {row['new_host_us']:.0f} | {row['norms_differ_by']:.0e} |",
+                flush=True,
+            )
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return None

@@ -2,11 +2,14 @@
 
     python -m vsa_diffusers.bench.transformers --json transformers.json
     python -m vsa_diffusers.bench.transformers --models wan1.3b-480p --ratio 0.1
+    python -m vsa_diffusers.bench.transformers --compile  # the blocks, of the dense and the sparse model alike
     python -m vsa_diffusers.bench.transformers --tiny     # the same steps on small models, on any machine
 
-Weights are random, so nothing is downloaded. Dense attention runs with PyTorch's default backend and with cuDNN
+Weights are random, so nothing is downloaded. The ratio is constant, and blocks are what `enable_vsa` takes unless
+--block-size is given. Dense attention runs with PyTorch's default backend and with cuDNN
 preferred; both are timed on the first block of each kind, and the faster one then serves the whole model, sparse too
-(for what stays dense). Gates are zero-initialised and forced into use.
+(for what stays dense). Gates are zero-initialised and forced into use. With --compile the repeated blocks are compiled,
+each into one graph, which the time of the forward does not include.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import VSAConfig, add_gate_compress, enable_vsa
+from ..cli.blocks import block_of
 from . import report
 from .full_size import FULL_SIZES, FullSize
 
@@ -70,6 +74,7 @@ def measure_transformer(size: FullSize, device: str, args: argparse.Namespace) -
 
     @torch.no_grad()
     def forward() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         return model(**inputs, return_dict=False)[0]
 
     choice = dict(_time_backends(model, forward, device))
@@ -82,14 +87,23 @@ def measure_transformer(size: FullSize, device: str, args: argparse.Namespace) -
             implementation = args.implementation or ("triton" if device == "cuda" else "torch")
             enable_vsa(
                 model,
-                config=VSAConfig(args.ratio, combine=what, selection=args.selection, implementation=implementation),
-            )
+                config=VSAConfig(
+                    args.ratio, combine=what, selection=args.selection, implementation=implementation,
+                    block_size=block_of(args.block_size), schedule="constant",
+                ),
+            )  # fmt: skip
         try:
-            with BACKENDS[backend]():
-                with shallow(model):
+            with BACKENDS[backend](), contextlib.ExitStack() as compiled:
+                begin = time.perf_counter()
+                if args.compile is None:
+                    with shallow(model):
+                        forward()
+                else:
+                    compiled.enter_context(blocks_compiled(model, args.compile))
                     forward()
+                first = time.perf_counter() - begin
                 measured = _measure(forward, device)
-        except RuntimeError as error:
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             print(f"{size.name}: {what} cannot run: {str(error)[:200]}")
             continue
         dense = measured["seconds"] if what == "dense" else dense
@@ -101,6 +115,9 @@ def measure_transformer(size: FullSize, device: str, args: argparse.Namespace) -
             "batch": size.batch,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "what": f"dense {backend}" if what == "dense" else f"{what} {args.ratio:g}",
+            "compile": args.compile,
+            "block_size": args.block_size,
+            "first_seconds": first,
             "first_blocks_seconds": choice,
             "speedup": dense and dense / measured["seconds"],
             **measured,
@@ -118,6 +135,18 @@ def shallow(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for name, stack in stacks.items():
             setattr(model, name, stack)
+
+
+@contextlib.contextmanager
+def blocks_compiled(model: torch.nn.Module, mode: str) -> Iterator[None]:
+    """The model's repeated blocks compiled, each into one graph; compiled anew however often they were before."""
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, mode=mode)
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module._compiled_call_impl = None
 
 
 def _time_backends(
@@ -197,6 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratio", type=float, default=0.2, help="top_k_ratio")
     parser.add_argument("--combines", nargs="+", default=["merge", "gate"], choices=["merge", "gate", "sparse", "sum"])
     parser.add_argument("--selection", default="auto", choices=["auto", "mean", "quarters"], help="of key tiles")
+    parser.add_argument(
+        "--block-size", nargs="+", metavar="N", help='three numbers, or "auto"; as enable_vsa if left out'
+    )
+    parser.add_argument(
+        "--compile", nargs="?", const="default", metavar="MODE", help="compile the blocks, in a mode of torch.compile"
+    )
     parser.add_argument("--implementation", choices=["auto", "triton", "torch"], help="triton on a GPU unless given")
     parser.add_argument("--tiny", action="store_true", help="small models of the same make")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
