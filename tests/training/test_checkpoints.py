@@ -124,6 +124,14 @@ def after(seconds: float):
     return kill
 
 
+def at_random_moments(trainer: Trainer, seed: int, count: int) -> list:
+    """So many kills, each at some moment of the time that a save takes on this machine."""
+    began = time.perf_counter()
+    assert not killed_while_saving(trainer, lambda child: None)
+    seconds, dice = time.perf_counter() - began, random.Random(seed)
+    return [after(dice.uniform(0, seconds)) for _ in range(count)]
+
+
 def kill_again_and_again(material, run, kills) -> tuple[int, set[float]]:
     """Number of kills, and what was found after them; each save would put another value in place of all values."""
     trainer = resumed(material, run)
@@ -149,15 +157,13 @@ def test_a_checkpoint_that_is_saved_again_is_the_old_or_the_new_one_wherever_the
 
 
 def test_a_checkpoint_outlives_kills_at_random_moments(material, run):
-    rng = random.Random(0)
-    killed, _ = kill_again_and_again(material, run, [after(rng.uniform(0, 0.2)) for _ in range(5)])
+    killed, _ = kill_again_and_again(material, run, at_random_moments(resumed(material, run), 0, 8))
     assert killed >= 1
 
 
 @pytest.mark.slow
 def test_a_checkpoint_outlives_hundreds_of_kills(material, run):
-    rng = random.Random(1)
-    kills = [*map(at_call, range(1, 41)), *(after(rng.uniform(0, 0.25)) for _ in range(200))]
+    kills = [*map(at_call, range(1, 41)), *at_random_moments(resumed(material, run), 1, 200)]
     killed, found = kill_again_and_again(material, run, kills)
     print(f"{killed} of {len(kills)} saves killed, {len(found)} checkpoints found")
     assert killed >= 120
