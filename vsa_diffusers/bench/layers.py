@@ -1,4 +1,4 @@
-"""One attention layer: dense, this package, and fastvideo-kernel where it is installed.
+"""One attention layer: dense, this package, and the attention of other packages where they are installed.
 
 TFLOP/s count the products of valid tokens that the ratio asks for. Without a GPU it measures a small shape.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import subjects
+from . import peers, subjects
 from .measure import Measurement, measure
 from .shapes import CPU_SHAPE, SHAPES, Shape, parse
 
@@ -22,6 +22,8 @@ ALL_COMBINES = ("gate", "sum", "sparse", "merge")
 SELECTIONS = ("mean", "quarters")
 DTYPES = ("bfloat16", "float16", "float32")
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+Errors = type[Exception] | tuple[type[Exception], ...]
+EXPECTED = (RuntimeError, ValueError, AssertionError)
 FLOPS_OF_BOTH = 3.5  # forward and backward, in products of the forward
 
 
@@ -37,6 +39,7 @@ class Settings:
         selection: what key tiles are scored by.
         dtype: of the inputs on a GPU; on the CPU they are fp32.
         backward: forward and backward together.
+        peers: names of `peers.PEERS`, "all" or "none"; `None` measures those that are installed, on a GPU.
     """
 
     ratios: Sequence[float] = RATIOS
@@ -46,6 +49,7 @@ class Settings:
     selection: str = "mean"
     dtype: str = "bfloat16"
     backward: bool = False
+    peers: Sequence[str] | None = None
 
 
 def this_device() -> str:
@@ -71,7 +75,7 @@ def chosen_shapes(names: Sequence[str] | None) -> list[Shape]:
 
 
 def measure_shape(shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:
-    """A row for each dense backend, and for each way to be sparse at each ratio; what cannot run is a row with why."""
+    """A row for each dense backend, each way to be sparse at each ratio, and the peers; what cannot run says why."""
     device = this_device()
     torch.manual_seed(0)
     dtype = getattr(torch, settings.dtype) if device == "cuda" else torch.float32
@@ -86,6 +90,8 @@ def measure_shape(shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:
         for ratio in settings.ratios:
             result = _timed(make(ratio), inputs, device, settings.backward)
             yield _row(shape, name, ratio, result, fastest, settings.backward)
+    for name in peers.chosen(settings.peers, device):
+        yield from _peer(name, inputs, shape, device, settings, fastest)
 
 
 def _sparse(
@@ -100,21 +106,69 @@ def _sparse(
                 return subjects.ours(inputs, shape, ratio, *choices)
 
             yield f"{implementation} {combine}", ours
-    if subjects.has_peer() and device == "cuda":
-        peer = subjects.Peer(shape, device)
-        yield "fastvideo-kernel", lambda ratio: functools.partial(peer, inputs, ratio)
 
 
-def _timed(call: subjects.Call, inputs: list[torch.Tensor], device: str, backward: bool) -> Measurement | str:
-    """What it took, or why it cannot run."""
+def _peer(
+    name: str, inputs: list[torch.Tensor], shape: Shape, device: str, settings: Settings, dense_ms: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of a peer: one if it is dense, else one at each ratio."""
+    peer = peers.PEERS[name]
+    attend: Callable[[float], torch.Tensor] | str
+    try:
+        attend = peer.make(inputs, shape, device)
+    except Exception as error:
+        attend = _reason(error) if peer.is_installed else f"it is not installed: pip install {peer.package}"
+    dense = peer.computes == "dense"
+    for ratio in (1.0,) if dense else settings.ratios:
+        result: Measurement | str
+        difference = None
+        if isinstance(attend, str):
+            result = attend
+        else:
+            call = functools.partial(attend, ratio)
+            result = _timed(call, inputs, device, settings.backward, Exception)
+            if not isinstance(result, str) and result.rounds == [result.first_ms]:  # with what it compiled, perhaps
+                result = _timed(call, inputs, device, settings.backward, Exception)
+            if not isinstance(result, str) and peer.computes is not None:
+                difference = _difference(call, ratio, peer.computes, inputs, shape, device)
+        row = _row(shape, name, None if dense else ratio, result, dense_ms, settings.backward)
+        yield row | {"peer": peer.release, "difference": difference}
+
+
+def _difference(
+    call: subjects.Call,
+    ratio: float,
+    computes: str,
+    inputs: list[torch.Tensor],
+    shape: Shape,
+    device: str,
+) -> float:
+    """How far a peer's output is from the same of ours or of PyTorch, as a share of its norm."""
+    if computes == "dense":
+        _, same = next(iter(subjects.dense(inputs, device)))
+    else:
+        same = subjects.ours(inputs, shape, ratio, computes, "auto", peers.BLOCK_SIZE)
+    with torch.no_grad():
+        expected = same().float()
+        return float((call().float() - expected).norm() / expected.norm())
+
+
+def _timed(
+    call: subjects.Call, inputs: list[torch.Tensor], device: str, backward: bool, errors: Errors = EXPECTED
+) -> Measurement | str:
+    """What it took, or why it cannot run: one of `errors`."""
     try:
         if not backward:
             with torch.no_grad():
                 return measure(call, device)
         grad = torch.randn_like(call())
         return measure(lambda: torch.autograd.grad(call(), inputs, grad, allow_unused=True), device)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+    except errors as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _row(

@@ -21,6 +21,7 @@ COLUMNS = {
     "extra MB": ("extra_bytes", "{:.0f}", "memory beyond what is returned"),
     "launches": ("launches", "{}", "kernels that are started"),
     "CPU us": ("cpu_us", "{:.0f}", "for the host to start them"),
+    "differs": ("difference", "{:.2g}", "how far a peer's output is from ours (from PyTorch's if dense), of its norm"),
     "first ms": ("first_ms", "{:.0f}", "the first call, with what it had to compile"),
 }
 
@@ -72,8 +73,8 @@ def legend(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """What the results of one shape come to, in a sentence."""
-    timed = [row for row in rows if "skipped" not in row]
+    """What the results of one shape come to, without those of peers, in a sentence."""
+    timed = [row for row in rows if "skipped" not in row and "peer" not in row]
     dense = [row for row in timed if row["ratio"] is None]
     sparse = [row for row in timed if row["ratio"] is not None]
     if not dense or not sparse:

@@ -1,9 +1,7 @@
-"""What is measured: dense attention, this package, and fastvideo-kernel where it is installed."""
+"""What is measured: dense attention and this package; `peers.py` has what others make."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -56,38 +54,3 @@ def ours(
         )
 
     return call
-
-
-def has_peer() -> bool:
-    return importlib.util.find_spec("fastvideo_kernel") is not None
-
-
-class Peer:
-    """fastvideo-kernel behind the gathers into padded tile order, and back, of its users."""
-
-    def __init__(self, shape: Shape, device: str):
-        from fastvideo_kernel import video_sparse_attn
-
-        self.attend = video_sparse_attn
-        grid = [math.ceil(extent / 4) for extent in shape.video_shape]
-        self.tiles = math.prod(grid)
-        index = torch.arange(shape.tokens, device=device).reshape(shape.video_shape)
-        T, H, W = shape.video_shape
-        padded = F.pad(index, (0, -W % 4, 0, -H % 4, 0, -T % 4), value=-1)
-        order = padded.reshape(grid[0], 4, grid[1], 4, grid[2], 4).permute(0, 2, 4, 1, 3, 5).reshape(self.tiles, 64)
-        self.sizes = (order >= 0).sum(1)
-        valid = order.flatten() >= 0
-        self.tokens = order.flatten()[valid]
-        self.slots = torch.arange(order.numel(), device=device)[valid]
-        self.back = self.slots[torch.argsort(self.tokens)]
-
-    def __call__(self, inputs: list[torch.Tensor], ratio: float) -> torch.Tensor:
-        q, k, v, gate = (self._tile(x) for x in inputs)
-        top_k = max(1, math.ceil(ratio * self.tiles - 1e-9))
-        out = self.attend(q, k, v, self.sizes, self.sizes, top_k, block_size=(4, 4, 4), compress_attn_weight=gate)
-        return out.transpose(1, 2)[:, self.back]
-
-    def _tile(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(x.shape[0], self.tiles * 64, *x.shape[2:], device=x.device, dtype=x.dtype)
-        out[:, self.slots] = x[:, self.tokens]
-        return out.transpose(1, 2).contiguous()

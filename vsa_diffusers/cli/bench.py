@@ -13,6 +13,7 @@ from .blocks import block_of
 from .output import answers, errors, print_json
 
 NAMES = "ltx2-512p, ltx2-1080p, wan1.3b-480p, wan5b-720p, wan14b-720p, hunyuan-720p, cogvideox-480p"
+PEERS = "attn-gym, attn-gym-compiled, comfy-kitchen-sol, comfy-kitchen-vsa, sageattention, fastvideo-kernel"
 STDOUT = Path("-")
 
 
@@ -38,6 +39,19 @@ class Selection(str, Enum):
 
     mean = "mean"
     quarters = "quarters"
+
+
+class Peer(str, Enum):
+    """Attention of other packages."""
+
+    all = "all"
+    none = "none"
+    attn_gym = "attn-gym"
+    attn_gym_compiled = "attn-gym-compiled"
+    comfy_kitchen_sol = "comfy-kitchen-sol"
+    comfy_kitchen_vsa = "comfy-kitchen-vsa"
+    sageattention = "sageattention"
+    fastvideo_kernel = "fastvideo-kernel"
 
 
 class Dtype(str, Enum):
@@ -74,6 +88,13 @@ def bench(
     selection: Annotated[Selection, typer.Option(help="What key tiles are scored by.")] = Selection.mean,
     dtype: Annotated[Dtype, typer.Option(help="Of the inputs on a GPU.")] = Dtype.bfloat16,
     backward: Annotated[bool, typer.Option("--backward", help="Measure forward and backward together.")] = False,
+    peers: Annotated[
+        list[Peer] | None,
+        typer.Option(
+            help=f"Attention of other packages: all, none, or of {PEERS}. Left out: those installed, on a GPU.",
+            metavar="PEER...",
+        ),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write all rows to this file, or with - to stdout and nothing else there.")
     ] = None,
@@ -83,7 +104,7 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(help="End a sweep after so long.")] = 480,
 ) -> None:
-    """Time one attention layer on this machine: dense, and sparse at several ratios.
+    """Time one attention layer on this machine: dense, sparse at several ratios, and by other packages.
 
     Options that take several values take them one after the other. What cannot run is listed with the reason.
 
@@ -108,6 +129,7 @@ def bench(
         selection=selection.value,
         dtype=dtype.value,
         backward=backward,
+        peers=[each.value for each in peers] if peers else None,
     )
     chosen = layers.chosen_shapes(shapes)
     for option, path in (("--json", json), ("--plot", plot)):
