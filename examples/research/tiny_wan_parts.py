@@ -108,9 +108,19 @@ def build_scheduler() -> UniPCMultistepScheduler:
 
 def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """From the VAE's scale to the zero mean and unit variance that the transformer works in."""
-    mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+    mean, std = _latent_statistics(vae, latents)
     return (latents - mean) / std
+
+
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Videos `[videos, 3, frames, height, width]` of the transformer's latents, as `WanPipeline` makes them."""
+    mean, std = _latent_statistics(vae, latents)
+    return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0].float()
+
+
+def _latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[torch.Tensor]:
+    values = (vae.config.latents_mean, vae.config.latents_std)
+    return [torch.tensor(each, device=latents.device).view(1, -1, 1, 1, 1) for each in values]
 
 
 class TinyWan(nn.Module):
