@@ -5,6 +5,7 @@ A token is 4x4 pixels of one frame, and the prompt the clip's number. The last f
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Sequence
@@ -125,7 +126,8 @@ def build_clips_transformer(layers: int = 6, heads: int = 3) -> WanTransformer3D
 
 def save_clips_model(folder: Path, transformer: WanTransformer3DModel, clips: Sequence[Clip], steps: int) -> None:
     """Transformer and scheduler as diffusers writes them, the held-out frames, and what it was trained on."""
-    transformer.save_pretrained(folder / "transformer")
+    # Half the size on disk; it is loaded in the dtype that is asked for.
+    copy.deepcopy(transformer).half().save_pretrained(folder / "transformer")
     build_scheduler().save_pretrained(folder / "scheduler")
     with replaced_file(folder / HELD_OUT_TENSORS) as partial:
         save_file({clip.name: clip.held_out.cpu().contiguous() for clip in clips}, partial)

@@ -34,6 +34,7 @@ NOWHERE = {
     "train_vsa": ["--pretrained_model_name_or_path=./nowhere", "--data_dir=./nowhere", "--output_dir=training"],
     "auto_block": ["--model=./nowhere"],
     "schedule_evidence": ["--model=./nowhere"],
+    "train_clips_wan": ["./nowhere"],
     "train_tiny_wan": ["evaluate", "--model=./nowhere"],
     "vsa_evidence": ["--model=./nowhere"],
     "vsa_selection": ["--model=./nowhere"],
