@@ -163,10 +163,11 @@ def row_of(video: torch.Tensor, reference: torch.Tensor, right: bool | None) -> 
 def measure(
     model: EvidenceModel, evidence: Evidence, grid: str, steps: int, pairs: list[int], dense_layers: tuple[int, ...]
 ) -> Iterator[None]:
-    """Add what is missing of a batch of pairs, and yield after each variant."""
+    """Yield before each variant, and then add what is missing of it for a batch of pairs."""
     reference: torch.Tensor | None = None
     for family, variants in VARIANTS.items():
         for name, options in variants.items():
+            yield
             todo = evidence.missing_pairs(grid, steps, family, name, pairs)
             if todo:
                 if reference is None:
@@ -179,7 +180,6 @@ def measure(
                         row = {"grid": grid, "steps": steps, "family": family, "name": name, "pair": pair, "kept": kept}
                         evidence.rows.append(row | row_of(video, dense, model.is_right(video, pair)))
                 evidence.save()
-            yield
 
 
 @torch.no_grad()
@@ -376,7 +376,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Videos made at once.")] = 8,
     dense_layers: Annotated[str, typer.Option(help="Layers that stay dense, such as 0 or 0,-1.")] = "",
     minutes: Annotated[
-        float, typer.Option(help="Begin no batch later than this, and report what there is.")
+        float, typer.Option(help="Begin nothing later than this; 0 only reports what there is.")
     ] = math.inf,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda" if torch.cuda.is_available() else "cpu",
     json_path: Annotated[Path | None, typer.Option("--json", help="Keep every row here, and go on from it.")] = None,
@@ -405,16 +405,14 @@ def main(
                 measure_losses(judged, evidence, name, held_out, batch_size, layers)
             progress.advance(task)
         task = progress.add_task("Videos", total=len(todo) * sum(map(len, VARIANTS.values())))
-        steps_done = (
-            None for name, count, batch in todo for _ in measure(judged, evidence, name, count, batch, layers)
-        )
-        for _ in steps_done:
-            progress.advance(task)
+        begun = (None for name, count, batch in todo for _ in measure(judged, evidence, name, count, batch, layers))
+        for _ in begun:
             if time.monotonic() > ends:
                 break
+            progress.advance(task)
     found, losses = summary(evidence.rows), loss_summary(evidence.losses)
     print_tables(found, losses)
-    if plot is not None:
+    if plot is not None and (found or losses):
         draw(found, losses, plot)
 
 

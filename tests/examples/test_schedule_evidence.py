@@ -141,6 +141,8 @@ def test_a_run_goes_on_with_what_is_missing_and_refuses_another_model(clips_mode
     assert after["rows"][:8] == kept["rows"]
     assert after["losses"] == kept["losses"]
     assert (tmp_path / "e.png").stat().st_size > 10_000
+    assert run("--pairs", "4", "--minutes", "0").exit_code == 0
+    assert json.loads((tmp_path / "e.json").read_text()) == after
     refused = run("--dense-layers", "0")
     assert refused.exit_code == 2
     assert "give another file, or the same model and settings" in " ".join(refused.output.split())
