@@ -14,6 +14,7 @@ import torch
 from diffusers import ContextParallelConfig
 from torch.distributed.device_mesh import init_device_mesh
 
+import scaling_cases
 from oracle import relative_error
 from ranks import averaged, spread
 from tiny_models import RECIPES, Recipe, call, run
@@ -28,7 +29,6 @@ from vsa_diffusers import (
     enable_vsa,
     register_transformer,
 )
-from vsa_diffusers.bench import scaling
 from vsa_diffusers.parallel import RING, Exchange
 
 GRID = (8, 12, 8)
@@ -393,20 +393,6 @@ def refuses_guidance_that_it_does_not_know() -> None:
     raises("TheirPipeline is not among the pipelines whose two calls of a step are known", lambda: pipe(**guided()))
 
 
-def scaling_is_measured() -> None:
-    rows = scaling.main(["--tiny", "--models", "wan1.3b-480p", "hunyuan-720p", "--runs=1"])
-    assert [(row["what"], row["gpus"]) for row in rows if row["model"] == "wan1.3b-480p"] == [
-        ("dense", 1), ("merge 0.2", 1), ("guidance merge 0.2", 2), ("merge 0.2", 2), ("dense", 2),
-    ]  # fmt: skip
-    assert len(rows) == 9
-    for row in rows:
-        assert len(row["ranks"]) == 2
-        assert ("error" in row) == (row["gpus"] == 2)
-        assert row.get("error", 0) < 1e-4, row
-        if "guidance" not in row["what"] and row["gpus"] == 2:
-            assert all(each["attention"] > each["exchange"] > 0 for each in row["ranks"])
-
-
 def guided() -> dict:
     sizes = dict(height=32, width=32, num_frames=5, num_inference_steps=2, guidance_scale=3.0, output_type="latent")
     return embeddings() | sizes
@@ -479,7 +465,7 @@ CASES |= {
     "tokens that do not divide raise": refuses_uneven_tokens,
     "no plan raises": refuses_plans_that_it_does_not_know,
     "diffusers' plans are used where they are right": uses_diffusers_plans_where_they_are_right,
-    "scaling is measured": scaling_is_measured,
+    **scaling_cases.TWO,
     **{f"guidance of {what}": functools.partial(guidance, recipe) for what, recipe in GUIDED.items()},
     "guidance that is not known raises": refuses_guidance_that_it_does_not_know,
 }  # fmt: skip

@@ -1,37 +1,64 @@
-"""Measure whole transformers on one GPU and spread over several: time, equality, and what the exchange takes.
+"""Measure whole transformers on one GPU and spread over several of one host.
 
-    torchrun --nproc-per-node 2 -m vsa_diffusers.bench.scaling --json scaling.json
-    torchrun --nproc-per-node 2 -m vsa_diffusers.bench.scaling --models wan14b-720p --ratio 0.1
+    torchrun --nproc-per-node 8 -m vsa_diffusers.bench.scaling --json scaling.json
+    torchrun --nproc-per-node 2 -m vsa_diffusers.bench.scaling --models wan14b-720p --what merge --ratio 0.1
+    torchrun --nproc-per-node 8 -m vsa_diffusers.bench.scaling --train --json training.json
+    torchrun --nproc-per-node 2 -m vsa_diffusers.bench.scaling --train --layers 8    # what two GPUs can hold
 
-Weights are random and the same on every rank. Each rank first runs the whole transformer by itself, then its part of it
-with all others. A time is that of one forward; the slowest rank counts, and the JSON has all ranks'.
+Weights and inputs are random and the same on every rank. Each rank first runs every forward alone; then 2, 4, 8 ranks
+run it together, as many groups side by side as there are ranks for, by Ulysses, and where the pipeline makes two
+predictions a step, both, by guidance over two groups with Ulysses inside.
+
+A time is that of the slowest rank, and the JSON has all ranks': seconds of the forward, of attention with its exchange,
+of the exchange and of its copies, bytes sent to others, peak memory, the difference to the output of one GPU, and the
+tiles and pairs of tokens that the first block of each kind attends to.
+
+With --train it is one step of training instead, with weights, gradients and AdamW's moments sharded over all ranks
+(FSDP2), and each video over --context-parallel of them; its loss is compared with that of a forward of the whole model
+on that many.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .. import VSAConfig, cp_plan, disable_guidance_parallel, disable_vsa, enable_guidance_parallel, enable_vsa
+from ..cli.blocks import block_of
 from ..models import require_family
-from ..parallel import exchange_of
-from ..processor import FamilyAttnProcessor
 from . import report
 from .full_size import FULL_SIZES, FullSize
-from .transformers import BACKENDS, _time, shallow
+from .parts import counted_tiles, timed_parts
+from .scaling_training import COLUMNS as TRAINING_COLUMNS
+from .scaling_training import cells as training_cells
+from .scaling_training import measure_steps
+from .spreading import add_random_gates, from_all, make_mesh, set_attention, spread
+from .transformers import BACKENDS, _free, _time, shallow
 
-COLUMNS = ("model", "what", "GPUs", "seconds", "x one", "attention", "exchange", "copies", "error", "peak GB")
-PARTS = ("attention", "to_heads", "to_tokens", "exchange")
+COLUMNS = (
+    *("model", "what", "GPUs", "way", "seconds", "x one", "attention", "exchange", "copies", "MB sent"),
+    *("error", "uneven %", "peak GB"),
+)
+SIZES = FULL_SIZES | {
+    "wan14b-480p": replace(FULL_SIZES["wan14b-720p"], name="wan14b-480p", video=(81, 480, 832), latents=(21, 60, 104))
+}
+ALONE, ULYSSES, GUIDANCE, BOTH = "alone", "Ulysses", "guidance", "guidance, Ulysses inside"
+
+
+@dataclass
+class Alone:
+    """What a GPU found by itself: one forward's seconds, its output, and the output with the other prompt."""
+
+    seconds: float
+    output: torch.Tensor
+    other: torch.Tensor | None
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -43,6 +70,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     own_group = not dist.is_initialized()
     if own_group:
         dist.init_process_group()
+    settle(args, dist.get_world_size())
+    measure_rows = measure_steps if args.train else measure_model
+    columns, to_cells = (TRAINING_COLUMNS, training_cells) if args.train else (COLUMNS, cells)
     rows: list[dict[str, Any]] = []
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -50,77 +80,136 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "torch": torch.__version__,
     }
     for name in args.models:
-        for row in measure_model(FULL_SIZES[name], device, args):
+        for row in measure_rows(shortened(SIZES[name], args.layers), device, args):
             rows.append(row)
             if dist.get_rank() == 0:
-                print(" | ".join(cells(row)), flush=True)
+                print(" | ".join(to_cells(row)), flush=True)
                 if args.json is not None:
                     args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        _free(device)
     if dist.get_rank() == 0:
-        report.print_lines(COLUMNS, [cells(row) for row in rows], f"one forward on {machine['device']}", left=2)
+        what = "one step of training" if args.train else "one forward"
+        report.print_lines(columns, [to_cells(row) for row in rows], f"{what} on {machine['device']}", left=2)
     if own_group:
         dist.destroy_process_group()
     return rows
 
 
-def measure_model(size: FullSize, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one transformer: alone, dense and sparse; then over all ranks; then guidance over two groups."""
-    from diffusers import ContextParallelConfig
+def settle(args: argparse.Namespace, ranks: int) -> None:
+    """Choices that depend on one another, where they were left open.
 
-    ranks = dist.get_world_size()
+    Raises:
+        ValueError: a number of GPUs does not divide the number of processes.
+    """
+    if args.models is None:
+        args.models = ["wan14b-480p"] if args.train else ["wan1.3b-480p", "wan14b-720p", "hunyuan-720p"]
+    if args.what is None:
+        args.what = ["merge"] if args.train else ["dense", "merge", "gate"]
+    if args.ratio is None:
+        args.ratio = 0.125 if args.train else 0.2
+    args.block_size = args.block_size and block_of(args.block_size)
+    if args.gpus is None:
+        args.gpus = [gpus for gpus in (2, 4, 8) if ranks % gpus == 0]
+    if args.context_parallel is None:
+        args.context_parallel = min(2, ranks)
+    for option, numbers in (("--gpus", args.gpus), ("--context-parallel", [args.context_parallel])):
+        for gpus in numbers:
+            if gpus < 1 or ranks % gpus:
+                raise ValueError(f"{option} {gpus} does not divide the {ranks} processes that torchrun started.")
+
+
+def shortened(size: FullSize, layers: int | None) -> FullSize:
+    """The same with that many layers, of each kind of which a model has stacks."""
+    if layers is None:
+        return size
+    fewer = {"num_layers": layers} | ({"num_single_layers": layers} if "num_single_layers" in size.tiny else {})
+    return replace(size, config=size.config | fewer, tiny=size.tiny | fewer)
+
+
+def measure_model(size: FullSize, device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of one transformer: alone, then over each number of ranks by Ulysses, and by guidance with Ulysses."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     model = size.build(device, dtype, args.tiny)
     inputs = size.make_inputs(model.config, device, dtype, args.tiny)
-    config = VSAConfig(args.ratio, combine=args.combine, block_size=args.block_size)
+    guided = args.guidance and size.cls.startswith("Wan") and bool(args.gpus)
+    other = inputs | {"encoder_hidden_states": torch.randn_like(inputs["encoder_hidden_states"])}
+    if "gate" in args.what:
+        add_random_gates(model)
 
     def forward() -> torch.Tensor:
         return model(**inputs, return_dict=False)[0]
 
-    def row(what: str, gpus: int, alone: dict[str, Any] | None = None, run: Any = None) -> dict[str, Any]:
-        measured, output = measure(model, run or forward, device, args.runs)
-        told: list[Any] = [None] * ranks
-        dist.all_gather_object(told, measured)
-        seconds = max(each["seconds"] for each in told)
-        found = {
-            "model": size.name, "video_shape": size.video_shape(args.tiny), "what": what, "gpus": gpus,
-            "seconds": seconds, "ranks": told, "output": output,
-        }  # fmt: skip
-        if alone is not None:
-            found["speedup"] = alone["seconds"] / seconds
-            found["error"] = _error(output, alone["output"])
-            found["alone"] = {part: alone["ranks"][0].get(part) for part in PARTS}
-        return found
+    def step() -> torch.Tensor:
+        first, second = model(**inputs, return_dict=False)[0], model(**other, return_dict=False)[0]
+        return torch.stack([first, second])
 
+    found: dict[str, Alone] = {}
     with torch.no_grad(), BACKENDS["cudnn" if device == "cuda" else "default"]():
-        dense = row("dense", 1)
-        yield _without_output(dense)
-        enable_vsa(model, config=config)
-        sparse = row(f"{args.combine} {args.ratio:g}", 1)
-        yield _without_output(sparse)
-        if args.guidance and ranks == 2 and size.cls.startswith("Wan"):
-            yield _without_output(_guidance(model, inputs, sparse, row))
-        model.enable_parallelism(
-            config=ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=args.uneven), cp_plan=cp_plan(model)
-        )
-        yield _without_output(row(sparse["what"], ranks, sparse))
-        disable_vsa(model)
-        yield _without_output(row("dense", ranks, dense))
+        for what in args.what:
+            words = set_attention(model, what, args.ratio, args.block_size)
+            row, output = measured(size, model, forward, device, args)
+            found[what] = Alone(row["seconds"], output, model(**other, return_dict=False)[0] if guided else None)
+            yield {"what": words, "gpus": 1, "way": ALONE} | row
+        for gpus in args.gpus:
+            ways = [(ULYSSES, 1)] if args.ulysses and gpus > 1 else []
+            if guided and gpus > 1 and gpus % 2 == 0:
+                ways.append((GUIDANCE if gpus == 2 else BOTH, 2))
+            for way, guidance in ways:
+                with spread(model, make_mesh(device, gpus, guidance), args.uneven):
+                    for what, alone in found.items():
+                        words = set_attention(model, what, args.ratio, args.block_size)
+                        expected = alone.output
+                        if guidance > 1:
+                            assert alone.other is not None
+                            expected = torch.stack([alone.output, alone.other])
+                        run = step if guidance > 1 else forward
+                        row, _ = measured(size, model, run, device, args, expected)
+                        row["speedup"] = guidance * alone.seconds / row["seconds"]
+                        yield {"what": words, "gpus": gpus, "way": way} | row
+
+
+def measured(
+    size: FullSize,
+    model: torch.nn.Module,
+    run: Callable[[], torch.Tensor],
+    device: str,
+    args: argparse.Namespace,
+    expected: torch.Tensor | None = None,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What all ranks measure of one forward, or of one step's two, and this rank's output."""
+    found, output = measure(model, run, device, args.runs)
+    if expected is not None:
+        found |= {"error": _error(output, expected), "equal": torch.equal(output, expected)}
+    ranks = from_all(found)
+    row: dict[str, Any] = {
+        "model": size.name,
+        "video_shape": size.video_shape(args.tiny),
+        "seconds": max(each["seconds"] for each in ranks),
+        "time_imbalance": imbalance([each["seconds"] for each in ranks]),
+        "ranks": ranks,
+    }
+    if ranks[0]["tiles"]:
+        row["tile_imbalance"] = imbalance([each["tiles"]["kept_tiles"] for each in ranks])
+        row["pair_imbalance"] = imbalance([each["tiles"]["kept_pairs"] for each in ranks])
+    if expected is not None:
+        row["error"] = max(each["error"] for each in ranks)
+        row["equal"] = all(each["equal"] for each in ranks)
+    return row, output
 
 
 def measure(
-    model: torch.nn.Module, forward: Callable[[], torch.Tensor], device: str, runs: int
+    model: torch.nn.Module, run: Callable[[], torch.Tensor], device: str, runs: int
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Seconds of one forward and of the parts of its attention in all layers, and its output.
+    """Seconds of one run and of the parts of its attention in all layers, and its output.
 
-    The first blocks run before, so that kernels are compiled; of slow forwards one is timed, else the fastest of
-    `runs`.
+    The first blocks run before, so that tiles are counted and kernels are compiled; of slow runs one is timed, else the
+    fastest of `runs`.
     """
     with shallow(model):
-        forward()
+        with counted_tiles(model) as tiles:
+            run()
+        run()
     require_family(model).prepare(model)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -128,88 +217,28 @@ def measure(
     outputs: list[torch.Tensor] = []
 
     def keep() -> torch.Tensor:
-        outputs[:] = [forward()]
+        outputs[:] = [run()]
         return outputs[0]
 
     for _ in range(runs):
         dist.barrier()
-        with _parts(model, device) as parts:
+        with timed_parts(model, device) as parts:
             seconds = _time(keep, device)
         if not best or seconds < best["seconds"]:
-            best = {"seconds": seconds, **{name: sum(each() for each in spans) for name, spans in parts.items()}}
+            best = {"seconds": seconds, **parts.totals()}
         slow = torch.tensor(int(seconds > 3), device=device)
         dist.all_reduce(slow, dist.ReduceOp.MAX)
         if slow:
             break
+    best["tiles"] = tiles
     if device == "cuda":
         best["peak_bytes"] = torch.cuda.max_memory_allocated()
     return best, outputs[0]
 
 
-@contextmanager
-def _parts(model: torch.nn.Module, device: str) -> Iterator[dict[str, list[Callable[[], float]]]]:
-    """While inside, the calls of attention and of the exchange are timed, waiting for other ranks included."""
-    spans: dict[str, list[Callable[[], float]]] = {}
-    timed: list[tuple[Any, str]] = []
-
-    def time_calls(owner: Any, method: str, name: str) -> None:
-        function = getattr(owner, method)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start, end = _mark(device), None
-            result = function(*args, **kwargs)
-            end = _mark(device)
-            spans.setdefault(name, []).append(lambda: _between(start, end))
-            return result
-
-        setattr(owner, method, call)
-        timed.append((owner, method))
-
-    for module in model.modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, FamilyAttnProcessor):
-            time_calls(processor, "attend", "attention")
-    exchange = exchange_of(getattr(model, "_parallel_config", None))
-    if exchange is not None:
-        time_calls(exchange, "to_heads", "to_heads")
-        time_calls(exchange, "to_tokens", "to_tokens")
-        time_calls(exchange, "_all_to_all", "exchange")
-    try:
-        yield spans
-    finally:
-        for owner, method in timed:
-            delattr(owner, method)
-
-
-def _mark(device: str) -> Any:
-    if device == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-
-
-def _guidance(model: torch.nn.Module, inputs: dict[str, Any], sparse: dict[str, Any], row: Any) -> dict[str, Any]:
-    """Both predictions of a step, one on each GPU: to be compared with twice the time of one GPU's forward."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), model)
-    pipe._guidance_scale = 5.0
-    enable_guidance_parallel(pipe)
-
-    def step() -> torch.Tensor:
-        first = model(**inputs, return_dict=False)[0]
-        model(**inputs, return_dict=False)
-        return first
-
-    try:
-        return row("guidance " + sparse["what"], 2, {**sparse, "seconds": 2 * sparse["seconds"]}, step)
-    finally:
-        disable_guidance_parallel(pipe)
+def imbalance(values: Sequence[float]) -> float:
+    """How much more than the mean the largest is, as a share of the mean."""
+    return max(values) * len(values) / sum(values) - 1
 
 
 def _error(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -218,16 +247,11 @@ def _error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(expected.float()))
 
 
-def _without_output(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "output"}
-
-
 def cells(row: dict[str, Any]) -> list[str]:
     """One result as the table shows it, in milliseconds for parts; what was not measured stays empty."""
     slowest = max(row["ranks"], key=lambda each: each["seconds"])
     exchange = slowest.get("exchange")
     copies = None if exchange is None else slowest["to_heads"] + slowest["to_tokens"] - exchange
-    peak = slowest.get("peak_bytes")
 
     def number(value: float | None, form: str, factor: float = 1) -> str:
         return "" if value is None else format(value * factor, form)
@@ -236,13 +260,16 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["model"],
         row["what"],
         str(row["gpus"]),
+        row["way"],
         f"{row['seconds']:.3f}",
         number(row.get("speedup"), ".2f"),
         number(slowest.get("attention"), ".1f", 1e3),
         number(exchange, ".1f", 1e3),
         number(copies, ".1f", 1e3),
-        number(row.get("error"), ".1e"),
-        number(peak, ".1f", 1e-9),
+        number(slowest.get("sent_bytes"), ".0f", 1e-6),
+        "equal" if row.get("equal") else number(row.get("error"), ".1e"),
+        number(row.get("pair_imbalance"), ".2f", 100),
+        number(slowest.get("peak_bytes"), ".1f", 1e-9),
     ]
 
 
@@ -252,21 +279,22 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    models = ["wan1.3b-480p", "wan14b-720p", "hunyuan-720p"]
-    parser.add_argument("--models", nargs="+", default=models, choices=list(FULL_SIZES), metavar="MODEL")
-    parser.add_argument("--ratio", type=float, default=0.2, help="top_k_ratio")
-    parser.add_argument("--combine", default="merge", choices=["merge", "sparse", "sum"])
-    parser.add_argument("--block-size", default="auto", type=_block_size, help='"auto", or as in 4,4,4')
-    parser.add_argument("--runs", type=int, default=3, help="forwards that are timed, where they are quick")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), metavar="MODEL", help=", ".join(SIZES))
+    parser.add_argument("--what", nargs="+", choices=["dense", "merge", "gate", "sparse", "sum"],
+                        help='attention; "gate" with random gates')  # fmt: skip
+    parser.add_argument("--ratio", type=float, help="top_k_ratio, constant: 0.2, in training 0.125, unless given")
+    parser.add_argument("--block-size", nargs="+", metavar="N", help='three numbers, or "auto"; not for gates')
+    parser.add_argument("--layers", type=int, help="that many instead of all")
+    parser.add_argument("--runs", type=int, default=3, help="forwards that are timed, where they are quick; or steps")
+    parser.add_argument("--gpus", nargs="+", type=int, help="together: 2, 4 and 8 unless given")
     parser.add_argument("--uneven", action="store_true", help="tokens need not divide by the number of ranks")
+    parser.add_argument("--no-ulysses", dest="ulysses", action="store_false", help="leave Ulysses alone out")
     parser.add_argument("--no-guidance", dest="guidance", action="store_false", help="leave guidance out")
+    parser.add_argument("--train", action="store_true", help="steps of training instead of forwards")
+    parser.add_argument("--context-parallel", type=int, help="GPUs that share a video in training: 2 unless given")
     parser.add_argument("--tiny", action="store_true", help="small models of the same make, on the CPU")
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--json", type=Path, help="write all rows to this file, as they come")
     return parser
-
-
-def _block_size(text: str) -> str | tuple[int, ...]:
-    return text if text == "auto" else tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":
