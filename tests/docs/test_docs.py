@@ -70,6 +70,13 @@ def test_the_performance_page_shows_what_was_measured():
     assert not [row for row in rows if row not in page]
 
 
+def test_the_page_of_several_gpus_shows_what_was_measured_beside_paper():
+    rows = printed_by("make_scaling.py")
+    page = (DOCS / "scaling.md").read_text()
+    assert len(rows) == 6
+    assert not [row for row in rows if row not in page]
+
+
 def test_the_performance_page_stays_short_enough_to_be_read():
     assert len((DOCS / "performance.md").read_text().splitlines()) <= 150
 

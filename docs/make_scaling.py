@@ -1,0 +1,75 @@
+"""Print the rows of scaling.md that put what several GPUs were measured to take beside what it was on paper.
+
+python docs/make_scaling.py
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MEASUREMENTS = Path(__file__).parent / "measurements"
+NOT_MEASURED = "not measured"
+
+
+class OnPaper(NamedTuple):
+    """By Ulysses at a ratio of 0.2 (merge): MB and ms are of one layer and one GPU."""
+
+    seconds: float
+    efficiency: float
+    sent: int
+    exchange: float
+    copies: float
+
+
+# From times of one H100; docs/scaling.md says what they rest on.
+ON_PAPER = {
+    ("wan14b-720p", 2): OnPaper(3.63, 0.94, 774, 2.6, 2.5),
+    ("wan14b-720p", 4): OnPaper(1.84, 0.93, 581, 1.9, 1.2),
+    ("wan14b-720p", 8): OnPaper(0.93, 0.92, 339, 1.1, 0.6),
+    ("hunyuan-720p", 2): OnPaper(5.52, 0.95, 730, 2.4, 2.3),
+    ("hunyuan-720p", 4): OnPaper(2.80, 0.94, 547, 1.8, 1.2),
+    ("hunyuan-720p", 8): OnPaper(1.41, 0.93, 319, 1.1, 0.6),
+}
+MODELS = {"wan14b-720p": ("Wan 14B 720p", 40), "hunyuan-720p": ("HunyuanVideo 720p", 60)}
+
+
+def main() -> None:
+    """Print the rows."""
+    measured = {
+        (row["model"], row["gpus"]): row
+        for file in sorted(MEASUREMENTS.glob("h200-x*.json"))
+        for row in json.loads(file.read_text())["rows"]
+        if row["what"] == "merge 0.2" and row.get("way", "Ulysses") == "Ulysses"
+    }
+    for (model, gpus), paper in ON_PAPER.items():
+        name, layers = MODELS[model]
+        line = [name, str(gpus), *cells(measured.get((model, gpus)), paper, gpus, layers)]
+        print("| " + " | ".join(line) + " |")
+
+
+def cells(row: dict | None, paper: OnPaper, gpus: int, layers: int) -> Iterator[str]:
+    """Each number as it was measured, then as it was on paper."""
+    found = [NOT_MEASURED] + [""] * (len(paper) - 1)
+    if row is not None:
+        slowest = max(row["ranks"], key=lambda each: each["seconds"])
+        exchange = slowest["exchange"]
+        found[0] = f"{row['seconds']:.2f}"
+        found[1] = percent(row["speedup"] / gpus)
+        if "sent_bytes" in slowest:
+            found[2] = f"{slowest['sent_bytes'] / layers / 1e6:.0f}"
+        found[3] = f"{1e3 * exchange / layers:.1f}"
+        found[4] = f"{1e3 * (slowest['to_heads'] + slowest['to_tokens'] - exchange) / layers:.1f}"
+    expected = [f"{paper.seconds:.2f}", percent(paper.efficiency), str(paper.sent), f"{paper.exchange:.1f}",
+                f"{paper.copies:.1f}"]  # fmt: skip
+    for pair in zip(found, expected, strict=True):
+        yield from pair
+
+
+def percent(share: float) -> str:
+    """As the page writes it."""
+    return f"{100 * share:.0f} %"
+
+
+if __name__ == "__main__":
+    main()
