@@ -171,7 +171,7 @@ def exchange_of(config: Any) -> Exchange | None:
     config = getattr(config, "context_parallel_config", config)
     if getattr(config, "_flattened_mesh", None) is None or config.ulysses_degree == 1:
         return None
-    exchange = vars(config).get(_EXCHANGE)
+    exchange = getattr(config, _EXCHANGE, None)
     if exchange is None:
         group = config._flattened_mesh.get_group()
         exchange = Exchange(group, dist.get_rank(group), dist.get_world_size(group), config.ulysses_anything)

@@ -16,7 +16,7 @@ from .calls import running
 from .config import VSAConfig
 from .gate_state import is_trained
 from .layer_skip import why_scores_are_skipped
-from .parallel import RING, dense_attention, exchange_of
+from .parallel import RING, Exchange, dense_attention, exchange_of
 from .record import DENSE_STEP, GRID, STEP
 from .running import RunningForward
 from .schedule import AUTO
@@ -66,7 +66,6 @@ class FamilyAttnProcessor:
         self.strict = strict
         self.owner: Any = None
         self.is_video = True
-        self.exchange = exchange_of(self._parallel_config)
         self._logged: set[str] = set()
 
     @classmethod
@@ -105,7 +104,13 @@ class FamilyAttnProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
-        self.exchange = exchange_of(config)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """With the ranks that have the rest of the tokens; `None` where this one has all of them."""
+        # Kept with the config, not here: the processor that this one stands in for may be given another.
+        config = self._parallel_config
+        return None if config is None else exchange_of(config)
 
     def sparse_shape(
         self, sequence: int, attention_mask: torch.Tensor | None, obstacle: str | None = None

@@ -1,5 +1,7 @@
 """`VSAAttnProcessor`, set by hand, makes of every transformer class what `enable_vsa` makes of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -66,3 +68,16 @@ def test_for_transformer_makes_processors_for_every_family(recipe):
     if hasattr(model, "set_attn_processor"):
         model.set_attn_processor(VSAAttnProcessor.for_transformer(model, top_k_ratio=0.3, video_shape=shape))
         torch.testing.assert_close(run(model, recipe, GRID), sparse, atol=1e-5, rtol=0)
+
+
+def test_the_exchange_is_that_of_the_original_s_config_whoever_set_it():
+    model = enable_vsa(RECIPES[0].build(), 0.5)
+    processor = model.blocks[0].attn1.processor
+    assert processor.exchange is None
+    exchange = object()
+    processor.original._parallel_config = SimpleNamespace(
+        _flattened_mesh=object(), ulysses_degree=2, _vsa_exchange=exchange
+    )
+    assert processor.exchange is exchange
+    processor.original._parallel_config = None
+    assert processor.exchange is None

@@ -89,7 +89,7 @@ def measure_transformer(size: FullSize, device: str, args: argparse.Namespace) -
                 model,
                 config=VSAConfig(
                     args.ratio, combine=what, selection=args.selection, implementation=implementation,
-                    block_size=args.block_size and block_of(args.block_size), schedule="constant",
+                    block_size=block_of(args.block_size), schedule="constant",
                 ),
             )  # fmt: skip
         try:
