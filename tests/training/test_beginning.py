@@ -180,13 +180,13 @@ def test_muon_is_not_trained_in_fp16(material, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_training_before_it_is_saved(material, tmp_path, what):
     class Poisoned(Trainer):
-        def _loss(self, batch, turn):
-            loss = super()._loss(batch, turn)
+        def _losses(self, batch, turn):
+            loss = super()._losses(batch, turn)["loss"]
             if self.step == 3 and what == "loss":
-                return loss * float("nan")
+                return {"loss": loss * float("nan")}
             if self.step == 3:
                 loss.register_hook(lambda gradient: gradient * float("inf"))
-            return loss
+            return {"loss": loss}
 
     with pytest.raises(RuntimeError, match=r"at step 4; lower learning_rate .* go on from the last checkpoint"):
         Poisoned(training_options(material, tmp_path, checkpointing_steps=2)).train()

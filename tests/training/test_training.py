@@ -275,6 +275,17 @@ def test_two_processes_do_what_one_does_with_twice_the_batches(material, tmp_pat
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=on_processors)], ids=["ddp", "fsdp"])
+def test_two_processes_distil_as_one_does(material, tmp_path, sharded, rank):
+    options = dict(train_batch_size=1, max_train_steps=5, validation_steps=5, rank=rank, combine="merge")
+    options |= dict(objective="distill", distill_attention=0.1, optimizer="muon", ratio_schedule="0.8:0.3")
+    train(training_options(material, tmp_path / "one", gradient_accumulation_steps=2, **options))
+    train_two_processes(training_options(material, tmp_path / "two", **options), sharded=sharded)
+    assert metrics(tmp_path / "two") == [pytest.approx(line, rel=1e-3) for line in metrics(tmp_path / "one")]
+
+
 @on_processors
 def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_path):
     options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True, optimizer="muon")

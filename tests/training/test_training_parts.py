@@ -213,4 +213,4 @@ def test_commands_of_the_training_page_have_options_that_exist(command):
 
 
 def test_the_training_page_has_commands():
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5

@@ -35,9 +35,21 @@ class Options:
         default_factory=lambda: ["0", "-1"],
         metadata={"help": "Video self-attention layers that stay dense; negative ones from the end; none for none."},
     )
-    ramp_start: int = _option(0, "Steps that stay dense before the ratio falls.")
-    ramp_steps: int = _option(0, "Steps in which the ratio falls from 1 to the target.")
+    ramp_start: int = _option(0, "Steps before the ratio falls; dense ones, unless ratio_schedule begins lower.")
+    ramp_steps: int = _option(0, "Steps in which the ratio falls to the target: sparsity annealing.")
     ramp_stages: int = _option(10, "Number of equal stages of that fall.")
+    ratio_schedule: str | None = _option(
+        None, "Ratios where that fall begins and ends, such as 0.5:0.125; from 1 to top_k_ratio if not given."
+    )
+
+    objective: str = _option(
+        "diffusion",
+        "What is learnt: diffusion, from the clips; or distill, to predict what the dense model does.",
+        choices=["diffusion", "distill"],
+    )
+    distill_attention: float = _option(
+        0.0, "With distill, weight of the error of the sparse layers' attention outputs; 0 leaves it out."
+    )
 
     trainable: str = _option("all", "Without LoRA, what is trained.", choices=["all", "attention", "gates"])
     rank: int = _option(0, "Rank of a LoRA; 0 trains the weights themselves. Gates are always trained as they are.")
@@ -125,6 +137,8 @@ class Options:
             raise ValueError(f"rank={self.rank} trains a LoRA and gates; trainable={self.trainable!r} is for rank=0.")
         if self.trainable == "gates" and self.combine != "gate":
             raise ValueError(f'trainable="gates" needs combine="gate"; combine={self.combine!r} has none.')
+        self._check_objective()
+        self._check_schedule()
         if self.ramp_start + self.ramp_steps > self.max_train_steps:
             raise ValueError(
                 f"ramp_start={self.ramp_start} and ramp_steps={self.ramp_steps} end after "
@@ -134,6 +148,33 @@ class Options:
             raise ValueError(
                 f"lr_warmup_steps={self.lr_warmup_steps} must be less than max_train_steps={self.max_train_steps}."
             )
+
+    def _check_objective(self) -> None:
+        if self.distill_attention and self.objective != "distill":
+            raise ValueError(
+                f'distill_attention={self.distill_attention} needs objective="distill"; '
+                f"objective={self.objective!r} has no dense model to match."
+            )
+
+    def _check_schedule(self) -> None:
+        if self.ratio_schedule is None:
+            return
+        _, last = _ratios(self.ratio_schedule)
+        if last != self.top_k_ratio:
+            raise ValueError(
+                f"ratio_schedule={self.ratio_schedule!r} ends at {last:g}, but top_k_ratio={self.top_k_ratio:g} is the "
+                "ratio in the end; give both the same."
+            )
+        if not self.ramp_steps:
+            raise ValueError(
+                f"ratio_schedule={self.ratio_schedule!r} needs ramp_steps, the steps in which the ratio falls, such as "
+                f"{max(1, self.max_train_steps // 2)}, half of all."
+            )
+
+    @property
+    def first_ratio(self) -> float:
+        """The ratio that the ramp begins at."""
+        return 1.0 if self.ratio_schedule is None else _ratios(self.ratio_schedule)[0]
 
     @property
     def warmup_steps(self) -> int:
@@ -148,6 +189,17 @@ def _layers(given: list[Any]) -> list[int]:
         return [int(layer) for layer in given]
     except ValueError as error:
         raise ValueError(f"dense_layers={given} must be whole numbers, such as 0 -1, or none.") from error
+
+
+def _ratios(schedule: str) -> tuple[float, float]:
+    """Where `ratio_schedule` begins and ends."""
+    try:
+        first, last = map(float, schedule.split(":"))
+    except ValueError:
+        first = last = math.nan
+    if not 0 < last <= first <= 1:
+        raise ValueError(f"ratio_schedule={schedule!r} must be two ratios in (0, 1] that fall, such as 0.5:0.125.")
+    return first, last
 
 
 def _finite(value: float) -> bool:
@@ -167,7 +219,7 @@ _BOUNDS: dict[tuple[str, ...], tuple[Any, str]] = {
         lambda value: _finite(value) and value > 0, "a positive number",
     ),
     ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout"): (lambda value: 0 <= value < 1, "in 0 to 1, 1 left out"),
-    ("adam_weight_decay",): (lambda value: _finite(value) and value >= 0, "0 or more"),
+    ("adam_weight_decay", "distill_attention"): (lambda value: _finite(value) and value >= 0, "0 or more"),
     ("logit_mean", "mode_scale", "guidance_scale"): (_finite, "a finite number"),
     ("top_k_ratio",): (lambda value: 0 < value <= 1, "in (0, 1], the share of key tiles kept, such as 0.125"),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from vsa_diffusers.models import require_family
 from vsa_diffusers.pipeline import enabled_config
 
+from .distillation import sparse_layers
 from .learning_rates import LearningRates
 from .options import Options
 from .parameters import is_gate, is_lora
@@ -47,6 +48,7 @@ def summary(trainer: Trainer, counts: Counts) -> str:
         [
             f"Trains {_what(options, counts)}: {counts.learning:,} of {counts.every:,} parameters of "
             f"{trainer.description.transformer}.",
+            *_objective(trainer),
             _sparse(trainer.transformer, options),
             _data(trainer),
             _steps(trainer),
@@ -65,17 +67,31 @@ def _what(options: Options, counts: Counts) -> str:
     return {"all": "all weights", "attention": "video self-attention"}[options.trainable] + gates
 
 
+def _objective(trainer: Trainer) -> list[str]:
+    """Nothing of the usual objective."""
+    options, distillation = trainer.options, trainer.distillation
+    if distillation is None:
+        return []
+    layers = len(sparse_layers(trainer.transformer))
+    attention = f", and {layers} layers' attention outputs (weight {options.distill_attention:g})"
+    twice = (
+        f"{trainer.held_twice:,} of its parameters are held twice" if trainer.held_twice else "nothing is held twice"
+    )
+    return [f"Distils: matches the dense model's output{attention if options.distill_attention else ''}; {twice}."]
+
+
 def _sparse(transformer: torch.nn.Module, options: Options) -> str:
     names = list(require_family(transformer).video_modules(transformer))
     dense = sorted({layer % len(names) for layer in options.dense_layers})
     config = enabled_config(transformer)
     chosen = {"auto": "quarters" if config.combine == "merge" else "mean"}.get(config.selection, config.selection)
     block = " x ".join(map(str, config.block_size))
-    ramp = f", falling from 1 over steps {options.ramp_start} to {options.ramp_start + options.ramp_steps}"
+    end = options.ramp_start + options.ramp_steps
+    ramp = f", falling from {options.first_ratio:g} over steps {options.ramp_start} to {end}"
     return (
         f"Sparse: {len(names) - len(dense)} of {len(names)} video self-attention layers "
         f"({'dense: ' + ', '.join(map(str, dense)) if dense else 'none dense'}), top_k_ratio {options.top_k_ratio:g}"
-        f"{ramp if options.ramp_start + options.ramp_steps else ''}, blocks of {block}, combine {config.combine}, "
+        f"{ramp if end else ''}, blocks of {block}, combine {config.combine}, "
         f"selection {chosen}."
     )
 

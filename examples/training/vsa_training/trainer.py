@@ -7,6 +7,7 @@ the seed: a training that goes on from a checkpoint sees just what it would have
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,6 +27,8 @@ from .averages import averages_in_place, learning_parameters
 from .checkpoints import Checkpoints, whole_state_dict
 from .dataset import BatchOrder, Sample, Shards, collate, split_shards
 from .description import Description
+from .distillation import Distillation, dense_teacher, keep_apart
+from .identity import module_digest
 from .learning_rates import LearningRates
 from .metrics import MetricsLog
 from .models import load_transformer, prepare_transformer, shrink_frozen, vsa_config
@@ -67,6 +71,10 @@ class Trainer:
                 "DeepSpeed keeps its own checkpoints, which this script does not; launch with FSDP or DDP."
             )
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and options.objective == "distill" and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                'objective="distill" shards its teacher with FSDP 2, and this is FSDP 1; launch with --fsdp_version=2.'
+            )
         if sharded:
             # Accelerate's broadcast from one process fails on parameters that belong to no submodule.
             self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
@@ -74,16 +82,24 @@ class Trainer:
         self.description = Description.load(Path(options.data_dir))
         train, held_out = split_shards(Path(options.data_dir), options.validation_shards)
         self.shards, self.held_out = Shards(train), Shards(held_out)
-        self.ramp = SparsityRamp(options.top_k_ratio, options.ramp_steps, options.ramp_start, options.ramp_stages)
+        self.ramp = SparsityRamp(
+            options.top_k_ratio, options.ramp_steps, options.ramp_start, options.ramp_stages, options.first_ratio
+        )
         self.shift = self.description.shift if options.shift is None else options.shift
 
         # Sharded and wrapped models are reached through this one, which stays what it is.
         self.transformer = load_transformer(options, self.description)
+        self.teacher = dense_teacher(self.transformer) if options.objective == "distill" else None
         prepare_transformer(self.transformer, options)
+        self.held_twice = 0 if self.teacher is None else keep_apart(self.teacher, everything=sharded)
+        # Before types and places change, so that it is the same wherever the training goes on.
+        self.teacher_digest = None if self.teacher is None else module_digest(self.teacher)
         # Where they are not part of the result; FSDP wants one dtype for all.
         frozen_stay = options.rank or options.trainable == "gates"
         if self.accelerator.mixed_precision == "bf16" and frozen_stay and not sharded:
             shrink_frozen(self.transformer, torch.bfloat16)
+        if self.teacher is not None and self.accelerator.mixed_precision == "bf16" and not sharded:
+            shrink_frozen(self.teacher, torch.bfloat16)
         # Of a sharded model, parameters know only a process's part.
         counts = counts_of(self.transformer)
         optimizers = make_optimizers(
@@ -102,6 +118,7 @@ class Trainer:
                 "mixed_precision=bf16, or optimizer=adamw."
             )
         self.model, *self.optimizers = self.accelerator.prepare(self.transformer, *optimizers)
+        self.distillation = None if self.teacher is None else self._distillation(self.teacher, sharded)
         self.rates = LearningRates(
             [each.optimizer for each in self.optimizers], options.lr_scheduler, options.max_train_steps,
             options.warmup_steps,
@@ -163,12 +180,13 @@ class Trainer:
         """One optimiser step over all its batches; counts it, and reports on it."""
         ratio = self.ramp.ratio(self.step)
         set_top_k_ratio(self.transformer, ratio)
-        losses = []
+        losses: dict[str, list[torch.Tensor]] = defaultdict(list)
         for turn in range(self.options.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.model):
-                loss = self._loss(next(batches).to(self.accelerator.device, torch.float32), turn)
-                self.accelerator.backward(loss)
-                losses.append(loss.detach())
+                found = self._losses(next(batches).to(self.accelerator.device, torch.float32), turn)
+                self.accelerator.backward(found["loss"])
+                for name, value in found.items():
+                    losses[name].append(value.detach())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(learning_parameters(self.model), self.options.max_grad_norm)
                 for optimizer in self.optimizers:
@@ -180,26 +198,43 @@ class Trainer:
         if self.ema is not None:
             self.ema.step(learning_parameters(self.model))
         self.step += 1
-        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        means = torch.stack([torch.stack(each).mean() for each in losses.values()])
+        report = dict(zip(losses, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        loss = report["loss"]
         # With fp16, gradients may overflow: the step is left out, and the scale falls.
         if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
             raise RuntimeError(
                 f"The loss is {loss}, the norm of the gradients {float(norm)} at step {self.step}; lower learning_rate "
                 "or gate_learning_rate, and go on from the last checkpoint."
             )
-        return {"loss": loss, "grad_norm": float(norm), "top_k_ratio": ratio} | rates
+        return report | {"grad_norm": float(norm), "top_k_ratio": ratio} | rates
 
-    def _loss(self, batch: Sample, turn: int) -> torch.Tensor:
+    def _losses(self, batch: Sample, turn: int) -> dict[str, torch.Tensor]:
+        """The loss to minimise, `loss`, and its parts where it has some."""
         accelerator, clean = self.accelerator, batch.clean
         place = (self.step * self.options.gradient_accumulation_steps + turn) * accelerator.num_processes
         # Also seeds dropout.
         torch.manual_seed((self.options.seed << 40) + place + accelerator.process_index)
         noise = torch.randn(clean.shape).to(clean)
         sigmas = self._draw_sigmas(len(clean)).to(clean)
-        with accelerator.autocast():
-            noisy = add_noise(clean, noise, sigmas)
-            prediction = predict(self.model, batch, noisy, sigmas, self.description.channel_axis)
-        return velocity_error(prediction, clean, noise).mean()
+        noisy = add_noise(clean, noise, sigmas)
+
+        def prediction(model: torch.nn.Module) -> torch.Tensor:
+            with accelerator.autocast():
+                return predict(model, batch, noisy, sigmas, self.description.channel_axis)
+
+        if self.distillation is not None:
+            return self.distillation.losses(self.model, prediction)
+        return {"loss": velocity_error(prediction(self.model), clean, noise).mean()}
+
+    def _distillation(self, teacher: torch.nn.Module, sharded: bool) -> Distillation:
+        """The teacher where the model is, spread over processes if that is."""
+        teacher.requires_grad_(False)
+        if sharded:
+            teacher = fsdp2_prepare_model(self.accelerator, teacher)
+        else:
+            teacher.to(self.accelerator.device)
+        return Distillation(teacher, self.transformer, self.options.distill_attention)
 
     def _draw_sigmas(self, count: int) -> torch.Tensor:
         """Noise levels of the options' distribution, those outside of its bounds drawn again."""
@@ -295,12 +330,13 @@ class Trainer:
     def _fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a training to go on."""
         options = {name: value for name, value in asdict(self.options).items() if name not in FREE_OPTIONS}
-        return options | {
+        teacher = {} if self.teacher_digest is None else {"teacher": self.teacher_digest}
+        return options | teacher | {
             "processes": self.accelerator.num_processes,
             # As accelerate was configured, where the option leaves it to that.
             "mixed_precision": str(self.accelerator.mixed_precision),
             "training clips": self.shards.digest(),
-        }
+        }  # fmt: skip
 
     def _log(self, report: dict[str, float]) -> None:
         self.accelerator.log(report, step=self.step)
