@@ -14,6 +14,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from merge_gate import add_gates_to_merge
 from procedural_video import sample_scene
+from vsa_training.distillation import Distillation
 from vsa_training.objective import add_noise, logit_normal_quantiles, velocity_error
 from vsa_training.parameters import choose_trainable, make_optimizers
 from vsa_training.sparsity import SparsityRamp
@@ -81,6 +82,9 @@ class Recipe:
     compile: bool = False
     block_size: tuple[int, int, int] = (4, 4, 4)
     max_norm: float = 1.0
+    first_ratio: float = 1.0  # where the ramp begins
+    objective: str = "diffusion"  # or distill
+    distill_attention: float = 0.0
 
 
 def load_material(
@@ -198,8 +202,12 @@ def fine_tune(
     recipe: Recipe,
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    teacher: WanTransformer3DModel | None = None,
 ) -> dict:
     """Train in place. Clips, noise and levels follow from `seed` and the step alone, so variants see the same.
+
+    Args:
+        teacher: the dense model, for `recipe.objective="distill"`; a dense `variant` has no use for it.
 
     Returns:
         `seconds`, and the `curve` of training losses, a mean over each twentieth of the steps.
@@ -208,7 +216,10 @@ def fine_tune(
         for block in model.blocks:
             block.compile()
     choose_trainable(model.train(), "all" if variant == "dense" and recipe.trainable == "gates" else recipe.trainable)
-    ramp = SparsityRamp(ratio, steps=round(recipe.ramp * recipe.steps))
+    ramp = SparsityRamp(ratio, steps=round(recipe.ramp * recipe.steps), first=max(ratio, recipe.first_ratio))
+    distillation = None
+    if recipe.objective == "distill" and variant != "dense":
+        distillation = Distillation(teacher, model, recipe.distill_attention)
     optimizers = make_optimizers(model, recipe.optimizer, recipe.lr, recipe.gate_lr)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(each, lambda step: _warm_cosine(step, recipe.steps)) for each in optimizers
@@ -218,7 +229,11 @@ def fine_tune(
     for step in range(recipe.steps):
         if variant != "dense":
             set_top_k_ratio(model, ramp.ratio(step))
-        loss = _errors(model, *_batch(material, recipe, seed, step)).mean()
+        batch = _batch(material, recipe, seed, step)
+        if distillation is None:
+            loss = _errors(model, *batch).mean()
+        else:
+            loss = distillation.losses(model, lambda each, batch=batch: _predict(each, *batch))["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -247,9 +262,12 @@ def _batch(material: Material, recipe: Recipe, seed: int, step: int) -> tuple[to
 
 
 def _errors(model, clean, noise, sigmas, embeds) -> torch.Tensor:
+    return velocity_error(_predict(model, clean, noise, sigmas, embeds), clean, noise)
+
+
+def _predict(model, clean, noise, sigmas, embeds) -> torch.Tensor:
     with autocast(clean.device):
-        prediction = model(add_noise(clean, noise, sigmas), 1000 * sigmas, embeds, return_dict=False)[0]
-    return velocity_error(prediction, clean, noise)
+        return model(add_noise(clean, noise, sigmas), 1000 * sigmas, embeds, return_dict=False)[0]
 
 
 def _warm_cosine(step: int, steps: int) -> float:

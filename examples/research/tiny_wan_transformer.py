@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from procedural_video import sample_scene
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
@@ -62,7 +63,9 @@ def encode_clips(folder: Path, vae: AutoencoderKLWan, clips: Clips, device: torc
     made_with = {"vae": module_digest(vae)}
     # Not an approximation: the slices that this leaves out are zero.
     vae = without_past(copy.deepcopy(vae)).to(device)
-    for first in track(range(0, clips.count, SHARD), description=f"Latents {clips.name}"):
+    # On stderr: what scripts print may be data.
+    places = track(range(0, clips.count, SHARD), description=f"Latents {clips.name}", console=Console(stderr=True))
+    for first in places:
         shard = folder / clips.name / f"{first:06d}.safetensors"
         if shard.exists():
             with opened_tensors(shard) as file:
