@@ -33,6 +33,7 @@ NOWHERE = {
     "precompute_latents": ["--pretrained_model_name_or_path=./nowhere", "--data_dir=./nowhere", "--output_dir=latents"],
     "train_vsa": ["--pretrained_model_name_or_path=./nowhere", "--data_dir=./nowhere", "--output_dir=training"],
     "auto_block": ["--model=./nowhere"],
+    "distill_evidence": ["--model=./nowhere"],
     "schedule_evidence": ["--model=./nowhere"],
     "train_clips_wan": ["./nowhere"],
     "train_tiny_wan": ["evaluate", "--model=./nowhere"],
