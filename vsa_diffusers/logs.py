@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PACKAGE = "vsa_diffusers"
 
@@ -48,6 +50,20 @@ def show_messages() -> None:
         return
     logger.addHandler(StderrHandler())
     if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """In the block the package logs no less than warnings, unless its level was set to something else than INFO."""
+    logger = logging.getLogger(PACKAGE)
+    if logger.level != logging.INFO:
+        yield
+        return
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
         logger.setLevel(logging.INFO)
 
 

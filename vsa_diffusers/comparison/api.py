@@ -179,7 +179,8 @@ def compare(
     calls = [call_arguments(pipe, **shared, prompt=prompt, fps=fps) for prompt in prompts]
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    work = _Work(Store(folder_of(directory) if reuse else None), _facts(pipe), calls, seed, fps, progress or Progress())
+    store = Store(folder_of(directory) if reuse else None)
+    work = _Work(store, facts_of(pipe), calls, seed, fps, progress or Progress())
     distance, no_distance = learned_distance(work.facts["device"])
     results: list[Result] = []
     for setting in everything:
@@ -238,7 +239,7 @@ class _Work:
         }  # fmt: skip
 
 
-def _facts(pipe: DiffusionPipeline) -> dict[str, Any]:
+def facts_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Model, versions and hardware."""
     device = torch.device(getattr(pipe, "_execution_device", pipe.device))
     processor = f"{_processor()}, {torch.get_num_threads()} threads"

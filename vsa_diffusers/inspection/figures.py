@@ -30,7 +30,7 @@ def draw_table(inspection: Inspection, what: str) -> Figure:
     """A number of each layer and step as a map: "mass" (of the kept tiles) or "error" (of the layer's output)."""
     title, colors, limit = _TABLES[what]
     table = inspection.table(what)
-    figure = _figure(_WIDTH, 1.2 + _ROW_INCHES * len(table))
+    figure = new_figure(_WIDTH, 1.2 + _ROW_INCHES * len(table))
     axis = figure.subplots()
     top = max(float(np.nanmax(table)), 1e-9) if limit is None else limit
     image = axis.imshow(table, aspect="auto", cmap=colors, vmin=0, vmax=top)
@@ -51,7 +51,7 @@ def draw_sharpness(inspection: Inspection) -> Figure:
     """The share of the tiles that each layer needs for 90 % of its mass: chosen by mass, and by the selection."""
     best, selected = inspection.by_layer("needed"), inspection.by_layer("needed_by_selection")
     ratio = _kept_share(inspection)
-    figure = _figure(_WIDTH, 1.9 + _ROW_INCHES * len(best))
+    figure = new_figure(_WIDTH, 1.9 + _ROW_INCHES * len(best))
     axis = figure.subplots()
     rows = np.arange(len(best))
     axis.hlines(rows, best, selected, color="#9ca3af", lw=3)
@@ -73,7 +73,7 @@ def draw_curves(inspection: Inspection) -> Figure:
     """The mass that tiles kept by the selection hold, at every ratio, a line a layer."""
     import matplotlib
 
-    figure = _figure(_WIDTH, 3.8)
+    figure = new_figure(_WIDTH, 3.8)
     axis = figure.subplots()
     curves, layers = inspection.by_layer("curve"), inspection.layers
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
@@ -125,7 +125,7 @@ def draw_query(
     frames = {each: _frame(inspection, first, each) for each in columns}
     height, width, _ = frames[columns[0]][1].shape
     side = min(1.7, 7.6 / len(columns))
-    figure = _figure(len(columns) * side + 0.8, len(drawn) * side * height / width + 0.8)
+    figure = new_figure(len(columns) * side + 0.8, len(drawn) * side * height / width + 0.8)
     axes = figure.subplots(len(drawn), len(columns), squeeze=False)
     for row, each in zip(axes, drawn, strict=True):
         row[0].set_ylabel(f"{_short(each.layer, inspection)}\nholds {each.mass:.0%}", fontsize=8)
@@ -246,7 +246,8 @@ def _short(layer: Layer, inspection: Inspection) -> str:
     return f"layer {layer.position}" if one else f"{layer.part} {layer.position}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
     class Drawing(Figure):

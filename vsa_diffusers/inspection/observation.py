@@ -125,7 +125,7 @@ def measure(
         dense: what the call would return with every tile kept.
     """
     sparse, indices, _ = forward(query, key, value, gate, context_mask, problem, implementation)
-    error = _relative_error(sparse[:, problem.video], dense[:, problem.video])
+    error = relative_error(sparse[:, problem.video], dense[:, problem.video])
     del sparse
     mass = tile_mass(query, key, problem, tiles, context_mask)
     of_tiles, context = mass[..., :-1], mass[..., -1:]
@@ -201,7 +201,8 @@ def _needed(cumulated: torch.Tensor) -> float:
     return float(count.clamp_max(cumulated.shape[-1]).double().mean()) / cumulated.shape[-1]
 
 
-def _relative_error(sparse: torch.Tensor, dense: torch.Tensor) -> float:
+def relative_error(sparse: torch.Tensor, dense: torch.Tensor) -> float:
+    """`||sparse - dense|| / ||dense||` over all of two tensors of one shape, batch first; 0 where dense is zero."""
     difference, norm = 0.0, 0.0
     exact = accumulator(dense.dtype)
     for ours, theirs in zip(sparse, dense, strict=True):  # an item at a time: these are copies

@@ -154,9 +154,7 @@ class _Sample:
 
     def has_step(self, step: int, total: int) -> bool:
         if isinstance(self.steps, int):
-            count = min(self.steps, total)
-            last = max(1, count - 1)
-            return step in {round(each * (total - 1) / last) for each in range(count)}
+            return step in spread_steps(self.steps, total)
         for asked in self.steps:
             if not -total <= asked < total:
                 raise ValueError(f"steps={list(self.steps)}: the run has {total} steps, 0 to {total - 1}.")
@@ -222,6 +220,12 @@ class _Observer:
             tiles = sampled_tiles(grid.num_tiles, self.sample.tiles, self.sample.seed, tile)
             self.keep(Observation(self.layer, step, self.run, **measure(*call, tiles, tile, dense)))
         return dense
+
+
+def spread_steps(count: int, total: int) -> set[int]:
+    """Numbers of `count` steps of a run of `total`, spread evenly from first to last; all if there are fewer."""
+    count = min(count, total)
+    return {round(each * (total - 1) / max(1, count - 1)) for each in range(count)}
 
 
 def _config(parts: dict[str, torch.nn.Module], ratio: float | None, config: VSAConfig | None) -> VSAConfig:
