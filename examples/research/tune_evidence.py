@@ -1,0 +1,202 @@
+"""What tuning gains on videos that it was not tuned on: tuned settings of the tiny Wan model against the default.
+
+    PYTHONPATH=examples/training python examples/research/tune_evidence.py --output runs/tune
+
+Tunes for each target by a few captions of the training split and one seed. Then held-out captions, with seeds of their
+own, are made dense, with each tuned setting, and with `enable_vsa(pipe, top_k_ratio=...)`, all else by default, where
+that keeps at least as many tiles; and with that ratio and the tuned setting's schedule in all layers alike, which tells
+what the layers' ratios add. Last, the default at higher ratios says what share of the tiles it needs for the tuned
+setting's PSNR. All numbers are differences within pairs of caption and seed, with their spread. Goes on after an
+interruption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from procedural_video import descriptions
+from rich.console import Console
+from rich.table import Table
+
+from tiny_wan_evaluation import held_out_captions
+from vsa_diffusers import VSAConfig
+from vsa_diffusers.cli.progress import progress_bars
+from vsa_diffusers.cli.script import run_script
+from vsa_diffusers.comparison import Comparison, Setting, compare
+from vsa_diffusers.files import replaced_file
+from vsa_diffusers.generation.loading import load_pipeline, place, recommended_call
+from vsa_diffusers.tuning import Tuning, tune
+from vsa_diffusers.tuning.api import as_config
+from vsa_diffusers.tuning.search import SHAPES
+
+MODEL = Path(__file__).parents[1] / "tiny_wan"
+MORE = (1.25, 1.6, 2.0, 2.6)
+"""Times the tuned setting's share of the tiles, at which the default is made to find the one of equal PSNR."""
+FIRST_SEED = 1000
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where everything is written.")] = Path(
+        "tune_evidence"
+    ),
+    psnr: Annotated[str, typer.Option(help="Targets, dB.")] = "24,30",
+    tuned_by: Annotated[int, typer.Option(help="Captions of the training split that are tuned by.")] = 3,
+    captions: Annotated[int, typer.Option(help="Held-out captions.")] = 6,
+    seeds: Annotated[int, typer.Option(help="Seeds of each of them.")] = 2,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    frames: Annotated[int, typer.Option(help="Of each video.")] = 61,
+    height: Annotated[int, typer.Option(help="Of each video.")] = 256,
+    width: Annotated[int, typer.Option(help="Of each video.")] = 256,
+    rounds: Annotated[int, typer.Option(help="As in tune.")] = 3,
+    model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.", exists=True, file_okay=False)] = MODEL,
+) -> None:
+    """Print a table, and write evidence.json."""
+    begin = time.perf_counter()
+    call, _ = recommended_call(model)
+    call |= {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
+    del call["prompt"]
+    pipe = load_pipeline(model)
+    place(pipe)
+    train, held_out = descriptions("train"), [each.caption for each in held_out_captions(captions)]
+    prompts = [train[(2 * index + 1) * len(train) // (2 * tuned_by)].caption for index in range(tuned_by)]
+    targets = [float(target) for target in psnr.split(",")]
+    with progress_bars() as progress:
+        tunings = [
+            tune(pipe, prompts, output / "tuning", psnr=target, arguments=call, rounds=rounds, progress=progress)
+            for target in targets
+        ]
+        tuned_seconds = time.perf_counter() - begin
+        settings = settings_of(tunings)
+        comparisons = [
+            compare(
+                pipe, held_out, [setting for setting, _ in settings], output / f"held_out-{seed}", arguments=call,
+                seed=FIRST_SEED + seed, progress=progress,
+            )
+            for seed in range(seeds)
+        ]  # fmt: skip
+    found = [summary(tuning, settings, comparisons) for tuning in tunings]
+    everything = {
+        "hardware": comparisons[0].facts["hardware"], "dtype": comparisons[0].facts["dtype"],
+        "versions": comparisons[0].facts["versions"], "call": call, "tuned_by": prompts, "held_out": held_out,
+        "seeds": [FIRST_SEED + seed for seed in range(seeds)], "seconds_of_tuning": tuned_seconds,
+        "seconds": time.perf_counter() - begin, "targets": found,
+    }  # fmt: skip
+    with replaced_file(output / "evidence.json") as partial:
+        partial.write_text(json.dumps(everything, indent=1) + "\n")
+    print_table(everything)
+
+
+def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
+    """What is made of the held-out captions, and what it is: for which target, of what kind, and what it keeps."""
+    settings: list[tuple[Setting, dict[str, Any]]] = []
+    for tuning in tunings:
+        best, tiles = tuning.best, tuning.probe.default_tiles
+        target = tuning.target.value
+
+        def add(kind: str, config: Any, kept: float, target: float = target) -> None:
+            name = f"{kind} {target:g} at {kept:.4f}"
+            settings.append((Setting(name, config), {"target": target, "kind": kind, "kept": kept}))
+
+        add("tuned", as_config(best.config), best.kept)
+        share = math.ceil(best.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
+        add("default", VSAConfig(round(share, 6)), share)
+        if best.allocation is not None and best.schedule != "constant":
+            fields = SHAPES[best.schedule].fields(share)
+            add("schedule alone", VSAConfig(**fields), share)
+        for factor in MORE:
+            more = math.ceil(factor * best.kept * tiles) / tiles
+            if share < more < 1:
+                add("default, more", VSAConfig(round(more, 6)), more)
+    return settings
+
+
+def summary(
+    tuning: Tuning, settings: list[tuple[Setting, dict[str, Any]]], comparisons: list[Comparison]
+) -> dict[str, Any]:
+    """Of one target: each setting over all pairs, and the tuned one less the others."""
+    rows, of_kind = [], {}
+    for index, (setting, what) in enumerate(settings, start=1):
+        if what["target"] != tuning.target.value:
+            continue
+        close = [each for comparison in comparisons for each in comparison.results[index].close]
+        dense = [each.denoising for comparison in comparisons for each in comparison.results[0].made]
+        made = [each.denoising for comparison in comparisons for each in comparison.results[index].made]
+        row = what | {"name": setting.name, "psnr": [min(each.psnr, 100.0) for each in close],
+                      "ssim": [each.ssim for each in close], "denoising": made,
+                      "speedup": sum(dense) / sum(made)}  # fmt: skip
+        rows.append(row)
+        of_kind.setdefault(what["kind"], row)
+    tuned = of_kind["tuned"]
+    differences = {}
+    for kind in ("default", "schedule alone"):
+        if kind in of_kind:
+            pairs = zip(tuned["psnr"], of_kind[kind]["psnr"], strict=True)
+            differences[kind] = statistics_of([ours - theirs for ours, theirs in pairs])
+    equal = share_for(statistics.fmean(tuned["psnr"]), [row for row in rows if row["kind"].startswith("default")])
+    return {
+        "target": tuning.target.value, "met_in_tuning": tuning.is_met, "best": tuning.best.name,
+        "config": tuning.best.config, "rows": rows, "psnr_gained_over": differences,
+        "default_share_of_equal_psnr": equal,
+        "times_fewer_tiles_at_equal_psnr": None if equal is None else equal / tuned["kept"],
+    }  # fmt: skip
+
+
+def share_for(psnr: float, rows: list[dict[str, Any]]) -> float | None:
+    """The share of the tiles at which the default has this mean PSNR, on lines between those made; `None` beyond."""
+    points = sorted((row["kept"], statistics.fmean(row["psnr"])) for row in rows)
+    for (low, below), (high, above) in itertools.pairwise(points):
+        if below <= psnr <= above:
+            return low + (high - low) * (psnr - below) / (above - below)
+    return None
+
+
+def statistics_of(values: list[float]) -> dict[str, float]:
+    """Mean, standard deviation, standard error, least and most."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return {
+        "mean": statistics.fmean(values), "standard_deviation": deviation,
+        "standard_error": deviation / math.sqrt(len(values)), "least": min(values), "most": max(values),
+    }  # fmt: skip
+
+
+def print_table(everything: dict[str, Any]) -> None:
+    console = Console(width=120)
+    count = len(everything["held_out"]) * len(everything["seeds"])
+    for found in everything["targets"]:
+        table = Table(
+            title=f"tuned for {found['target']:g} dB ({found['best']}); {count} pairs that it was not tuned on"
+        )
+        for heading in ("setting", "tiles kept", "PSNR, dB", "SSIM", "times dense"):
+            table.add_column(heading, justify="left" if heading == "setting" else "right")
+        for row in found["rows"]:
+            psnr, ssim = statistics_of(row["psnr"]), statistics_of(row["ssim"])
+            table.add_row(
+                row["kind"], f"{row['kept']:.3f}", f"{psnr['mean']:.2f} ± {psnr['standard_deviation']:.2f}",
+                f"{ssim['mean']:.4f} ± {ssim['standard_deviation']:.4f}", f"{row['speedup']:.2f}x",
+            )  # fmt: skip
+        console.print(table)
+        for kind, gained in found["psnr_gained_over"].items():
+            console.print(
+                f"over {kind}: {gained['mean']:+.2f} dB ± {gained['standard_error']:.2f} (standard error), standard "
+                f"deviation {gained['standard_deviation']:.2f}, from {gained['least']:+.2f} to {gained['most']:+.2f}"
+            )
+        if found["default_share_of_equal_psnr"] is not None:
+            console.print(
+                f"equal PSNR: the default keeps {found['default_share_of_equal_psnr']:.3f} of the tiles, "
+                f"{found['times_fewer_tiles_at_equal_psnr']:.2f} times as many"
+            )
+    console.print(
+        f"{everything['hardware']}, {everything['dtype']}: {everything['seconds_of_tuning']:.0f} s of tuning, "
+        f"{everything['seconds']:.0f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

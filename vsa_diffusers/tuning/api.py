@@ -1,0 +1,323 @@
+"""`tune`: probe, search, confirm; and how budgets are tried until the target is met."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..attention import check_choice
+from ..comparison import Comparison, Setting, compare
+from ..comparison.api import facts_of
+from ..comparison.measure import attending
+from ..comparison.quality import check_report_packages
+from ..comparison.store import fingerprint, image_digest
+from ..config import VSAConfig
+from ..files import PathLike, replaced_file
+from ..generation.calling import call_arguments, number_of_steps, tells_steps
+from ..generation.loading import compile_blocks, is_compiled
+from ..generation.progress import Progress
+from ..generation.sparsity import Config
+from ..logs import warnings_only
+from ..pipeline import supported_parts
+from ..selection import SELECTIONS
+from .probe import STEPS, Block, Probe, probe
+from .replay import Call, error_of, record
+from .result import DEFAULT, Point, Tuning, best_of
+from .search import SHAPES, Allocation, Cost, Search, default_at
+from .state import State
+from .target import TOLERANCES, Target
+
+CONFIG, RESULTS, REPORT, STATE, VIDEOS = "config.json", "results.json", "report.html", "state.json", "videos"
+BLOCKS: tuple[Block, ...] = ("auto", (4, 4, 4))
+FIRST_BUDGET = 0.25
+LEAST_BUDGET, MOST_BUDGET = 0.03, 0.95
+FACTOR = 1.6
+"""Between two budgets while the target lies beyond all that were tried."""
+ALIKE = 1.1
+"""Schedules are compared by points that cost at most so many times the budget."""
+PROBED_PROMPTS = 2
+
+
+def tune(
+    pipe: DiffusionPipeline,
+    prompts: str | Sequence[str],
+    directory: PathLike = "tuning",
+    *,
+    psnr: float | None = None,
+    ssim: float | None = None,
+    error: float | None = None,
+    speedup: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    fps: float | None = None,
+    blocks: Sequence[Block] = BLOCKS,
+    selections: Sequence[str] = tuple(reversed(SELECTIONS)),
+    schedules: Sequence[str] = tuple(SHAPES),
+    rounds: int = 3,
+    measure: bool = False,
+    compile: bool = False,
+    anew: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Tuning:
+    """Find the settings that reach a quality at least cost, or a speed at best quality, by a few prompts.
+
+        tune(pipe, ["A cat walks on the grass.", "Rain on a window."], psnr=30, arguments={"num_frames": 49})
+        enable_vsa(pipe, config=json.loads(Path("tuning/config.json").read_text()))
+
+    How it goes about it says `vsa_diffusers.tuning`. Into `directory` go `config.json`, unless the target was not
+    reached, `report.html`, `results.json`, in `videos/` the comparison of all whole videos, and what is needed to go on
+    after an interruption. After it the pipeline attends as it did before.
+
+    Args:
+        pipe: a pipeline with a supported transformer, where it is to run, not compiled.
+        prompts: one or several; what they are judged by need not hold for others.
+        directory: is made if need be. Another target with the same directory makes only what is new.
+        psnr: least PSNR to the dense videos, dB, in the mean over the prompts. One of the four is needed.
+        ssim: least SSIM, likewise.
+        error: largest relative error of the transformer's output, on inputs of the dense run.
+        speedup: least times as fast as dense, by the time of denoising whole videos.
+        arguments: of the pipeline's call, such as `height`, `num_frames` and `num_inference_steps`.
+        seed: of the noise.
+        fps: frames per second; `None` takes the pipeline's.
+        blocks: block sizes to choose from, where no trained gates bind them.
+        selections: `"mean"`, `"quarters"`, or both, likewise.
+        schedules: names from `vsa_diffusers.tuning.search.SHAPES`.
+        rounds: how many more budgets of the best schedule make whole videos.
+        measure: count times of layers as costs, where they are stable, instead of shares of tiles.
+        compile: compile the transformers' blocks before whole videos are made; they stay so.
+        anew: forget what an earlier tuning left in the directory, but for its videos.
+        progress: told of what is done.
+        command: shown in the report.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, the pipeline is compiled, or nothing in it can be sparse.
+        ImportError: a package of the extra `report` is missing; nothing was made then.
+    """
+    target = Target.one_of({"psnr": psnr, "ssim": ssim, "error": error, "speedup": speedup})
+    check_report_packages()
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    check_choices(prompts, blocks, selections, schedules, rounds)
+    if is_compiled(pipe):
+        raise ValueError(
+            "pipe is compiled, and compiled code cannot be looked into while it runs; load it again, and pass compile."
+        )
+    shared = dict(arguments or {})
+    calls = [call_arguments(pipe, **shared, prompt=prompt, fps=fps) for prompt in prompts]
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = State(directory / STATE, _facts(pipe, calls, seed), anew)
+    progress = progress or Progress()
+    recorded = _Recorded(pipe, calls[:PROBED_PROMPTS], seed, progress)
+    with warnings_only():  # of dozens of settings each would be told
+        probed = probe(pipe, recorded.calls, blocks, selections, state, measure, progress)
+        cost = Cost.of_probe(probed)
+
+        def videos(settings: Sequence[Setting]) -> Comparison:
+            return compare(
+                pipe, prompts, settings, directory / VIDEOS, arguments=shared, seed=seed, fps=fps, progress=progress,
+                command=command,
+            )  # fmt: skip
+
+        def error_by(setting: Setting) -> float | None:
+            if target.name != "error":
+                return None
+            name = f"error {json.dumps(setting.to_dict(), sort_keys=True)}"
+            return float(state.once(name, lambda: recorded.error(setting)))
+
+        if compile:
+            if target.name == "error":
+                recorded.calls()  # what is compiled would be recorded wrongly
+            compile_blocks(pipe)
+        confirm = _Confirm(target, probed, cost, videos, error_by)
+        confirm.settle([Search(probed, cost, SHAPES[name]) for name in schedules], rounds)
+        points = tuple(confirm.points.values())
+        tuning = Tuning(target, points, probed, cost, videos(confirm.settings()), directory, command)
+    _write(tuning)
+    return tuning
+
+
+def check_choices(
+    prompts: Sequence[str], blocks: Sequence[Block], selections: Sequence[str], schedules: Sequence[str], rounds: int
+) -> None:
+    """Refuse what `tune` cannot use, whatever the pipeline."""
+    if not prompts:
+        raise ValueError("prompts=() must name something to tune by.")
+    for block in blocks:
+        VSAConfig(block_size=block)
+    for selection in selections:
+        check_choice("selections", selection, SELECTIONS)
+    for name in schedules:
+        check_choice("schedules", name, tuple(SHAPES))
+    for name, choices in {"blocks": blocks, "selections": selections, "schedules": schedules}.items():
+        if not choices:
+            raise ValueError(f"{name}={list(choices)} must name something to choose from.")
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds} must be 0 or more.")
+
+
+class _Recorded:
+    """The calls of dense runs, made when they are first needed."""
+
+    def __init__(self, pipe: DiffusionPipeline, calls: Sequence[Mapping[str, Any]], seed: int, progress: Progress):
+        self.pipe, self.arguments, self.seed, self.progress = pipe, calls, seed, progress
+        self.made: list[list[Call]] = []
+
+    def calls(self) -> list[list[Call]]:
+        """By prompt."""
+        for index, arguments in enumerate(self.arguments[len(self.made) :], start=1 + len(self.made)):
+            steps = number_of_steps(self.pipe, arguments) if tells_steps(self.pipe) else None
+            self.progress.begin(f"dense run {index} of {len(self.arguments)}", steps)
+            self.made.append(record(self.pipe, arguments, self.seed, STEPS, self.progress.step))
+        return self.made
+
+    def error(self, setting: Setting) -> float:
+        """Of the transformers' outputs in these calls, the root of the mean square."""
+        calls = self.calls()
+        with attending(self.pipe, setting.config):
+            parts = supported_parts(self.pipe)
+            squares = [error_of(parts, of_prompt) ** 2 for of_prompt in calls]
+        return math.sqrt(math.fsum(squares) / len(squares))
+
+
+class _Confirm:
+    """Whole videos of one setting after another."""
+
+    def __init__(
+        self,
+        target: Target,
+        probed: Probe,
+        cost: Cost,
+        videos: Callable[[Sequence[Setting]], Comparison],
+        error: Callable[[Setting], float | None],
+    ):
+        self.target, self.probed, self.cost = target, probed, cost
+        self.videos, self.error = videos, error
+        self.points: dict[str, Point] = {}
+        self.pending: dict[str, dict[str, Any]] = {}
+
+    def settle(self, searches: Sequence[Search], rounds: int) -> None:
+        """All schedules at one budget, with the default; then more budgets of the best one, and its default."""
+        start = self._first_budget()
+        for search in searches:
+            self._add(search.at(start))
+        self._add_default(start)
+        self._make()
+        by = self.target.chooses_by
+        tuned = [each for each in self.points.values() if each.allocation is not None]
+        comparable = [each for each in tuned if each.cost <= start * ALIKE] or tuned
+        best = max(comparable, key=lambda each: each.value(by))
+        search = next(each for each in searches if each.shape.name == best.schedule)
+        for _ in range(rounds):
+            own = [each for each in self.points.values() if each.schedule == best.schedule]
+            budget = next_budget(own, self.target)
+            if budget is None or not self._add(search.at(budget)):
+                break
+            self._make()
+        found = best_of(list(self.points.values()), self.target)
+        if found.allocation is not None and self._add_default(found.cost):
+            self._make()
+
+    def settings(self) -> list[Setting]:
+        """All of which there are points."""
+        return [Setting(name, as_config(point.config)) for name, point in self.points.items()]
+
+    def _first_budget(self) -> float:
+        budget = None if self.target.is_quality else self.cost.budget_for(self.target.value)
+        return FIRST_BUDGET if budget is None else min(MOST_BUDGET, max(LEAST_BUDGET, budget))
+
+    def _add(self, allocation: Allocation) -> bool:
+        """Whether it is new."""
+        name = f"{allocation.shape.name} {allocation.cost:.3f}"
+        if name in self.points or name in self.pending:
+            return False
+        self.pending[name] = {
+            "schedule": allocation.shape.name, "config": allocation.config(self.probed), "cost": allocation.cost,
+            "kept": allocation.kept, "allocation": allocation,
+        }  # fmt: skip
+        return True
+
+    def _add_default(self, budget: float) -> bool:
+        """Whether it is new."""
+        config, cost, kept = default_at(self.probed, self.cost, budget)
+        name = f"default {config.top_k_ratio:.3f}"
+        if name in self.points:
+            return False
+        self.pending[name] = {"schedule": DEFAULT, "config": config.to_dict(), "cost": cost, "kept": kept}
+        return True
+
+    def _make(self) -> None:
+        """Whole videos of what is pending."""
+        settings = [Setting(name, as_config(numbers["config"])) for name, numbers in self.pending.items()]
+        comparison = self.videos(settings)
+        for setting, result in zip(settings, comparison.results[1:], strict=True):
+            seen = {name: result.mean(name) for name in ("psnr", "ssim")} | {"speedup": comparison.speedup(result)}
+            numbers = self.pending[setting.name] | seen | {"error": self.error(setting)}
+            self.points[setting.name] = Point(setting.name, **numbers)
+        self.pending.clear()
+
+
+def next_budget(points: Sequence[Point], target: Target) -> float | None:
+    """Where to look for the target next, by the points of one schedule; `None` where that is not worth a video.
+
+    Between the two points that enclose the target: on a line in the logarithm of the cost. Beyond all points: by
+    `FACTOR`.
+    """
+    slack = sorted((each.cost, target.beyond(each.value(target.name))) for each in points)
+    close = TOLERANCES[target.name]
+    if any(0 <= beyond <= close for _, beyond in slack):
+        return None
+    # More cost brings quality nearer, and a speed further away.
+    sign = 1 if target.is_quality else -1
+    short = [each for each in slack if sign * each[1] < 0]
+    enough = [each for each in slack if sign * each[1] >= 0]
+    if not enough:
+        budget = max(cost for cost, _ in slack) * FACTOR
+    elif not short:
+        budget = min(cost for cost, _ in slack) / FACTOR
+    else:
+        (low, below), (high, above) = max(short), min(enough)
+        below, above = max(-1e3, min(1e3, sign * below)), max(-1e3, min(1e3, sign * above))
+        if high <= low * 1.02:
+            return None
+        aim = sign * close / 2
+        part = min(0.9, max(0.1, (aim - below) / (above - below)))
+        budget = math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
+    budget = min(MOST_BUDGET, max(LEAST_BUDGET, budget))
+    return None if any(abs(cost - budget) < 1e-3 for cost, _ in slack) else budget
+
+
+def as_config(config: Mapping[str, Any]) -> Config:
+    """Fields of `VSAConfig` as one; patterns as they are."""
+    is_fields = config.keys() <= vars(VSAConfig()).keys()
+    return VSAConfig.from_dict(config) if is_fields else config
+
+
+def _facts(pipe: DiffusionPipeline, calls: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    facts = facts_of(pipe)
+    shown = [
+        {name: image_digest(value) if name == "image" else value for name, value in call.items()} for call in calls
+    ]
+    return {
+        **{name: facts[name] for name in ("pipeline", "dtype", "device")}, "weights": fingerprint(pipe),
+        "calls": shown, "seed": seed,
+    }  # fmt: skip
+
+
+def _write(tuning: Tuning) -> None:
+    from .report import write_report
+
+    write_report(tuning.directory / REPORT, tuning)
+    with replaced_file(tuning.directory / RESULTS) as partial:
+        partial.write_text(json.dumps(tuning.to_dict(), indent=2) + "\n")
+    config = tuning.directory / CONFIG
+    if not tuning.is_met:
+        config.unlink(missing_ok=True)  # perhaps one of another target
+        return
+    with replaced_file(config) as partial:
+        partial.write_text(json.dumps(tuning.best.config, indent=2) + "\n")

@@ -1,0 +1,68 @@
+"""A tuning of a model that is loaded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..comparison.quality import check_report_packages
+from ..files import PathLike
+from ..generation.calling import call_arguments
+from ..generation.loading import load_pipeline, pipeline_class, place, recommended_call
+from ..generation.progress import Progress
+from ..selection import SELECTIONS
+from .api import BLOCKS, check_choices, tune
+from .result import Tuning
+from .search import SHAPES
+from .target import Target
+
+TARGETS = ("psnr", "ssim", "error", "speedup")
+
+
+def tune_model(
+    model: PathLike,
+    prompts: Sequence[str],
+    directory: PathLike,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload: str = "none",
+    lora: PathLike | None = None,
+    gates: PathLike | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> Tuning:
+    """Load a pipeline and `tune` it.
+
+    Args:
+        model, dtype, device, lora, gates: as in `load_pipeline`.
+        prompts, directory, progress: as in `tune`.
+        arguments: of the pipeline's call; what is `None` is left to `recommended_call` and to the pipeline.
+        seed: of the noise; `None` takes the recommended one, else 0.
+        offload: as in `place`.
+        more: further arguments of `tune`.
+
+    Raises:
+        What `tune`, `load_pipeline` and `place` raise.
+    """
+    check_report_packages()
+    Target.one_of({name: more.get(name) for name in TARGETS})
+    check_choices(
+        prompts, more.get("blocks", BLOCKS), more.get("selections", SELECTIONS), more.get("schedules", tuple(SHAPES)),
+        more.get("rounds", 0),
+    )  # fmt: skip
+    recommended, usual_seed = recommended_call(model)
+    recommended.pop("prompt", None)
+    wanted = recommended | {name: value for name, value in (arguments or {}).items() if value is not None}
+    cls = pipeline_class(model)
+    if cls is not None:  # refused before loading rather than after
+        call_arguments(cls, **wanted)
+    progress = progress or Progress()
+    progress.begin("loading", None)
+    pipe = load_pipeline(model, dtype=dtype, device=device, lora=lora, gates=gates)
+    place(pipe, device, offload)
+    return tune(
+        pipe, prompts, directory, arguments=wanted, seed=usual_seed if seed is None else seed, progress=progress, **more
+    )

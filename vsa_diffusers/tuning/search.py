@@ -1,0 +1,247 @@
+"""From what was measured of single layers to settings of all of them, by a schedule and a budget.
+
+A setting is a schedule, a curve over the run, and a level for every layer, the curve's mean there. What a level costs
+and loses in a layer is known from the probe; the errors of layers and steps count as independent, so that their squares
+add up. From the lowest level everywhere, that rise is made first, again and again, that takes most of the squared error
+away for its cost. So one walk gives the settings of all budgets of one schedule.
+
+Which schedule is best the probe cannot tell, since an error early in a run changes all that follows: whole videos do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import VSAConfig
+from ..schedule import share_of
+from ..steps import Position
+from ..tiles import num_selected_tiles
+from .probe import Probe
+
+LEVELS = tuple(round(0.03 * (1 / 0.03) ** (place / 17), 3) for place in range(18))
+"""Means that a layer may keep; the last one is dense attention."""
+STABLE = 0.1
+"""Largest interquartile range of a layer's times, over their median, at which times are what is counted."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A schedule but for its mean.
+
+    Args:
+        name: what it is called.
+        fields: of `VSAConfig`, for a mean in (0, 1).
+    """
+
+    name: str
+    fields: Callable[[float], dict[str, Any]]
+
+
+def _ramp(first: float, last: float, power: float) -> Callable[[float], dict[str, Any]]:
+    """Between multiples of the mean."""
+
+    def fields(mean: float) -> dict[str, Any]:
+        ends = [[0.0, min(1.0, round(first * mean, 4))], [1.0, min(1.0, round(last * mean, 4))]]
+        return {"schedule": {"points": ends, "power": power}}
+
+    return fields
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("constant", lambda mean: {"top_k_ratio": mean, "schedule": "constant"}),
+        Shape("ramp", _ramp(1.75, 0.25, 1.0)),
+        Shape("front", lambda mean: {"top_k_ratio": mean, "schedule": "front"}),
+        Shape("steep", _ramp(4.2, 0.2, 4.0)),
+        Shape("dense start", lambda mean: {"top_k_ratio": mean, "schedule": "constant", "dense_steps": 0.2}),
+    )
+}
+"""The schedules that are tried, by name."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer costs at a ratio, as a part of what it costs dense.
+
+    Args:
+        times: seconds by ratio, dense as ratio 0; `None` counts tiles instead.
+        rest: seconds of a forward that are not attention.
+        layers: how many attention layers a forward has.
+        reason: what is counted, and why, in words.
+    """
+
+    times: Mapping[float, float] | None
+    rest: float
+    layers: int
+    reason: str
+
+    @classmethod
+    def of_probe(cls, probe: Probe) -> Cost:
+        """By the times that were measured, if they are stable, else by the share of the tiles that is kept."""
+        times, layers = probe.times, len(probe.layers)
+        if not times:
+            reason = "mean share of the tiles that is kept, over layers and steps; times of layers were not measured"
+        elif probe.spread > STABLE:
+            reason = (
+                "mean share of the tiles that is kept, over layers and steps: times of layers vary too much here, by "
+                f"{probe.spread:.0%} (interquartile range over median)"
+            )
+        else:
+            reason = f"time of the layers, as it was measured here (to {probe.spread:.0%}), over that of dense ones"
+            return cls(times, probe.rest, layers, reason)
+        return cls(None, 0.0, layers, reason)
+
+    @property
+    def is_time(self) -> bool:
+        """Whether times are counted, not tiles."""
+        return self.times is not None
+
+    def of(self, kept: float) -> float:
+        """Of one layer and step that keep this share of the tiles, sparse."""
+        if self.times is None:
+            return kept
+        known = sorted(each for each in self.times if each)
+        seconds = [self.times[each] for each in known]
+        slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
+        if kept > known[-1]:
+            return (seconds[-1] + slope * (kept - known[-1])) / self.times[0.0]
+        return float(np.interp(kept, known, seconds)) / self.times[0.0]
+
+    def budget_for(self, speedup: float) -> float | None:
+        """The mean cost at which a forward is so many times as fast as dense; `None` where times are not known."""
+        if self.times is None:
+            return None
+        dense = self.layers * self.times[0.0]
+        return ((dense + self.rest) / speedup - self.rest) / dense
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A schedule, and a level for each layer.
+
+    Args:
+        shape: the schedule.
+        levels: by layer, in order; 1 is dense.
+        cost: mean over layers and steps, as `Cost` counts.
+        kept: mean share of the tiles that is kept, over layers and steps, dense ones included.
+        error: of the transformer's output as the probe predicts it, root of the mean square over steps.
+    """
+
+    shape: Shape
+    levels: tuple[float, ...]
+    cost: float
+    kept: float
+    error: float
+
+    def config(self, probe: Probe) -> dict[str, Any]:
+        """As `enable_vsa` takes it, ready for JSON: `VSAConfig`'s fields if all layers are alike, else patterns."""
+        tiling = {
+            "block_size": probe.tiling.block if isinstance(probe.tiling.block, str) else list(probe.tiling.block),
+            "selection": probe.tiling.selection,
+        }
+        usual = Counter(level for level in self.levels if level < 1).most_common(1)
+        level = usual[0][0] if usual else 1.0
+        if len(set(self.levels)) == 1 and level < 1:
+            return self.shape.fields(level) | tiling
+        entries: dict[str, Any] = {"default": {"enable": level < 1} | self._fields(level) | tiling}
+        for name, own in zip(probe.layers, self.levels, strict=True):
+            if own != level:
+                entries[name] = {"enable": False} if own >= 1 else self._fields(own)
+        return entries
+
+    def ratios(self, total: int) -> np.ndarray:
+        """The share of the tiles that each layer keeps at each step, `[layers, total]`."""
+        return np.stack([_ratios(self.shape, level, total) for level in self.levels])
+
+    def _fields(self, level: float) -> dict[str, Any]:
+        return self.shape.fields(level) if level < 1 else {}
+
+
+class Search:
+    """All settings of one schedule, from the cheapest to dense.
+
+    Args:
+        probe: what was measured.
+        cost: how costs are counted.
+        shape: the schedule.
+    """
+
+    def __init__(self, probe: Probe, cost: Cost, shape: Shape):
+        self.probe = probe
+        self.shape = shape
+        self.costs, self.kept, squares = [], [], []
+        for level in LEVELS:
+            ratios = _ratios(shape, level, probe.total)
+            tiles = [num_selected_tiles(probe.tiles, ratio) / probe.tiles for ratio in ratios]
+            of_step = [1.0 if ratio >= 1 else cost.of(kept) for ratio, kept in zip(ratios, tiles, strict=True)]
+            self.costs.append(math.fsum(of_step) / probe.total)
+            self.kept.append(math.fsum(tiles) / probe.total)
+            squares.append(np.mean(probe.output_error(np.array(tiles)) ** 2, axis=1))
+        self.squares = np.stack(squares, axis=1)  # [layers, levels]
+        self.walk = list(self._walk())
+
+    def at(self, budget: float) -> Allocation:
+        """The setting of least predicted error that costs at most so much; the cheapest one if all cost more."""
+        fitting = [each for each in self.walk if each.cost <= budget + 1e-9]
+        return min(fitting, key=lambda each: each.error) if fitting else self.walk[0]
+
+    def _walk(self) -> Iterator[Allocation]:
+        places = [0] * len(self.probe.layers)
+        yield self._allocation(places)
+        while (rise := self._best_rise(places)) is not None:
+            layer, place = rise
+            places[layer] = place
+            yield self._allocation(places)
+
+    def _best_rise(self, places: Sequence[int]) -> tuple[int, int] | None:
+        """The layer to raise next, and to where: what takes most squared error away for what it costs."""
+        best, found = -math.inf, None
+        for layer, place in enumerate(places):
+            for higher in range(place + 1, len(LEVELS)):
+                gain = self.squares[layer, place] - self.squares[layer, higher]
+                extra = self.costs[higher] - self.costs[place]
+                rate = math.inf if extra <= 0 and gain > 0 else gain / max(extra, 1e-12)
+                if rate > best:
+                    best, found = rate, (layer, higher)
+        return found
+
+    def _allocation(self, places: Sequence[int]) -> Allocation:
+        count = len(places)
+        return Allocation(
+            self.shape,
+            tuple(LEVELS[place] for place in places),
+            math.fsum(self.costs[place] for place in places) / count,
+            math.fsum(self.kept[place] for place in places) / count,
+            math.fsum(self.squares[layer, place] for layer, place in enumerate(places)) ** 0.5,
+        )
+
+
+def default_at(probe: Probe, cost: Cost, budget: float) -> tuple[VSAConfig, float, float]:
+    """`VSAConfig(top_k_ratio=...)`, all else by default, at the highest ratio that costs at most so much.
+
+    Returns:
+        The config, its cost, and the share of the tiles that it keeps.
+    """
+    tiles = probe.default_tiles
+    counts = [count for count in range(1, tiles) if cost.of(count / tiles) <= budget + 1e-9] or [1]
+    ratio = max(counts) / tiles
+    return VSAConfig(round(ratio, 6)), cost.of(ratio), ratio
+
+
+def _ratios(shape: Shape, level: float, total: int) -> np.ndarray:
+    """Of every step, `[total]`; 1 where a step is dense."""
+    if level >= 1:
+        return np.ones(total)
+    config = VSAConfig(**shape.fields(level))
+    shares = (
+        share_of(config.schedule, config.top_k_ratio, config.dense_steps, Position(step, total))
+        for step in range(total)
+    )
+    return np.array([share.ratio for share in shares])
