@@ -6,8 +6,8 @@ Tunes for each target by a few captions of the training split and one seed. Then
 own, are made dense, with each tuned setting, and with `enable_vsa(pipe, top_k_ratio=...)`, all else by default, where
 that keeps at least as many tiles; and with that ratio and the tuned setting's schedule in all layers alike, which tells
 what the layers' ratios add. Last, the default at higher ratios says what share of the tiles it needs for the tuned
-setting's PSNR. All numbers are differences within pairs of caption and seed, with their spread. Goes on after an
-interruption.
+setting's PSNR. All gains are differences within pairs of caption and seed, with their spread. What is done is
+printed after each seed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from tiny_wan_evaluation import held_out_captions
 from vsa_diffusers import VSAConfig
 from vsa_diffusers.cli.progress import progress_bars
 from vsa_diffusers.cli.script import run_script
-from vsa_diffusers.comparison import Comparison, Setting, compare
+from vsa_diffusers.comparison import Comparison, Setting
+from vsa_diffusers.comparison.api import measure_settings
+from vsa_diffusers.comparison.store import Store
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.generation.loading import load_pipeline, place, recommended_call
 from vsa_diffusers.tuning import Tuning, tune
 from vsa_diffusers.tuning.api import as_config
+from vsa_diffusers.tuning.report import verdict
 from vsa_diffusers.tuning.search import SHAPES
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
@@ -67,30 +70,41 @@ def main(
     train, held_out = descriptions("train"), [each.caption for each in held_out_captions(captions)]
     prompts = [train[(2 * index + 1) * len(train) // (2 * tuned_by)].caption for index in range(tuned_by)]
     targets = [float(target) for target in psnr.split(",")]
+    output.mkdir(parents=True, exist_ok=True)
     with progress_bars() as progress:
-        tunings = [
-            tune(pipe, prompts, output / "tuning", psnr=target, arguments=call, rounds=rounds, progress=progress)
-            for target in targets
-        ]
-        tuned_seconds = time.perf_counter() - begin
+        tunings = []
+        for target in targets:
+            tunings.append(
+                tune(
+                    pipe, prompts, output / "tuning", psnr=target, arguments=call, rounds=rounds, keep_videos=False,
+                    progress=progress,
+                )
+            )  # fmt: skip
+            tell(tunings[-1], begin)
+        facts = {"tuned_by": prompts, "held_out": held_out, "seconds_of_tuning": time.perf_counter() - begin}
         settings = settings_of(tunings)
-        comparisons = [
-            compare(
-                pipe, held_out, [setting for setting, _ in settings], output / f"held_out-{seed}", arguments=call,
-                seed=FIRST_SEED + seed, progress=progress,
-            )
-            for seed in range(seeds)
-        ]  # fmt: skip
-    found = [summary(tuning, settings, comparisons) for tuning in tunings]
-    everything = {
-        "hardware": comparisons[0].facts["hardware"], "dtype": comparisons[0].facts["dtype"],
-        "versions": comparisons[0].facts["versions"], "call": call, "tuned_by": prompts, "held_out": held_out,
-        "seeds": [FIRST_SEED + seed for seed in range(seeds)], "seconds_of_tuning": tuned_seconds,
-        "seconds": time.perf_counter() - begin, "targets": found,
-    }  # fmt: skip
-    with replaced_file(output / "evidence.json") as partial:
-        partial.write_text(json.dumps(everything, indent=1) + "\n")
-    print_table(everything)
+        comparisons = []
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+            comparisons.append(
+                measure_settings(
+                    pipe, held_out, [setting for setting, _ in settings], output, Store(None), arguments=call,
+                    seed=seed, progress=progress,
+                )
+            )  # fmt: skip
+            found = [summary(tuning, settings, comparisons) for tuning in tunings]
+            known = comparisons[0].facts
+            everything = {
+                **{name: known[name] for name in ("hardware", "dtype", "versions")}, "call": call, **facts,
+                "seeds": list(range(FIRST_SEED, seed + 1)), "seconds": time.perf_counter() - begin, "targets": found,
+            }  # fmt: skip
+            with replaced_file(output / "evidence.json") as partial:
+                partial.write_text(json.dumps(everything, indent=1) + "\n")
+            print_table(everything)
+
+
+def tell(tuning: Tuning, begin: float) -> None:
+    """Print what a tuning found, and when."""
+    Console(width=120).print(tuning.table(), verdict(tuning), f"after {time.perf_counter() - begin:.0f} s")
 
 
 def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
@@ -107,13 +121,12 @@ def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
         add("tuned", as_config(best.config), best.kept)
         share = math.ceil(best.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
         add("default", VSAConfig(round(share, 6)), share)
-        if best.allocation is not None and best.schedule != "constant":
-            fields = SHAPES[best.schedule].fields(share)
+        if best.allocation is not None and best.allocation.shape.name != "constant":
+            fields = SHAPES[best.allocation.shape.name].fields(share)
             add("schedule alone", VSAConfig(**fields), share)
-        for factor in MORE:
-            more = math.ceil(factor * best.kept * tiles) / tiles
-            if share < more < 1:
-                add("default, more", VSAConfig(round(more, 6)), more)
+        counts = {math.ceil(factor * best.kept * tiles) for factor in MORE}
+        for count in sorted(count for count in counts if share * tiles < count < tiles):
+            add("default, more", VSAConfig(round(count / tiles, 6)), count / tiles)
     return settings
 
 

@@ -52,7 +52,11 @@ def tune(
     ] = None,
     rounds: Annotated[
         int,
-        typer.Option(min=0, help="Budgets of the best schedule that make whole videos.", rich_help_panel=SEARCH),
+        typer.Option(
+            min=0,
+            help="Budgets that make whole videos at most, before schedules are compared and after.",
+            rich_help_panel=SEARCH,
+        ),
     ] = 3,
     measure: Annotated[
         bool,
@@ -93,8 +97,8 @@ def tune(
         vsa-diffusers generate examples/tiny_wan "a small ring moves up" --config tuning/config.json
 
     First, layers are measured on a few steps of a dense run, which takes about as long as a few videos. Then whole
-    videos decide between schedules and budgets: about ten for each prompt. Denoising steps count here, so tune with as
-    many as you will use.
+    videos decide between schedules and budgets: ten to fifteen for each prompt. Tune with as many steps as you will
+    use: schedules are followed by them.
 
     Into the output directory: config.json, which `generate --config` and `enable_vsa(config=...)` take; report.html,
     with quality against cost; results.json; and videos/, which compares all settings. The same command goes on after an

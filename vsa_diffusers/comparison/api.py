@@ -169,6 +169,31 @@ def compare(
         ValueError, TypeError: an argument is wrong, or a video is none.
         ImportError: a package of the extra `report` is missing; nothing was made then.
     """
+    comparison = measure_settings(
+        pipe, prompts, settings, directory, Store(folder_of(directory) if reuse else None), arguments=arguments,
+        seed=seed, fps=fps, progress=progress, command=command,
+    )  # fmt: skip
+    _write(comparison)
+    return comparison
+
+
+def measure_settings(
+    pipe: DiffusionPipeline,
+    prompts: str | Sequence[str],
+    settings: Sequence[Setting | VSAConfig | float],
+    directory: PathLike,
+    store: Store,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    fps: float | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Comparison:
+    """What `compare` finds, with videos in a store of one's own and nothing in the directory.
+
+    Other arguments and errors are those of `compare`.
+    """
     check_report_packages()
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     everything = [DENSE, *map(as_setting, settings)]
@@ -178,23 +203,16 @@ def compare(
     shared = dict(arguments or {})
     calls = [call_arguments(pipe, **shared, prompt=prompt, fps=fps) for prompt in prompts]
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    store = Store(folder_of(directory) if reuse else None)
     work = _Work(store, facts_of(pipe), calls, seed, fps, progress or Progress())
     distance, no_distance = learned_distance(work.facts["device"])
     results: list[Result] = []
     for setting in everything:
         made, reused = work.videos(pipe if setting.pipe is None else setting.pipe, setting)
         files = tuple(_file(setting, index, len(prompts)) for index in range(len(prompts)))
-        for file, each in zip(files, made, strict=True):
-            video = each.video
-            write_video(directory / file, video.frames, video.fps, video.audio, video.sample_rate)
         pairs = zip(made, results[0].made, strict=True) if results else ()
         close = [closeness(one.video.frames, dense.video.frames, distance) for one, dense in pairs]
         results.append(Result(setting, tuple(made), tuple(close), files, tuple(reused)))
-    comparison = Comparison(tuple(results), prompts, shared, seed, work.facts, no_distance, directory, command)
-    _write(comparison)
-    return comparison
+    return Comparison(tuple(results), prompts, shared, seed, work.facts, no_distance, directory, command)
 
 
 @dataclass(frozen=True)
@@ -278,6 +296,11 @@ def _plain(value: Any) -> Any:
 def _write(comparison: Comparison) -> None:
     from .report import write_report
 
+    comparison.directory.mkdir(parents=True, exist_ok=True)
+    for result in comparison.results:
+        for file, made in zip(result.files, result.made, strict=True):
+            video = made.video
+            write_video(comparison.directory / file, video.frames, video.fps, video.audio, video.sample_rate)
     first = [(result.setting.name, result.made[0].video.frames) for result in comparison.results]
     write_contact_sheet(comparison.directory / SHEET, first, comparison.prompts[0])
     with replaced_file(comparison.directory / RESULTS) as partial:

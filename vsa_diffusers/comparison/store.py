@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from .measure import Measurement
 _NUMBERS = ("seconds", "denoising", "peak_memory")
 
 
-@dataclass(frozen=True)
 class Store:
     """Measurements in a folder, each under the digest of all that it depends on; `None` keeps and finds nothing."""
 
-    folder: Path | None
+    def __init__(self, folder: Path | None):
+        self.folder = folder
 
     def find(self, facts: Mapping[str, Any]) -> Measurement | None:
         """What was kept under these facts."""
@@ -62,6 +61,22 @@ class Store:
             return None
         text = json.dumps(facts, sort_keys=True, default=str)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+
+class MemoryStore(Store):
+    """Measurements in memory, which end with the process."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.kept: dict[str, Measurement] = {}
+
+    def find(self, facts: Mapping[str, Any]) -> Measurement | None:
+        """What was kept under these facts."""
+        return self.kept.get(json.dumps(facts, sort_keys=True, default=str))
+
+    def keep(self, facts: Mapping[str, Any], made: Measurement) -> None:
+        """Keep a measurement."""
+        self.kept[json.dumps(facts, sort_keys=True, default=str)] = made
 
 
 def fingerprint(pipe: DiffusionPipeline) -> str:

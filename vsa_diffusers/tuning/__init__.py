@@ -8,8 +8,9 @@ Three stages, from cheap to dear:
    are compared in the same way.
 2. Search. For each of a few schedules, layers share a budget so that the squared errors that the probe predicts add up
    to least (`search.py`). Costs are shares of tiles, or times where they are measured and stable.
-3. Confirm. Each schedule's setting at one budget makes whole videos, and so does the default; of the best schedule
-   some more budgets do, until the target is met as nearly as need be (`api.py`). Only whole videos decide.
+3. Confirm. Whole videos of one schedule find about what budget the target takes. There each schedule makes some, and
+   so do the best one with all layers alike, since predictions may be wrong, and the default. Of the best some more
+   budgets do, until the target is met as nearly as need be (`api.py`). Only whole videos decide.
 
 The videos are made, compared and kept by `vsa_diffusers.comparison`.
 """

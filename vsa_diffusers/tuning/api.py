@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline
 
 from ..attention import check_choice
 from ..comparison import Comparison, Setting, compare
-from ..comparison.api import facts_of
+from ..comparison.api import facts_of, measure_settings
 from ..comparison.measure import attending
 from ..comparison.quality import check_report_packages
-from ..comparison.store import fingerprint, image_digest
+from ..comparison.store import MemoryStore, Store, fingerprint, folder_of, image_digest
 from ..config import VSAConfig
 from ..files import PathLike, replaced_file
 from ..generation.calling import call_arguments, number_of_steps, tells_steps
@@ -34,7 +34,11 @@ from .target import TOLERANCES, Target
 
 CONFIG, RESULTS, REPORT, STATE, VIDEOS = "config.json", "results.json", "report.html", "state.json", "videos"
 BLOCKS: tuple[Block, ...] = ("auto", (4, 4, 4))
-FIRST_BUDGET = 0.25
+FIRST_BUDGET = 0.35
+PIVOT = "front"
+"""The schedule by which the budget is found, at which all of them are compared."""
+NEAR = 5
+"""How many times its tolerance the target may be away there."""
 LEAST_BUDGET, MOST_BUDGET = 0.03, 0.95
 FACTOR = 1.6
 """Between two budgets while the target lies beyond all that were tried."""
@@ -61,6 +65,7 @@ def tune(
     rounds: int = 3,
     measure: bool = False,
     compile: bool = False,
+    keep_videos: bool = True,
     anew: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
@@ -88,9 +93,11 @@ def tune(
         blocks: block sizes to choose from, where no trained gates bind them.
         selections: `"mean"`, `"quarters"`, or both, likewise.
         schedules: names from `vsa_diffusers.tuning.search.SHAPES`.
-        rounds: how many more budgets of the best schedule make whole videos.
+        rounds: how many more budgets make whole videos at most, before schedules are compared and after.
         measure: count times of layers as costs, where they are stable, instead of shares of tiles.
         compile: compile the transformers' blocks before whole videos are made; they stay so.
+        keep_videos: keep whole videos in `directory/videos`, and show them on a page; else they are held in memory, and
+            an interrupted tuning makes them again.
         anew: forget what an earlier tuning left in the directory, but for its videos.
         progress: told of what is done.
         command: shown in the report.
@@ -118,11 +125,11 @@ def tune(
         probed = probe(pipe, recorded.calls, blocks, selections, state, measure, progress)
         cost = Cost.of_probe(probed)
 
+        store = Store(folder_of(directory / VIDEOS)) if keep_videos else MemoryStore()
+        shown: dict[str, Any] = {"arguments": shared, "seed": seed, "fps": fps, "progress": progress}
+
         def videos(settings: Sequence[Setting]) -> Comparison:
-            return compare(
-                pipe, prompts, settings, directory / VIDEOS, arguments=shared, seed=seed, fps=fps, progress=progress,
-                command=command,
-            )  # fmt: skip
+            return measure_settings(pipe, prompts, settings, directory / VIDEOS, store, **shown)
 
         def error_by(setting: Setting) -> float | None:
             if target.name != "error":
@@ -137,7 +144,12 @@ def tune(
         confirm = _Confirm(target, probed, cost, videos, error_by)
         confirm.settle([Search(probed, cost, SHAPES[name]) for name in schedules], rounds)
         points = tuple(confirm.points.values())
-        tuning = Tuning(target, points, probed, cost, videos(confirm.settings()), directory, command)
+        settings = confirm.settings()
+        if keep_videos:
+            comparison = compare(pipe, prompts, settings, directory / VIDEOS, command=command, **shown)
+        else:
+            comparison = videos(settings)
+    tuning = Tuning(target, points, probed, cost, comparison, directory, command)
     _write(tuning)
     return tuning
 
@@ -202,26 +214,52 @@ class _Confirm:
         self.pending: dict[str, dict[str, Any]] = {}
 
     def settle(self, searches: Sequence[Search], rounds: int) -> None:
-        """All schedules at one budget, with the default; then more budgets of the best one, and its default."""
-        start = self._first_budget()
-        for search in searches:
-            self._add(search.at(start))
-        self._add_default(start)
+        """Find the budget with one schedule, compare all schedules there, and go on with the best of them."""
+        pivot = next((each for each in searches if each.shape.name == PIVOT), searches[0])
+        self._add(pivot.at(self._first_budget()))
         self._make()
-        by = self.target.chooses_by
-        tuned = [each for each in self.points.values() if each.allocation is not None]
-        comparable = [each for each in tuned if each.cost <= start * ALIKE] or tuned
-        best = max(comparable, key=lambda each: each.value(by))
-        search = next(each for each in searches if each.shape.name == best.schedule)
         for _ in range(rounds):
-            own = [each for each in self.points.values() if each.schedule == best.schedule]
-            budget = next_budget(own, self.target)
-            if budget is None or not self._add(search.at(budget)):
+            if self._nearest(pivot) <= NEAR * TOLERANCES[self.target.name] or not self._add_next(pivot):
+                break
+            self._make()
+        budget = min(self._of(pivot), key=self._distance).cost
+        for search in searches:
+            self._add(search.at(budget))
+        self._add_default(budget)
+        self._make()
+        best = self._best_at(budget, searches)
+        if self._add(best.even().at(budget)):
+            self._make()
+            best = self._best_at(budget, [best, best.even()])
+        for _ in range(rounds):
+            if not self._add_next(best):
                 break
             self._make()
         found = best_of(list(self.points.values()), self.target)
         if found.allocation is not None and self._add_default(found.cost):
             self._make()
+
+    def _of(self, search: Search) -> list[Point]:
+        return [each for each in self.points.values() if each.schedule == search.name]
+
+    def _distance(self, point: Point) -> float:
+        return abs(self.target.beyond(point.value(self.target.name)))
+
+    def _nearest(self, search: Search) -> float:
+        """How far the search's nearest point is from the target."""
+        return min(map(self._distance, self._of(search)))
+
+    def _best_at(self, budget: float, searches: Sequence[Search]) -> Search:
+        """The search whose setting at this budget has the best videos, of those that keep to it."""
+        points = {search.name: self.points[_name(search.at(budget))] for search in searches}
+        comparable = [name for name, each in points.items() if each.cost <= budget * ALIKE] or list(points)
+        chosen = max(comparable, key=lambda name: points[name].value(self.target.chooses_by))
+        return next(each for each in searches if each.name == chosen)
+
+    def _add_next(self, search: Search) -> bool:
+        """Whether there is another budget that is worth a video."""
+        budget = next_budget(self._of(search), self.target)
+        return budget is not None and self._add(search.at(budget))
 
     def settings(self) -> list[Setting]:
         """All of which there are points."""
@@ -233,11 +271,11 @@ class _Confirm:
 
     def _add(self, allocation: Allocation) -> bool:
         """Whether it is new."""
-        name = f"{allocation.shape.name} {allocation.cost:.3f}"
+        name = _name(allocation)
         if name in self.points or name in self.pending:
             return False
         self.pending[name] = {
-            "schedule": allocation.shape.name, "config": allocation.config(self.probed), "cost": allocation.cost,
+            "schedule": allocation.name, "config": allocation.config(self.probed), "cost": allocation.cost,
             "kept": allocation.kept, "allocation": allocation,
         }  # fmt: skip
         return True
@@ -260,6 +298,10 @@ class _Confirm:
             numbers = self.pending[setting.name] | seen | {"error": self.error(setting)}
             self.points[setting.name] = Point(setting.name, **numbers)
         self.pending.clear()
+
+
+def _name(allocation: Allocation) -> str:
+    return f"{allocation.name} {allocation.cost:.3f}"
 
 
 def next_budget(points: Sequence[Point], target: Target) -> float | None:

@@ -82,6 +82,7 @@ def write_report(path: PathLike, tuning: Tuning) -> None:
         headings=HEADINGS,
         rows=cells,
         has_error=any(row[6] for row in cells),
+        has_videos=tuning.comparison.directory.exists(),
         cost=tuning.cost.reason,
         curve=data_uri(png(draw_curve(tuning)), "image/png"),
         ratios=data_uri(png(draw_ratios(tuning, best)), "image/png"),

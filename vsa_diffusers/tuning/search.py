@@ -3,7 +3,8 @@
 A setting is a schedule, a curve over the run, and a level for every layer, the curve's mean there. What a level costs
 and loses in a layer is known from the probe; the errors of layers and steps count as independent, so that their squares
 add up. From the lowest level everywhere, that rise is made first, again and again, that takes most of the squared error
-away for its cost. So one walk gives the settings of all budgets of one schedule.
+away for its cost. So one walk gives the settings of all budgets of one schedule. Beside it there are the settings of
+the same level in all layers.
 
 Which schedule is best the probe cannot tell, since an error early in a run changes all that follows: whole videos do.
 """
@@ -43,12 +44,13 @@ class Shape:
     fields: Callable[[float], dict[str, Any]]
 
 
-def _ramp(first: float, last: float, power: float) -> Callable[[float], dict[str, Any]]:
-    """Between multiples of the mean."""
+def _ramp(times: float, power: float) -> Callable[[float], dict[str, Any]]:
+    """From so many times the mean, or all tiles, to what the mean then leaves for the last step."""
 
     def fields(mean: float) -> dict[str, Any]:
-        ends = [[0.0, min(1.0, round(first * mean, 4))], [1.0, min(1.0, round(last * mean, 4))]]
-        return {"schedule": {"points": ends, "power": power}}
+        first = min(1.0, times * mean)
+        last = (mean * (power + 1) - first) / power
+        return {"schedule": {"points": [[0.0, round(first, 4)], [1.0, round(last, 4)]], "power": power}}
 
     return fields
 
@@ -57,9 +59,9 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("constant", lambda mean: {"top_k_ratio": mean, "schedule": "constant"}),
-        Shape("ramp", _ramp(1.75, 0.25, 1.0)),
+        Shape("ramp", _ramp(1.75, 1.0)),
         Shape("front", lambda mean: {"top_k_ratio": mean, "schedule": "front"}),
-        Shape("steep", _ramp(4.2, 0.2, 4.0)),
+        Shape("steep", _ramp(4.2, 4.0)),
         Shape("dense start", lambda mean: {"top_k_ratio": mean, "schedule": "constant", "dense_steps": 0.2}),
     )
 }
@@ -127,6 +129,7 @@ class Allocation:
     """A schedule, and a level for each layer.
 
     Args:
+        name: of the search that it is from.
         shape: the schedule.
         levels: by layer, in order; 1 is dense.
         cost: mean over layers and steps, as `Cost` counts.
@@ -134,6 +137,7 @@ class Allocation:
         error: of the transformer's output as the probe predicts it, root of the mean square over steps.
     """
 
+    name: str
     shape: Shape
     levels: tuple[float, ...]
     cost: float
@@ -171,11 +175,14 @@ class Search:
         probe: what was measured.
         cost: how costs are counted.
         shape: the schedule.
+        even: the same level in all layers.
     """
 
-    def __init__(self, probe: Probe, cost: Cost, shape: Shape):
+    def __init__(self, probe: Probe, cost: Cost, shape: Shape, even: bool = False):
         self.probe = probe
+        self.cost = cost
         self.shape = shape
+        self.is_even = even
         self.costs, self.kept, squares = [], [], []
         for level in LEVELS:
             ratios = _ratios(shape, level, probe.total)
@@ -185,7 +192,17 @@ class Search:
             self.kept.append(math.fsum(tiles) / probe.total)
             squares.append(np.mean(probe.output_error(np.array(tiles)) ** 2, axis=1))
         self.squares = np.stack(squares, axis=1)  # [layers, levels]
-        self.walk = list(self._walk())
+        everywhere = ([place] * len(probe.layers) for place in range(len(LEVELS)))
+        self.walk = [*map(self._allocation, everywhere)] if even else list(self._walk())
+
+    @property
+    def name(self) -> str:
+        """The schedule's, and whether layers are alike."""
+        return f"{self.shape.name}, even" if self.is_even else self.shape.name
+
+    def even(self) -> Search:
+        """The same schedule with the same level in all layers."""
+        return Search(self.probe, self.cost, self.shape, even=True)
 
     def at(self, budget: float) -> Allocation:
         """The setting of least predicted error that costs at most so much; the cheapest one if all cost more."""
@@ -215,6 +232,7 @@ class Search:
     def _allocation(self, places: Sequence[int]) -> Allocation:
         count = len(places)
         return Allocation(
+            self.name,
             self.shape,
             tuple(LEVELS[place] for place in places),
             math.fsum(self.costs[place] for place in places) / count,

@@ -1,0 +1,343 @@
+"""`tune`: what it measures against `inspect_attention` and direct runs, how it shares a budget, and what it leaves."""
+
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+
+from tiny_text_pipeline import tiny_pipeline
+from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
+from vsa_diffusers.cli import app, script
+from vsa_diffusers.comparison.measure import attending
+from vsa_diffusers.generation.sparsity import read_config
+from vsa_diffusers.inspection import inspect_attention
+from vsa_diffusers.pipeline import enabled_config, supported_parts
+from vsa_diffusers.tiles import TileGrid
+from vsa_diffusers.tuning import Point, Target, Tuning, api, tune
+from vsa_diffusers.tuning.api import next_budget
+from vsa_diffusers.tuning.probe import RATIOS, REFERENCE, Probe, Tiling
+from vsa_diffusers.tuning.replay import error_of, record, replay
+from vsa_diffusers.tuning.search import LEVELS, SHAPES, Cost, Search, default_at
+from vsa_diffusers.tuning.state import State
+
+PROMPT = "a red ring"
+CALL = dict(height=64, width=96, num_frames=13, num_inference_steps=3, max_sequence_length=16, guidance_scale=3.0)
+BLOCK = (1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def calls(pipe):
+    return record(pipe, CALL | {"prompt": PROMPT}, 0, 3)
+
+
+def tuned(pipe, directory, **options):
+    shared = dict(arguments=CALL, blocks=[BLOCK], rounds=1, schedules=["constant", "front"])
+    if not {"psnr", "ssim", "error", "speedup"} & options.keys():
+        options["psnr"] = 15.0
+    return tune(pipe, PROMPT, directory, **shared | options)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("tuning")
+
+
+@pytest.fixture(scope="module")
+def tuning(pipe, directory):
+    return tuned(pipe, directory)
+
+
+def made_up(errors, gains=1.0, total=4, tiles=100):
+    """A probe of layers whose error falls from what is given, at the lowest ratio, on a line to none."""
+    line = (1 - np.array(RATIOS)) / (1 - RATIOS[0])
+    of_layers = np.array(errors)[:, None, None] * np.ones((1, 2, 1)) * line
+    names = tuple(f"blocks.{place}.attn1" for place in range(len(errors)))
+    tiling = Tiling("auto", "quarters", 0.1, 0.2)
+    steps = (0, total - 1)
+    return Probe(
+        names, steps, total, tiles, tiles, tiling, of_layers, np.full(of_layers.shape[:2], gains), {}, 0.0, 0.0
+    )
+
+
+def point(name="a", cost=0.2, psnr=30.0, schedule="front", allocation=None, **others):
+    numbers = dict(ssim=0.9, speedup=1.2, error=None) | others
+    return Point(name, schedule, {}, cost, cost, psnr, allocation=allocation, **numbers)
+
+
+def test_recorded_calls_are_the_dense_run_s_and_repeat_it(pipe, calls):
+    assert [(call.step, call.run) for call in calls] == [(step, run) for step in range(3) for run in range(2)]
+    assert all(output.equal(call.output) for call, output in replay(supported_parts(pipe), calls))
+
+
+def test_a_repeated_call_knows_its_step(pipe, calls):
+    parts = supported_parts(pipe)
+    with attending(pipe, VSAConfig(0.1, block_size=BLOCK, dense_steps=2)):
+        assert error_of(parts, calls[:4]) == 0
+        assert error_of(parts, calls[4:]) > 1e-3
+
+
+def test_a_transformer_that_remembers_is_refused(pipe, tmp_path):
+    count = itertools.count(1)
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: (output[0] * next(count),))
+    try:
+        with pytest.raises(ValueError, match="another output when it is called again"):
+            tuned(pipe, tmp_path)
+    finally:
+        handle.remove()
+
+
+def test_layers_errors_are_those_of_an_inspection(pipe, tuning):
+    config = VSAConfig(REFERENCE, block_size=BLOCK, selection=tuning.probe.tiling.selection)
+    inspected = inspect_attention(pipe, PROMPT, config=config, steps=3, **CALL)
+    squares = {}
+    for each in inspected.observations:
+        squares.setdefault((each.layer.position, each.step), []).append(each.error**2)
+    for (layer, step), found in squares.items():
+        ours = tuning.probe.errors[layer, step, RATIOS.index(REFERENCE)]
+        assert ours == pytest.approx(np.mean(found) ** 0.5, rel=1e-4)
+
+
+def test_gains_take_a_layer_s_error_to_the_output(pipe, calls, tuning):
+    config = VSAConfig(REFERENCE, block_size=BLOCK, selection=tuning.probe.tiling.selection, dense_layers=(1,))
+    assert len(tuning.probe.layers) == 2
+    with attending(pipe, config):
+        first = [error_of(supported_parts(pipe), [call]) for call in calls if call.run == 0]
+    predicted = tuning.probe.gains[0] * tuning.probe.errors[0, :, RATIOS.index(REFERENCE)]
+    assert predicted == pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_allocation_keeps_what_it_says(pipe, tuning, shape, tmp_path):
+    search = Search(tuning.probe, tuning.cost, shape)
+    allocation = next(each for each in search.walk if each.kept > 0.45 and len(set(each.levels)) == 2)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(allocation.config(tuning.probe)))
+    kept = []
+
+    def note(module, args):
+        state = getattr(module.processor, "state", None)
+        is_dense = state is None or state.dense_step
+        kept.append(1.0 if is_dense else state.kept / TileGrid(state.video_shape, state.block_size).num_tiles)
+
+    handles = [block.attn1.register_forward_pre_hook(note) for block in pipe.transformer.blocks]
+    try:
+        enable_vsa(pipe, config=read_config(path))
+        pipe(prompt=PROMPT, output_type="latent", **CALL)
+    finally:
+        disable_vsa(pipe)
+        for handle in handles:
+            handle.remove()
+    assert len(kept) == 2 * 2 * 3
+    assert np.mean(kept) == pytest.approx(allocation.kept)
+    assert allocation.cost == pytest.approx(allocation.kept)
+    assert allocation.ratios(3).mean() == pytest.approx(allocation.kept, abs=1 / tuning.probe.tiles)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
+def test_layers_share_a_budget_nearly_as_well_as_can_be(budget):
+    probe = made_up([0.3, 0.05, 0.1])
+    search = Search(probe, Cost.of_probe(probe), SHAPES["constant"])
+    found = search.at(budget)
+    every = [
+        (np.take(search.costs, places).mean(), search.squares[range(3), places].sum() ** 0.5)
+        for places in itertools.product(range(len(LEVELS)), repeat=3)
+    ]
+    least = min(error for cost, error in every if cost <= budget + 1e-9)
+    even = min(search.squares[:, place].sum() ** 0.5 for place, cost in enumerate(search.costs) if cost <= budget)
+    assert found.cost <= budget + 1e-9
+    assert least - 1e-9 <= found.error <= 1.1 * least
+    assert found.error < even
+    assert found.levels[0] > found.levels[2] >= found.levels[1]
+
+
+def test_a_layer_that_reaches_the_output_more_gets_more():
+    probe = made_up([0.1, 0.1])
+    probe.gains[1] = 3
+    low, high = Search(probe, Cost.of_probe(probe), SHAPES["constant"]).at(0.3).levels
+    assert high > low
+
+
+def test_the_default_never_keeps_more_than_the_budget():
+    probe = made_up([0.1], tiles=32)
+    cost = Cost.of_probe(probe)
+    for budget in (0.05, 0.2, 0.26, 0.9):
+        config, found, kept = default_at(probe, cost, budget)
+        assert budget - 1 / 32 < found == kept <= budget
+        assert TileGrid((8, 16, 16), (4, 4, 4)).num_tiles == 32
+        assert math.ceil(config.top_k_ratio * 32 - 1e-6) == round(kept * 32)
+
+
+def test_times_are_counted_where_they_are_stable_only():
+    times = {0.0: 10.0, 0.05: 2.0, 0.1: 3.0, 0.2: 4.0, 0.4: 6.0, 0.7: 9.0}
+    probe = Probe(**vars(made_up([0.1])) | {"times": times, "spread": 0.05, "rest": 10.0})
+    cost = Cost.of_probe(probe)
+    assert cost.is_time
+    assert cost.of(0.3) == pytest.approx(0.5)
+    assert cost.of(0.8) == pytest.approx(1.0)
+    assert cost.budget_for(1.25) == pytest.approx(0.6)
+    noisy = Cost.of_probe(Probe(**vars(probe) | {"spread": 0.4}))
+    assert not noisy.is_time
+    assert "40%" in noisy.reason
+    assert noisy.of(0.3) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("target", "of_cost"),
+    [
+        (Target("psnr", 31.0), lambda cost: dict(psnr=36 + 10 * math.log(cost))),
+        (Target("speedup", 1.5), lambda cost: dict(speedup=2 / (1 + cost))),
+        (Target("error", 0.05), lambda cost: dict(error=0.1 * (1 - cost))),
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+def test_budgets_close_in_on_the_target(target, of_cost):
+    points = [point(cost=0.25, **of_cost(0.25))]
+    for _ in range(6):
+        budget = next_budget(points, target)
+        if budget is None:
+            break
+        points.append(point(cost=budget, **of_cost(budget)))
+    best = min((each for each in points if target.beyond(each.value(target.name)) >= 0),
+               key=lambda each: target.beyond(each.value(target.name)))  # fmt: skip
+    assert budget is None
+    assert target.beyond(best.value(target.name)) <= api.TOLERANCES[target.name]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({}, "one target is needed.*none"),
+        ({"psnr": 30.0, "speedup": 1.5}, "psnr=30 and speedup=1.5"),
+        ({"ssim": 1.5}, r"ssim=1.5 must be similarity .* such as 0.95"),
+        ({"speedup": 0.9}, r"speedup=0.9 must be times as fast"),
+        ({"psnr": math.nan}, r"psnr=nan must be"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(pipe, tmp_path, targets, message):
+    with pytest.raises(ValueError, match=message):
+        tune(pipe, PROMPT, tmp_path / "none", **targets)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_best_is_the_cheapest_that_reaches_a_quality_and_the_best_that_reaches_a_speed():
+    points = (
+        point("a", 0.1, 20.0, speedup=2.0),
+        point("b", 0.2, 31.0, speedup=1.5),
+        point("c", 0.4, 35.0, speedup=1.1),
+    )
+    chosen = {
+        name: Tuning(Target(name, value), points, None, None, None, None).best.name
+        for name, value in (("psnr", 30.0), ("speedup", 1.4))
+    }
+    assert chosen == {"psnr": "b", "speedup": "b"}
+    missed = Tuning(Target("psnr", 40.0), points, None, None, None, None)
+    assert (missed.is_met, missed.best.name) == (False, "c")
+    dearer = (*points, point("d", 0.5, 30.0))
+    assert [each.name for each in Tuning(Target("psnr", 40.0), dearer, None, None, None, None).frontier] == [
+        "a",
+        "b",
+        "c",
+    ]
+
+
+def test_a_state_goes_on_and_refuses_another_tuning(tmp_path):
+    path = tmp_path / "state.json"
+    state = State(path, {"seed": 0})
+    assert state.once("a", lambda: [1, 2.5]) == [1, 2.5]
+    with pytest.raises(KeyboardInterrupt):
+        state.once("b", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    again = State(path, {"seed": 0})
+    assert again.once("a", pytest.fail) == [1, 2.5]
+    assert again.once("b", lambda: 3) == 3
+    with pytest.raises(ValueError, match=r"seed=0 instead of 1.*--anew"):
+        State(path, {"seed": 1})
+    assert State(path, {"seed": 1}, anew=True).once("a", lambda: 4) == 4
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="holds a JSON list"):
+        State(path, {"seed": 1})
+
+
+def test_it_writes_what_enable_vsa_takes_and_leaves_the_pipeline_as_it_was(pipe, directory, tuning):
+    config = json.loads((directory / "config.json").read_text())
+    assert tuning.is_met
+    assert config == json.loads(json.dumps(tuning.best.config))
+    assert tuning.best.psnr >= 15
+    with pytest.raises(ValueError, match="not enabled"):
+        enabled_config(pipe.transformer)
+    with attending(pipe, api.as_config(config)):
+        assert enabled_config(pipe.transformer) == read_config(directory / "config.json")
+    numbers = json.loads((directory / "results.json").read_text())
+    assert numbers["best"] == tuning.best.name
+    assert {each["schedule"] for each in numbers["points"]} == {"constant", "front", "default"}
+    page = (directory / "report.html").read_text()
+    assert tuning.cost.reason in page
+    assert page.count("data:image/png") == 3
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+
+
+def test_another_target_makes_only_what_is_new_and_a_missed_one_leaves_no_config(pipe, directory, tuning, monkeypatch):
+    monkeypatch.setattr(api, "record", pytest.fail)
+    again = tuned(pipe, directory)
+    for ours, theirs in zip(again.points, tuning.points, strict=True):
+        assert (ours.config, ours.speedup) == (theirs.config, theirs.speedup)
+        assert ours.psnr == pytest.approx(theirs.psnr)
+    assert (directory / "config.json").exists()
+    missed = tuned(pipe, directory, psnr=200.0, rounds=0)
+    assert not missed.is_met
+    assert not (directory / "config.json").exists()
+    assert "No setting that was tried reaches PSNR of 200 dB" in (directory / "report.html").read_text()
+
+
+def test_an_error_of_the_transformer_is_a_target_too(pipe, calls, tmp_path):
+    found = tuned(pipe, tmp_path, error=0.5, schedules=["constant"], rounds=0)
+    assert found.is_met
+    with attending(pipe, api.as_config(found.best.config)):
+        assert found.best.error == pytest.approx(error_of(supported_parts(pipe), calls), rel=1e-4)
+
+
+def test_levels_of_layers_share_their_compiled_graphs(pipe):
+    torch._dynamo.reset()
+    probe = made_up([0.3, 0.05], tiles=40)
+    allocation = Search(probe, Cost.of_probe(probe), SHAPES["front"]).at(0.4)
+    assert len(set(allocation.levels)) == 2
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    enable_vsa(pipe, config=allocation.config(probe))
+    try:
+        for block in pipe.transformer.blocks:
+            block.compile(backend=counter)
+        pipe(prompt=PROMPT, output_type="latent", **CALL)
+    finally:
+        disable_vsa(pipe)
+        for block in pipe.transformer.blocks:
+            block._compiled_call_impl = None
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "one target is needed"),
+        (["--psnr", "30", "--schedule", "steeper"], "schedules='steeper'"),
+        (["--psnr", "30", "--block-size", "4x4x9"], "block_size=(4, 4, 9)"),
+        (["--psnr", "30", "--selection", "median"], "selections='median'"),
+    ],
+)
+def test_the_command_refuses_before_it_loads(options, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        app.main(["tune", str(tmp_path / "model"), PROMPT, "--output", str(tmp_path / "out"), *options])
+    assert ended.value.code == script.REFUSED
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
