@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
 
+from tiny_fine_tuned import fine_tuned
 from tiny_text_pipeline import tiny_pipeline
 from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
 from vsa_diffusers.cli import app, script
@@ -281,7 +283,9 @@ def test_it_writes_what_enable_vsa_takes_and_leaves_the_pipeline_as_it_was(pipe,
         assert enabled_config(pipe.transformer) == read_config(directory / "config.json")
     numbers = json.loads((directory / "results.json").read_text())
     assert numbers["best"] == tuning.best.name
-    assert {each["schedule"] for each in numbers["points"]} == {"constant", "front", "default"}
+    assert {each["schedule"].removesuffix(", even") for each in numbers["points"]} == {"constant", "front", "default"}
+    assert any(each["schedule"].endswith(", even") for each in numbers["points"])
+    assert len(list((directory / "videos").glob("*.mp4"))) == 1 + len(numbers["points"])
     page = (directory / "report.html").read_text()
     assert tuning.cost.reason in page
     assert page.count("data:image/png") == 3
@@ -290,20 +294,23 @@ def test_it_writes_what_enable_vsa_takes_and_leaves_the_pipeline_as_it_was(pipe,
 
 def test_another_target_makes_only_what_is_new_and_a_missed_one_leaves_no_config(pipe, directory, tuning, monkeypatch):
     monkeypatch.setattr(api, "record", pytest.fail)
-    again = tuned(pipe, directory)
-    for ours, theirs in zip(again.points, tuning.points, strict=True):
+    shutil.copytree(directory, other := directory.with_name("other"))
+    missed = tuned(pipe, other, psnr=200.0, rounds=0, schedules=["front"])
+    known = {each.name: each for each in tuning.points}
+    both = [(each, known[each.name]) for each in missed.points if each.name in known]
+    assert both
+    for ours, theirs in both:
         assert (ours.config, ours.speedup) == (theirs.config, theirs.speedup)
         assert ours.psnr == pytest.approx(theirs.psnr)
-    assert (directory / "config.json").exists()
-    missed = tuned(pipe, directory, psnr=200.0, rounds=0)
     assert not missed.is_met
-    assert not (directory / "config.json").exists()
-    assert "No setting that was tried reaches PSNR of 200 dB" in (directory / "report.html").read_text()
+    assert not (other / "config.json").exists()
+    assert "No setting that was tried reaches PSNR of 200 dB" in (other / "report.html").read_text()
 
 
 def test_an_error_of_the_transformer_is_a_target_too(pipe, calls, tmp_path):
-    found = tuned(pipe, tmp_path, error=0.5, schedules=["constant"], rounds=0)
+    found = tuned(pipe, tmp_path, error=0.5, schedules=["constant"], rounds=0, keep_videos=False)
     assert found.is_met
+    assert not (tmp_path / "videos").exists()
     with attending(pipe, api.as_config(found.best.config)):
         assert found.best.error == pytest.approx(error_of(supported_parts(pipe), calls), rel=1e-4)
 
@@ -341,3 +348,20 @@ def test_the_command_refuses_before_it_loads(options, words, tmp_path, capsys):
     assert ended.value.code == script.REFUSED
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_trained_gates_are_refused(tmp_path):
+    pipe = tiny_pipeline()
+    disable_vsa(fine_tuned(pipe.transformer))
+    with pytest.raises(ValueError, match="transformer has trained gates"):
+        tuned(pipe, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_two_experts_are_tuned_together(tmp_path):
+    pipe = tiny_pipeline(experts=2)
+    pipe.set_progress_bar_config(disable=True)
+    found = tuned(pipe, tmp_path, psnr=5.0, schedules=["constant"], rounds=0, keep_videos=False)
+    assert len(supported_parts(pipe)) == 2
+    assert found.probe.steps == (0, 1, 2)
+    assert found.probe.layers == ("blocks.0.attn1", "blocks.1.attn1")

@@ -84,7 +84,6 @@ def tune(
     offload: options.Offload = "none",
     compile: options.Compile = False,
     lora: options.Lora = None,
-    gates: options.Gates = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the settings that reach a quality, or a speed.
@@ -144,7 +143,6 @@ def tune(
             offload=offload,
             compile=compile,
             lora=lora,
-            gates=gates,
             progress=progress,
             command=shlex.join(["vsa-diffusers", *sys.argv[1:]]),
         )

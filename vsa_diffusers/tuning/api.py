@@ -25,7 +25,7 @@ from ..generation.sparsity import Config
 from ..logs import warnings_only
 from ..pipeline import supported_parts
 from ..selection import SELECTIONS
-from .probe import STEPS, Block, Probe, probe
+from .probe import STEPS, Block, Probe, check_without_gates, probe
 from .replay import Call, error_of, record
 from .result import DEFAULT, Point, Tuning, best_of
 from .search import SHAPES, Allocation, Cost, Search, default_at
@@ -90,7 +90,7 @@ def tune(
         arguments: of the pipeline's call, such as `height`, `num_frames` and `num_inference_steps`.
         seed: of the noise.
         fps: frames per second; `None` takes the pipeline's.
-        blocks: block sizes to choose from, where no trained gates bind them.
+        blocks: block sizes to choose from.
         selections: `"mean"`, `"quarters"`, or both, likewise.
         schedules: names from `vsa_diffusers.tuning.search.SHAPES`.
         rounds: how many more budgets make whole videos at most, before schedules are compared and after.
@@ -103,7 +103,8 @@ def tune(
         command: shown in the report.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, the pipeline is compiled, or nothing in it can be sparse.
+        ValueError, TypeError: an argument is wrong, the pipeline is compiled or has trained gates, or nothing in it can
+            be sparse.
         ImportError: a package of the extra `report` is missing; nothing was made then.
     """
     target = Target.one_of({"psnr": psnr, "ssim": ssim, "error": error, "speedup": speedup})
@@ -114,6 +115,7 @@ def tune(
         raise ValueError(
             "pipe is compiled, and compiled code cannot be looked into while it runs; load it again, and pass compile."
         )
+    check_without_gates(pipe)
     shared = dict(arguments or {})
     calls = [call_arguments(pipe, **shared, prompt=prompt, fps=fps) for prompt in prompts]
     directory = Path(directory)

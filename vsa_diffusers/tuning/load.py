@@ -30,14 +30,13 @@ def tune_model(
     device: str | None = None,
     offload: str = "none",
     lora: PathLike | None = None,
-    gates: PathLike | None = None,
     progress: Progress | None = None,
     **more: Any,
 ) -> Tuning:
     """Load a pipeline and `tune` it.
 
     Args:
-        model, dtype, device, lora, gates: as in `load_pipeline`.
+        model, dtype, device, lora: as in `load_pipeline`.
         prompts, directory, progress: as in `tune`.
         arguments: of the pipeline's call; what is `None` is left to `recommended_call` and to the pipeline.
         seed: of the noise; `None` takes the recommended one, else 0.
@@ -61,7 +60,7 @@ def tune_model(
         call_arguments(cls, **wanted)
     progress = progress or Progress()
     progress.begin("loading", None)
-    pipe = load_pipeline(model, dtype=dtype, device=device, lora=lora, gates=gates)
+    pipe = load_pipeline(model, dtype=dtype, device=device, lora=lora)
     place(pipe, device, offload)
     return tune(
         pipe, prompts, directory, arguments=wanted, seed=usual_seed if seed is None else seed, progress=progress, **more

@@ -155,6 +155,19 @@ def probe(
     )
 
 
+def check_without_gates(pipe: Any) -> None:
+    """Raise `ValueError` where gates are trained: dense attention, without them, is another model."""
+    parts = supported_parts(pipe)
+    with vsa_unchanged(list(parts.values())):
+        for part, transformer in parts.items():
+            gated = [name for name, each in install_vsa(transformer, VSAConfig(), part).items() if each.keeps_coarse]
+            if gated:
+                raise ValueError(
+                    f"{part} has trained gates ({gated[0]}), which were trained for one ratio and block, and dense "
+                    "attention without them is another model; use what they were trained for, and do not tune them."
+                )
+
+
 def best_tiling(tilings: Sequence[Tiling]) -> Tiling:
     """The one of least error, as if error fell with the share: padding of tiles that do not fit counts against it."""
     return min(tilings, key=lambda each: each.error * each.share)
@@ -232,10 +245,7 @@ def _watched(
 
 
 def _tilings(parts, calls, blocks, selections, progress) -> dict[str, Any]:
-    """Block, selection, error and share of each, by one call in the middle of the run; trained gates have their own.
-
-    And the number of tiles by default.
-    """
+    """Block, selection, error and share of each, by one call in the middle of the run; and the default's tiles."""
     some = [call for call in calls if call.run == 0]
     middle = some[len(some) // 2]
     config = VSAConfig(REFERENCE)
@@ -247,10 +257,9 @@ def _tilings(parts, calls, blocks, selections, progress) -> dict[str, Any]:
     def look(name: str, call: OpCall, dense: torch.Tensor) -> None:
         problem = call.problem
         tiles[0] = problem.grid.num_tiles
-        free = problem.combine == "merge"
         seen = set()
-        for block in blocks if free else [problem.grid.block_size]:
-            for selection in selections if free else [problem.selection]:
+        for block in blocks:
+            for selection in selections:
                 settled, kept = settle(problem.grid.video_shape, block, REFERENCE)
                 if (settled, selection) in seen:
                     continue
