@@ -25,8 +25,15 @@ from ..steps import Position
 from ..tiles import num_selected_tiles
 from .probe import Probe
 
-LEVELS = tuple(round(0.03 * (1 / 0.03) ** (place / 17), 3) for place in range(18))
+
+def _levels(count: int) -> tuple[float, ...]:
+    return tuple(round(0.03 * (1 / 0.03) ** (place / (count - 1)), 3) for place in range(count))
+
+
+LEVELS = _levels(18)
 """Means that a layer may keep; the last one is dense attention."""
+EVEN_LEVELS = _levels(120)
+"""The same where all layers keep alike, so that any budget is met nearly."""
 STABLE = 0.1
 """Largest interquartile range of a layer's times, over their median, at which times are what is counted."""
 
@@ -183,8 +190,9 @@ class Search:
         self.cost = cost
         self.shape = shape
         self.is_even = even
+        self.levels = EVEN_LEVELS if even else LEVELS
         self.costs, self.kept, squares = [], [], []
-        for level in LEVELS:
+        for level in self.levels:
             ratios = _ratios(shape, level, probe.total)
             tiles = [num_selected_tiles(probe.tiles, ratio) / probe.tiles for ratio in ratios]
             of_step = [1.0 if ratio >= 1 else cost.of(kept) for ratio, kept in zip(ratios, tiles, strict=True)]
@@ -192,7 +200,7 @@ class Search:
             self.kept.append(math.fsum(tiles) / probe.total)
             squares.append(np.mean(probe.output_error(np.array(tiles)) ** 2, axis=1))
         self.squares = np.stack(squares, axis=1)  # [layers, levels]
-        everywhere = ([place] * len(probe.layers) for place in range(len(LEVELS)))
+        everywhere = ([place] * len(probe.layers) for place in range(len(self.levels)))
         self.walk = [*map(self._allocation, everywhere)] if even else list(self._walk())
 
     @property
@@ -221,7 +229,7 @@ class Search:
         """The layer to raise next, and to where: what takes most squared error away for what it costs."""
         best, found = -math.inf, None
         for layer, place in enumerate(places):
-            for higher in range(place + 1, len(LEVELS)):
+            for higher in range(place + 1, len(self.levels)):
                 gain = self.squares[layer, place] - self.squares[layer, higher]
                 extra = self.costs[higher] - self.costs[place]
                 rate = math.inf if extra <= 0 and gain > 0 else gain / max(extra, 1e-12)
@@ -234,7 +242,7 @@ class Search:
         return Allocation(
             self.name,
             self.shape,
-            tuple(LEVELS[place] for place in places),
+            tuple(self.levels[place] for place in places),
             math.fsum(self.costs[place] for place in places) / count,
             math.fsum(self.kept[place] for place in places) / count,
             math.fsum(self.squares[layer, place] for layer, place in enumerate(places)) ** 0.5,
