@@ -35,7 +35,6 @@ from vsa_diffusers.comparison.store import Store
 from vsa_diffusers.files import replaced_file
 from vsa_diffusers.generation.loading import load_pipeline, place, recommended_call
 from vsa_diffusers.tuning import Tuning, tune
-from vsa_diffusers.tuning.api import as_config
 from vsa_diffusers.tuning.report import verdict
 from vsa_diffusers.tuning.search import SHAPES
 
@@ -118,7 +117,7 @@ def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
             name = f"{kind} {target:g} at {kept:.4f}"
             settings.append((Setting(name, config), {"target": target, "kind": kind, "kept": kept}))
 
-        add("tuned", as_config(best.config), best.kept)
+        add("tuned", best.config, best.kept)
         share = math.ceil(best.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
         add("default", VSAConfig(round(share, 6)), share)
         if best.allocation is not None and best.allocation.shape.name != "constant":

@@ -185,10 +185,10 @@ def test_the_default_never_keeps_more_than_the_budget():
     probe = made_up([0.1], tiles=32)
     cost = Cost.of_probe(probe)
     for budget in (0.05, 0.2, 0.26, 0.9):
-        config, found, kept = default_at(probe, cost, budget)
+        ratio, found, kept = default_at(probe, cost, budget)
         assert budget - 1 / 32 < found == kept <= budget
         assert TileGrid((8, 16, 16), (4, 4, 4)).num_tiles == 32
-        assert math.ceil(config.top_k_ratio * 32 - 1e-6) == round(kept * 32)
+        assert math.ceil(ratio * 32 - 1e-6) == round(kept * 32)
 
 
 def test_times_are_counted_where_they_are_stable_only():
@@ -288,7 +288,7 @@ def test_it_writes_what_enable_vsa_takes_and_leaves_the_pipeline_as_it_was(pipe,
     assert tuning.best.psnr >= 15
     with pytest.raises(ValueError, match="not enabled"):
         enabled_config(pipe.transformer)
-    with attending(pipe, api.as_config(config)):
+    with attending(pipe, config):
         assert enabled_config(pipe.transformer) == read_config(directory / "config.json")
     numbers = json.loads((directory / "results.json").read_text())
     assert numbers["best"] == tuning.best.name
@@ -320,7 +320,7 @@ def test_an_error_of_the_transformer_is_a_target_too(pipe, calls, tmp_path):
     found = tuned(pipe, tmp_path, error=0.5, schedules=["constant"], rounds=0, keep_videos=False)
     assert found.is_met
     assert not (tmp_path / "videos").exists()
-    with attending(pipe, api.as_config(found.best.config)):
+    with attending(pipe, found.best.config):
         assert found.best.error == pytest.approx(error_of(supported_parts(pipe), calls), rel=1e-4)
 
 

@@ -21,7 +21,6 @@ from ..files import PathLike, replaced_file
 from ..generation.calling import call_arguments, number_of_steps, tells_steps
 from ..generation.loading import compile_blocks, is_compiled
 from ..generation.progress import Progress
-from ..generation.sparsity import Config
 from ..logs import warnings_only
 from ..pipeline import supported_parts
 from ..selection import SELECTIONS
@@ -265,7 +264,7 @@ class _Confirm:
 
     def settings(self) -> list[Setting]:
         """All of which there are points."""
-        return [Setting(name, as_config(point.config)) for name, point in self.points.items()]
+        return [Setting(name, point.config) for name, point in self.points.items()]
 
     def _first_budget(self) -> float:
         budget = None if self.target.is_quality else self.cost.budget_for(self.target.value)
@@ -284,16 +283,17 @@ class _Confirm:
 
     def _add_default(self, budget: float) -> bool:
         """Whether it is new."""
-        config, cost, kept = default_at(self.probed, self.cost, budget)
-        name = f"default {config.top_k_ratio:.3f}"
+        ratio, cost, kept = default_at(self.probed, self.cost, budget)
+        name = f"default {ratio:.3f}"
         if name in self.points:
             return False
-        self.pending[name] = {"schedule": DEFAULT, "config": config.to_dict(), "cost": cost, "kept": kept}
+        config = {"default": {"enable": True, "top_k_ratio": ratio}}
+        self.pending[name] = {"schedule": DEFAULT, "config": config, "cost": cost, "kept": kept}
         return True
 
     def _make(self) -> None:
         """Whole videos of what is pending."""
-        settings = [Setting(name, as_config(numbers["config"])) for name, numbers in self.pending.items()]
+        settings = [Setting(name, numbers["config"]) for name, numbers in self.pending.items()]
         comparison = self.videos(settings)
         for setting, result in zip(settings, comparison.results[1:], strict=True):
             seen = {name: result.mean(name) for name in ("psnr", "ssim")} | {"speedup": comparison.speedup(result)}
@@ -334,12 +334,6 @@ def next_budget(points: Sequence[Point], target: Target) -> float | None:
         budget = math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
     budget = min(MOST_BUDGET, max(LEAST_BUDGET, budget))
     return None if any(abs(cost - budget) < 1e-3 for cost, _ in slack) else budget
-
-
-def as_config(config: Mapping[str, Any]) -> Config:
-    """Fields of `VSAConfig` as one; patterns as they are."""
-    is_fields = config.keys() <= vars(VSAConfig()).keys()
-    return VSAConfig.from_dict(config) if is_fields else config
 
 
 def _facts(pipe: DiffusionPipeline, calls: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HEADINGS = ("setting", "cost", "tiles kept", "times dense", "PSNR, dB", "SSIM", "error", "")
 _AXES = {"psnr": "PSNR to dense, dB", "ssim": "SSIM to dense"}
-_COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#be123c")
+_COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#be123c", "#0e7490")
 _WIDTH = 6.4
 _ROW_INCHES = 0.26
 

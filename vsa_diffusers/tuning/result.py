@@ -29,7 +29,7 @@ class Point:
     Args:
         name: what it is called.
         schedule: name of its schedule.
-        config: as `enable_vsa` takes it, ready for JSON.
+        config: the pattern form that `enable_vsa` takes, ready for JSON.
         cost: as it was counted.
         kept: mean share of the tiles that is kept, over layers and steps.
         psnr: dB to the dense videos; infinity where they are the same.

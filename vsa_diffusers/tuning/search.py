@@ -152,15 +152,13 @@ class Allocation:
     error: float
 
     def config(self, probe: Probe) -> dict[str, Any]:
-        """As `enable_vsa` takes it, ready for JSON: `VSAConfig`'s fields if all layers are alike, else patterns."""
+        """The pattern form that `enable_vsa` takes, ready for JSON."""
         tiling = {
             "block_size": probe.tiling.block if isinstance(probe.tiling.block, str) else list(probe.tiling.block),
             "selection": probe.tiling.selection,
         }
         usual = Counter(level for level in self.levels if level < 1).most_common(1)
         level = usual[0][0] if usual else 1.0
-        if len(set(self.levels)) == 1 and level < 1:
-            return self.shape.fields(level) | tiling
         entries: dict[str, Any] = {"default": {"enable": level < 1} | self._fields(level) | tiling}
         for name, own in zip(probe.layers, self.levels, strict=True):
             if own != level:
@@ -249,16 +247,16 @@ class Search:
         )
 
 
-def default_at(probe: Probe, cost: Cost, budget: float) -> tuple[VSAConfig, float, float]:
-    """`VSAConfig(top_k_ratio=...)`, all else by default, at the highest ratio that costs at most so much.
+def default_at(probe: Probe, cost: Cost, budget: float) -> tuple[float, float, float]:
+    """`top_k_ratio` of `enable_vsa` with all else by default, at the highest ratio that costs at most so much.
 
     Returns:
-        The config, its cost, and the share of the tiles that it keeps.
+        The ratio, its cost, and the share of the tiles that it keeps.
     """
     tiles = probe.default_tiles
     counts = [count for count in range(1, tiles) if cost.of(count / tiles) <= budget + 1e-9] or [1]
     ratio = max(counts) / tiles
-    return VSAConfig(round(ratio, 6)), cost.of(ratio), ratio
+    return round(ratio, 6), cost.of(ratio), ratio
 
 
 def _ratios(shape: Shape, level: float, total: int) -> np.ndarray:
