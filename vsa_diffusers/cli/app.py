@@ -16,6 +16,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .script import TRACEBACK, refusals
+from .tune import tune
 from .values import SeveralValues
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command(cls=SeveralValues)(plan)
 app.command(cls=SeveralValues)(generate)
 app.command(cls=SeveralValues)(compare)
 app.command(cls=SeveralValues)(inspect)
+app.command(cls=SeveralValues)(tune)
 app.command()(convert)
 app.command()(doctor)
 app.command(cls=SeveralValues)(bench)
