@@ -23,6 +23,7 @@ EXPORTED = {
     "vsa_diffusers.planning",
     "vsa_diffusers.comparison",
     "vsa_diffusers.doctor",
+    "vsa_diffusers.tuning",
 }
 
 

@@ -357,3 +357,29 @@ def test_two_experts_are_tuned_together(tmp_path):
     assert len(supported_parts(pipe)) == 2
     assert found.probe.steps == (0, 1, 2)
     assert found.probe.layers == ("blocks.0.attn1", "blocks.1.attn1")
+
+
+def test_times_are_measured_when_asked_for(pipe, tmp_path):
+    options = dict(speedup=1.5, measure=True, schedules=["constant"], rounds=0, keep_videos=False)
+    found = tuned(pipe, tmp_path, **options)
+    assert sorted(found.probe.times) == [0.0, *RATIOS]
+    assert min(found.probe.times.values()) > 0
+    assert found.probe.rest > 0
+    words = "time of the layers" if found.cost.is_time else "vary too much"
+    assert words in (tmp_path / "report.html").read_text()
+    assert found.is_met == (max(each.speedup for each in found.points) >= 1.5)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_compiled_after_the_probe(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(
+        api, "compile_blocks", lambda pipe: [block.compile(backend=counter) for block in pipe.transformer.blocks]
+    )
+    found = tuned(pipe, tmp_path, error=0.5, schedules=["front"], rounds=0, keep_videos=False, compile=True)
+    assert found.is_met
+    assert counter.frame_count
+    with pytest.raises(ValueError, match="pipe is compiled"):
+        tuned(pipe, tmp_path)

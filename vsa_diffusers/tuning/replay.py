@@ -20,7 +20,7 @@ from ..inspection.run import spread_steps
 from ..pipeline import supported_parts
 from ..steps import position_in_run
 
-MOST_DIFFERENT = 0.02
+MOST_DIFFERENT = 0.05
 """The relative difference between a call and its repetition above which it depends on more than its arguments."""
 
 
