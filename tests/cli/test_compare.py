@@ -281,3 +281,12 @@ def test_a_setting_is_read_from_text_or_a_file(tmp_path):
 )
 def test_the_warm_up_has_a_sparse_step_after_the_dense_ones(config, steps):
     assert _steps_to_warm_up(config) == steps
+
+
+def test_patterns_with_a_schedule_from_a_file_can_be_written_again(tmp_path):
+    patterns = {"default": {"enable": True, "schedule": {"points": [[0.0, 0.8], [1.0, 0.1]], "power": 2.0}}}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(patterns))
+    setting = read_setting(f"tuned={path}")
+    path.write_text(json.dumps(setting.to_dict()))
+    assert read_setting(f"tuned={path}") == setting

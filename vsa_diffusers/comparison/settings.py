@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import VSAConfig
 from ..generation.sparsity import Config, read_config, read_fields
+from ..schedule import RatioSchedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,7 +39,14 @@ class Setting:
         """The config, ready for JSON."""
         if isinstance(self.config, VSAConfig):
             return self.config.to_dict()
-        return None if self.config is None else dict(self.config)
+        return None if self.config is None else {pattern: _listed(entry) for pattern, entry in self.config.items()}
+
+
+def _listed(entry: Any) -> Any:
+    """An entry of the pattern form, its schedule perhaps one that was read already."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {name: asdict(value) if isinstance(value, RatioSchedule) else value for name, value in entry.items()}
 
 
 DENSE = Setting("dense")
