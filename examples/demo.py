@@ -1,10 +1,11 @@
 """One prompt, made dense and with Video Sparse Attention: what it costs, and how close it is.
 
-    python examples/demo.py [--prompt TEXT] [--ratios 0.25 --ratios 0.125] [--dense-steps 0.2]
+    python examples/demo.py [--prompt TEXT] [--ratios 0.3] [--dense-steps 0]
                             [--fine-tuned DIRECTORY | --no-fine-tuned] [--output DIRECTORY]
 
-Uses the tiny Wan model beside this file, on the GPU if there is one: its weights as they are, and, where there are any,
-weights that were fine-tuned with VSA, at their own ratio. Writes `side_by_side.mp4`, `contact_sheet.png`,
+Uses the tiny Wan model beside this file, on the GPU if there is one: its weights as they are, spending a ratio at the
+front of the run, which is the default, and alike in all steps; and, where there are any, weights that were fine-tuned
+with VSA, at their own ratio. Writes `side_by_side.mp4`, `contact_sheet.png`,
 `results.json` and `report.html`, and prints a table.
 """
 
@@ -57,8 +58,8 @@ class Row:
 
 def main(
     prompt: Annotated[str | None, typer.Option(help="What to draw; the default is the model's own example.")] = None,
-    ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.25, 0.125],  # noqa: B006
-    dense_steps: Annotated[float, typer.Option(help="Share of the steps, the first ones, that stay dense.")] = 0.2,
+    ratios: Annotated[list[float], typer.Option(help="Values of top_k_ratio to compare with dense.")] = [0.3],  # noqa: B006
+    dense_steps: Annotated[float, typer.Option(help="Share of the steps, the first ones, that stay dense.")] = 0.0,
     dense_layers: Annotated[
         list[int], typer.Option(help="Layers that stay dense; fine-tuned weights bring their own.")
     ] = [0],  # noqa: B006
@@ -90,8 +91,9 @@ def main(
     settings = []
     for ratio in ratios:
         dense = {"dense_steps": dense_steps, "dense_layers": tuple(dense_layers)}
-        config = VSAConfig(ratio, block_size=BLOCK_SIZE, selection=selection, **dense)
-        settings.append(Setting(f"VSA {ratio:g}", config))
+        for schedule, words in (("front", ""), ("constant", ", constant")):
+            config = VSAConfig(ratio, block_size=BLOCK_SIZE, selection=selection, schedule=schedule, **dense)
+            settings.append(Setting(f"VSA {ratio:g}{words}", config))
     if fine_tuned is None and FINE_TUNED.exists() and model.samefile(MODEL):
         fine_tuned = FINE_TUNED
     tuned = None

@@ -78,7 +78,8 @@ class VSAConfig:
             comes out as "merge", else "mean", by which models with gates have been trained.
         schedule: how the ratio changes over a denoising run. `"constant"`; `"front"`: `top_k_ratio` is the mean over
             the run, and the first steps keep more than the last; a `RatioSchedule`, which says every ratio itself, or
-            a dict of its fields; or `"auto"`, which is "constant" now. Outside of a run it is its mean.
+            a dict of its fields; or `"auto"`: "front" where `combine` comes out as "merge" and
+            there is no `top_k`, else "constant". Outside of a run it is its mean.
 
     Numbers and arrays of numpy are kept as Python's own numbers and tuples.
 

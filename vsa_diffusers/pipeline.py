@@ -65,7 +65,8 @@ def enable_vsa(
         selection: what key tiles are scored by: `"mean"`, `"quarters"` (see `video_sparse_attention`), or `"auto"`:
             "quarters" with "merge", which keeps better tiles for a few percent of attention's time, else "mean".
         schedule: how the ratio changes over the run: `"constant"`, `"front"` (`top_k_ratio` is the mean over the run,
-            spent at the front), a `RatioSchedule` in the place of `top_k_ratio`, or `"auto"`, "constant" for now.
+            spent at the front), a `RatioSchedule` in the place of `top_k_ratio`, or `"auto"`: "front" with "merge",
+            "constant" with gates and `top_k`.
         video_shape: `(T, H, W)`, the grid of video tokens; `None` reads it from the transformer's inputs at every call.
         dense_steps: first denoising steps that stay dense, as a number or as a share of the scheduler's steps.
         dense_layers: positions of video self-attention modules that stay dense; negative ones count from the end.
@@ -131,8 +132,9 @@ def set_top_k_ratio(pipe: PipelineOrTransformer, top_k_ratio: float) -> Pipeline
 
     Args:
         pipe: a pipeline or transformer on which VSA is enabled.
-        top_k_ratio: as in `enable_vsa`: of every step, or the mean of `schedule="front"`. It replaces a `top_k` or a
-            `RatioSchedule`, too.
+        top_k_ratio: as in `enable_vsa`: of every step, or the mean of `schedule="front"`, the default with "merge". It
+            replaces a `top_k` or a `RatioSchedule`, too. To set the ratio of each step by a callback of the pipeline,
+            enable VSA with `schedule="constant"`.
 
     Returns:
         `pipe` itself.
@@ -143,6 +145,8 @@ def set_top_k_ratio(pipe: PipelineOrTransformer, top_k_ratio: float) -> Pipeline
     installations = [_installed(transformer) for transformer, _ in _transformers(pipe)]
     check_top_k(None, top_k_ratio)
     for installation in installations:
+        if any(processor.config.schedule == "front" for processor in installation.processors):
+            installation.hooks.warn_of_a_mean_set_in_a_run(top_k_ratio)
         for processor in installation.processors:
             processor.config = make_config(processor.config, {"top_k": None, "top_k_ratio": top_k_ratio})
         if isinstance(installation.config, VSAConfig):

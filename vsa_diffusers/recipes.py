@@ -36,7 +36,12 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """The arguments of `enable_vsa` that it stands for."""
-        return {"top_k_ratio": self.top_k_ratio, "dense_steps": self.dense_steps, "dense_layers": self.dense_layers}
+        return {
+            "top_k_ratio": self.top_k_ratio,
+            "dense_steps": self.dense_steps,
+            "dense_layers": self.dense_layers,
+            "schedule": "constant",  # after the dense steps, as it was measured
+        }
 
 
 _TINY = "measured: the tiny Wan model of this repository"
@@ -134,6 +139,8 @@ def with_recipes(
             schedule = given.get("schedule", "auto")
             if given.get("top_k") is not None or not isinstance(schedule, str):
                 del settings["top_k_ratio"]
+            if schedule != "auto":
+                del settings["schedule"]
             if schedule not in ("auto", "constant"):  # it says itself when tiles are spent
                 del settings["dense_steps"]
             left_out: Any = {key: value for key, value in settings.items() if key not in given}

@@ -397,6 +397,17 @@ class ForwardHooks:
                     self.label, problem,
                 )  # fmt: skip
 
+    def warn_of_a_mean_set_in_a_run(self, ratio: float) -> None:
+        """Say once that `set_top_k_ratio` in a callback of a run changes all of its steps' ratios together."""
+        problem = "mean set in a run"
+        if problem not in self._told and position_in_run() is not None:
+            self._told.add(problem)
+            logger.warning(
+                "%s: set_top_k_ratio(%g) within a run sets the mean of its budget, which is spent at the front; to set "
+                'the ratio of each step, call enable_vsa with schedule="constant".',
+                self.label, ratio,
+            )  # fmt: skip
+
     def _tell_dense_steps(self, position: Position) -> None:
         """Once a run: the first step that is not behind this thread's last one begins another."""
         processors = [processor for _, processor in self._processors.values()]

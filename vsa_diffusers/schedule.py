@@ -15,8 +15,8 @@ from .steps import Position
 from .tiles import is_real
 
 NAMED = ("constant", "front")
-AUTO = "constant"
-"""What `schedule="auto"` means with merge; gates, trained for one ratio, are always constant."""
+AUTO = "front"
+"""What `schedule="auto"` means with merge, by `docs/lab/schedule.md`; gates, trained for one ratio, are constant."""
 FRONT_POWER = 2.0
 FRONT_END = 0.25  # the last step's share of the mean, in runs of many steps
 MANY_STEPS = 8  # in shorter runs every step settles much, so that the last ones keep more

@@ -228,7 +228,7 @@ def pipe():
 
 
 def tiles_of(pipe):
-    enable_vsa(pipe, 1.0, **TILED)
+    enable_vsa(pipe, 1.0, schedule="constant", **TILED)
     return kept_of_a_call(pipe, num_inference_steps=1)[0]
 
 
@@ -270,7 +270,7 @@ def test_a_solver_that_calls_the_model_twice_a_step_keeps_the_same_twice(form, s
 @pytest.mark.parametrize("form", ["front", "points"])
 def test_a_run_that_begins_in_the_middle_of_its_schedule_begins_at_the_front(form):
     pipe = build(cls="WanVideoToVideoPipeline")
-    enable_vsa(pipe, 1.0, **TILED)
+    enable_vsa(pipe, 1.0, schedule="constant", **TILED)
     inputs = SIZE | FOUR | dict(num_inference_steps=6, strength=0.7) | embeddings()
     with kept_by(pipe.transformer) as seen:
         pipe(**inputs, video=video(5))
@@ -284,7 +284,7 @@ def test_a_run_that_begins_in_the_middle_of_its_schedule_begins_at_the_front(for
 @pytest.mark.parametrize("form", ["front", "points"])
 def test_two_experts_and_schedulers_without_a_counter_are_followed(form):
     pipe = build(parts=wan22())
-    enable_vsa(pipe, 1.0, **TILED)
+    enable_vsa(pipe, 1.0, schedule="constant", **TILED)
     with kept_by(pipe.transformer, pipe.transformer_2) as seen:
         call(pipe, num_inference_steps=1)
     tiles = seen[0]
@@ -295,7 +295,7 @@ def test_two_experts_and_schedulers_without_a_counter_are_followed(form):
     pipe, inputs = cogvideox()
     pipe.set_progress_bar_config(disable=True)
     inputs |= dict(num_inference_steps=4, output_type="latent")
-    enable_vsa(pipe, 1.0, **TILED)
+    enable_vsa(pipe, 1.0, schedule="constant", **TILED)
     with kept_by(pipe.transformer) as seen:
         pipe(**inputs)
     tiles = seen[0]
@@ -418,3 +418,20 @@ def test_one_processor_for_all_refuses_a_schedule_and_processors_for_each_follow
     processors = VSAAttnProcessor.for_transformer(pipe.transformer, **FORMS["points"], **TILED)
     pipe.transformer.set_attn_processor(processors)
     assert kept_of_a_call(pipe) == expected_of("points", 4, tiles)
+
+
+def test_the_mean_of_a_budget_set_by_a_callback_is_told_once(caplog):
+    pipe = enable_vsa(build(), 0.3, **TILED)
+
+    def callback(pipe, step, timestep, kwargs):
+        set_top_k_ratio(pipe, 0.5)
+        return kwargs
+
+    set_top_k_ratio(pipe, 0.4)
+    assert "within a run" not in caplog.text
+    call(pipe, callback_on_step_end=callback)
+    assert caplog.text.count("set_top_k_ratio(0.5) within a run sets the mean of its budget") == 1
+    enable_vsa(pipe, 0.3, schedule="constant", **TILED)
+    caplog.clear()
+    call(pipe, callback_on_step_end=callback)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

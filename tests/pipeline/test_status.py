@@ -264,7 +264,7 @@ def test_processors_say_what_they_are():
     model = enable_vsa(WAN.build(), 0.3, block_size=(4, 4, 4))
     assert repr(model.blocks[1].attn1.processor) == (
         "WanVSAProcessor(blocks.1.attn1, top_k_ratio=0.3, combine='merge', selection='quarters', "
-        "block_size=(4, 4, 4), dense calls by WanAttnProcessor)"
+        "block_size=(4, 4, 4), schedule='front', dense calls by WanAttnProcessor)"
     )
     assert repr(VSAAttnProcessor(top_k=3, block_size=(4, 4, 4))) == (
         "VSAAttnProcessor(top_k=3, combine='auto', selection='auto', block_size=(4, 4, 4))"

@@ -160,7 +160,7 @@ def test_a_callback_may_change_the_ratio():
         set_top_k_ratio(pipe, (1.0, 0.5, 0.25, 0.25)[step])
         return kwargs
 
-    pipe, kept = enable_vsa(build(), 0.25, block_size=(2, 1, 1)), []
+    pipe, kept = enable_vsa(build(), 0.25, block_size=(2, 1, 1), schedule="constant"), []
     attn = pipe.transformer.blocks[0].attn1
     attn.register_forward_pre_hook(lambda attn, _: kept.append(attn.processor.state.kept))
     call(pipe, callback_on_step_end=callback)
