@@ -119,13 +119,13 @@ def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
 
         add("tuned", best.config, best.kept)
         share = math.ceil(best.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
-        add("default", VSAConfig(round(share, 6)), share)
+        add("default", VSAConfig(share), share)
         if best.allocation is not None and best.allocation.shape.name != "constant":
             fields = SHAPES[best.allocation.shape.name].fields(share)
             add("schedule alone", VSAConfig(**fields), share)
         counts = {math.ceil(factor * best.kept * tiles) for factor in MORE}
         for count in sorted(count for count in counts if share * tiles < count < tiles):
-            add("default, more", VSAConfig(round(count / tiles, 6)), count / tiles)
+            add("default, more", VSAConfig(count / tiles), count / tiles)
     return settings
 
 

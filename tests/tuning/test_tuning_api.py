@@ -18,7 +18,7 @@ from vsa_diffusers.comparison.measure import attending
 from vsa_diffusers.generation.sparsity import read_config
 from vsa_diffusers.inspection import inspect_attention
 from vsa_diffusers.pipeline import enabled_config, supported_parts
-from vsa_diffusers.tiles import TileGrid
+from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 from vsa_diffusers.tuning import Point, Target, Tuning, api, tune
 from vsa_diffusers.tuning.api import next_budget
 from vsa_diffusers.tuning.probe import RATIOS, REFERENCE, Probe, Tiling
@@ -144,7 +144,7 @@ def test_an_allocation_keeps_what_it_says(pipe, tuning, shape, tmp_path):
     assert len(kept) == 2 * 2 * 3
     assert np.mean(kept) == pytest.approx(allocation.kept)
     assert allocation.cost == pytest.approx(allocation.kept)
-    assert allocation.ratios(3).mean() == pytest.approx(allocation.kept, abs=1 / tuning.probe.tiles)
+    assert allocation.shares(tuning.probe).mean() == pytest.approx(allocation.kept)
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
@@ -181,14 +181,34 @@ def test_a_layer_that_reaches_the_output_more_gets_more():
     assert high > low
 
 
-def test_the_default_never_keeps_more_than_the_budget():
-    probe = made_up([0.1], tiles=32)
+@pytest.mark.parametrize("tiles", [32, 96, 1000])
+def test_the_default_never_keeps_more_than_the_budget(tiles):
+    probe = made_up([0.1], tiles=tiles)
     cost = Cost.of_probe(probe)
-    for budget in (0.05, 0.2, 0.26, 0.9):
-        ratio, found, kept = default_at(probe, cost, budget)
-        assert budget - 1 / 32 < found == kept <= budget
-        assert TileGrid((8, 16, 16), (4, 4, 4)).num_tiles == 32
-        assert math.ceil(ratio * 32 - 1e-6) == round(kept * 32)
+    for budget in (0.05, 0.2, 0.26, 0.67, 0.9):
+        ratio, found = default_at(probe, cost, budget)
+        kept = num_selected_tiles(tiles, ratio) / tiles
+        assert budget - 1 / tiles < found == kept <= budget
+
+
+def test_what_was_measured_is_predicted_however_few_the_tiles():
+    probe = made_up([0.3], tiles=16)
+    shares = [num_selected_tiles(16, ratio) / 16 for ratio in RATIOS]
+    for place, share in enumerate(shares):
+        assert share > RATIOS[place]
+        assert probe.output_error(np.full(4, share))[0] == pytest.approx(probe.errors[0, 0, place])
+    fewer = made_up([0.3], tiles=3)
+    assert [fewer.share(ratio) for ratio in RATIOS] == [1 / 3, 1 / 3, 1 / 3, 2 / 3, 1]
+    assert fewer.output_error(np.array([1 / 3, 2 / 3, 1, 1]))[0] == pytest.approx([0.3, fewer.errors[0, 0, 3], 0, 0])
+    times = dict.fromkeys(RATIOS, 2.0) | {0.0: 10.0, 0.4: 4.0, 0.7: 6.0}
+    cost = Cost.of_probe(Probe(**vars(fewer) | {"times": times}))
+    assert [cost.of(share) for share in (1 / 3, 2 / 3, 1)] == pytest.approx([0.2, 0.4, 0.6])
+
+
+def test_fewer_tiles_than_were_measured_lose_more():
+    probe = made_up([0.3], tiles=1000)
+    low, least, more = (probe.output_error(np.full(4, share))[0, 0] for share in (0.02, RATIOS[0], RATIOS[1]))
+    assert (low - least) / 0.03 == pytest.approx((least - more) / 0.05)
 
 
 def test_times_are_counted_where_they_are_stable_only():

@@ -283,12 +283,12 @@ class _Confirm:
 
     def _add_default(self, budget: float) -> bool:
         """Whether it is new."""
-        ratio, cost, kept = default_at(self.probed, self.cost, budget)
+        ratio, cost = default_at(self.probed, self.cost, budget)
         name = f"default {ratio:.3f}"
         if name in self.points:
             return False
         config = {"default": {"enable": True, "top_k_ratio": ratio}}
-        self.pending[name] = {"schedule": DEFAULT, "config": config, "cost": cost, "kept": kept}
+        self.pending[name] = {"schedule": DEFAULT, "config": config, "cost": cost, "kept": ratio}
         return True
 
     def _make(self) -> None:

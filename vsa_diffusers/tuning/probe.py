@@ -82,22 +82,31 @@ class Probe:
     spread: float
     rest: float
 
-    def output_error(self, ratios: np.ndarray) -> np.ndarray:
+    def share(self, ratio: float) -> float:
+        """Share of the tiles that a ratio keeps, in whole tiles."""
+        return num_selected_tiles(self.tiles, ratio) / self.tiles
+
+    def output_error(self, shares: np.ndarray) -> np.ndarray:
         """The error of the transformer's output that each layer alone makes.
 
         Args:
-            ratios: share of the tiles that is kept at every step, `[total]`; 1 is no error.
+            shares: of the tiles that are kept at every step, `[total]`; 1 is no error.
 
         Returns:
-            `[layers, total]`. Between ratios and steps that were measured it is interpolated.
+            `[layers, total]`. Between shares and steps that were measured it is interpolated; below the least share it
+            goes on as it rises there.
         """
-        grid = np.array([*RATIOS, 1.0])
-        scaled = np.concatenate([self.errors, np.zeros((*self.errors.shape[:2], 1))], axis=-1) * self.gains[..., None]
+        grid, first = np.unique([1.0, *map(self.share, RATIOS)], return_index=True)  # few tiles: some are the same
+        errors = np.concatenate([np.zeros((*self.errors.shape[:2], 1)), self.errors], axis=-1)[..., first]
+        if len(grid) > 1:
+            rise = (errors[..., :1] - errors[..., 1:2]).clip(min=0) / (grid[1] - grid[0])
+            grid, errors = np.array([0.0, *grid]), np.concatenate([errors[..., :1] + grid[0] * rise, errors], axis=-1)
+        scaled = errors * self.gains[..., None]
         steps = np.arange(self.total)
         found = np.empty((len(self.layers), self.total))
         for place, of_layer in enumerate(scaled):
-            at_ratio = np.stack([np.interp(steps, self.steps, of_layer[:, each]) for each in range(len(grid))], axis=-1)
-            found[place] = [np.interp(ratio, grid, row) for ratio, row in zip(ratios, at_ratio, strict=True)]
+            at_share = np.stack([np.interp(steps, self.steps, of_layer[:, each]) for each in range(len(grid))], axis=-1)
+            found[place] = [np.interp(share, grid, row) for share, row in zip(shares, at_share, strict=True)]
         return found
 
 

@@ -128,7 +128,7 @@ def draw_curve(tuning: Tuning) -> Figure:
 
 def draw_ratios(tuning: Tuning, point: Point) -> Figure:
     """What a setting keeps, as a map of layers and steps."""
-    return _draw_map(tuning, tuning.ratios(point), range(tuning.probe.total), "Share of the tiles kept", 1.0)
+    return _draw_map(tuning, tuning.shares(point), range(tuning.probe.total), "Share of the tiles kept", 1.0)
 
 
 def draw_losses(tuning: Tuning) -> Figure:

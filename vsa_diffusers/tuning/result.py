@@ -110,11 +110,11 @@ class Tuning:
                 found.append(each)
         return found
 
-    def ratios(self, point: Point) -> np.ndarray:
+    def shares(self, point: Point) -> np.ndarray:
         """The share of the tiles that each layer keeps at each step, `[layers, steps]`."""
         if point.allocation is None:
             return np.full((len(self.probe.layers), self.probe.total), point.kept)
-        return point.allocation.ratios(self.probe.total)
+        return point.allocation.shares(self.probe)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""

@@ -22,7 +22,6 @@ import numpy as np
 from ..config import VSAConfig
 from ..schedule import share_of
 from ..steps import Position
-from ..tiles import num_selected_tiles
 from .probe import Probe
 
 
@@ -80,7 +79,7 @@ class Cost:
     """What a layer costs at a ratio, as a part of what it costs dense.
 
     Args:
-        times: seconds by ratio, dense as ratio 0; `None` counts tiles instead.
+        times: seconds by share of the tiles, dense as share 0; `None` counts tiles instead.
         rest: seconds of a forward that are not attention.
         layers: how many attention layers a forward has.
         reason: what is counted, and why, in words.
@@ -104,7 +103,8 @@ class Cost:
             )
         else:
             reason = f"time of the layers, as it was measured here (to {probe.spread:.0%}), over that of dense ones"
-            return cls(times, probe.rest, layers, reason)
+            by_share = {probe.share(ratio) if ratio else 0.0: seconds for ratio, seconds in times.items()}
+            return cls(by_share, probe.rest, layers, reason)
         return cls(None, 0.0, layers, reason)
 
     @property
@@ -118,8 +118,8 @@ class Cost:
             return kept
         known = sorted(each for each in self.times if each)
         seconds = [self.times[each] for each in known]
-        slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
         if kept > known[-1]:
+            slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
             return (seconds[-1] + slope * (kept - known[-1])) / self.times[0.0]
         return float(np.interp(kept, known, seconds)) / self.times[0.0]
 
@@ -165,9 +165,9 @@ class Allocation:
                 entries[name] = {"enable": False} if own >= 1 else self._fields(own)
         return entries
 
-    def ratios(self, total: int) -> np.ndarray:
+    def shares(self, probe: Probe) -> np.ndarray:
         """The share of the tiles that each layer keeps at each step, `[layers, total]`."""
-        return np.stack([_ratios(self.shape, level, total) for level in self.levels])
+        return np.stack([_shares(probe, _ratios(self.shape, level, probe.total)) for level in self.levels])
 
     def _fields(self, level: float) -> dict[str, Any]:
         return self.shape.fields(level) if level < 1 else {}
@@ -192,11 +192,11 @@ class Search:
         self.costs, self.kept, squares = [], [], []
         for level in self.levels:
             ratios = _ratios(shape, level, probe.total)
-            tiles = [num_selected_tiles(probe.tiles, ratio) / probe.tiles for ratio in ratios]
-            of_step = [1.0 if ratio >= 1 else cost.of(kept) for ratio, kept in zip(ratios, tiles, strict=True)]
+            shares = _shares(probe, ratios)
+            of_step = [1.0 if ratio >= 1 else cost.of(share) for ratio, share in zip(ratios, shares, strict=True)]
             self.costs.append(math.fsum(of_step) / probe.total)
-            self.kept.append(math.fsum(tiles) / probe.total)
-            squares.append(np.mean(probe.output_error(np.array(tiles)) ** 2, axis=1))
+            self.kept.append(math.fsum(shares) / probe.total)
+            squares.append(np.mean(probe.output_error(shares) ** 2, axis=1))
         self.squares = np.stack(squares, axis=1)  # [layers, levels]
         everywhere = ([place] * len(probe.layers) for place in range(len(self.levels)))
         self.walk = [*map(self._allocation, everywhere)] if even else list(self._walk())
@@ -247,16 +247,20 @@ class Search:
         )
 
 
-def default_at(probe: Probe, cost: Cost, budget: float) -> tuple[float, float, float]:
+def default_at(probe: Probe, cost: Cost, budget: float) -> tuple[float, float]:
     """`top_k_ratio` of `enable_vsa` with all else by default, at the highest ratio that costs at most so much.
 
     Returns:
-        The ratio, its cost, and the share of the tiles that it keeps.
+        The ratio, which is the very share of the tiles that is kept, and its cost.
     """
     tiles = probe.default_tiles
     counts = [count for count in range(1, tiles) if cost.of(count / tiles) <= budget + 1e-9] or [1]
     ratio = max(counts) / tiles
-    return round(ratio, 6), cost.of(ratio), ratio
+    return ratio, cost.of(ratio)
+
+
+def _shares(probe: Probe, ratios: np.ndarray) -> np.ndarray:
+    return np.array([probe.share(ratio) for ratio in ratios])
 
 
 def _ratios(shape: Shape, level: float, total: int) -> np.ndarray:
