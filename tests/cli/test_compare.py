@@ -218,8 +218,10 @@ def test_in_python_it_shows_a_table_and_leaves_the_pipeline_as_it_was(tmp_path):
         (["--setting=a=speed=3"], "speed"),
         (["--ratio=0"], "top_k_ratio=0"),
         (["--set=audio=1"], "audio: WanPipeline takes no such argument"),
+        (["--set=prompt=b"], "prompt='b'; pass it among prompts="),
+        (["--steps=0"], "num_inference_steps=0 must be"),
     ],
-    ids=["name", "form", "field", "value", "argument"],
+    ids=["name", "form", "field", "value", "argument", "prompt", "steps"],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_made(capsys, tmp_path, options, message):
     code, printed = run(capsys, tmp_path / "new", *options)

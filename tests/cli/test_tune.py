@@ -7,7 +7,7 @@ import pytest
 
 from vsa_diffusers.cli import app, script
 from vsa_diffusers.cli.tune import MISSED
-from vsa_diffusers.tuning import api
+from vsa_diffusers.tuning import api, load
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "tiny_wan")
 PROMPT = "a large red ring moves left over blue waves"
@@ -34,6 +34,17 @@ def test_it_refuses_before_it_loads(options, words, tmp_path, capsys):
     assert code == script.REFUSED
     assert words in printed.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--set=prompt=x", "prompt='x'; pass it among prompts="), ("--steps=0", "num_inference_steps=0 must be")],
+)
+def test_it_refuses_calls_that_cannot_be_before_it_loads(option, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load, "load_pipeline", pytest.fail)
+    code, printed = run(capsys, "tune", MODEL, PROMPT, "--output", str(tmp_path / "out"), "--psnr=30", option)
+    assert code == script.REFUSED
+    assert words in printed.err
 
 
 @pytest.mark.slow

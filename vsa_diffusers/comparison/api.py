@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 from ..config import VSAConfig
 from ..files import PathLike, replaced_file
-from ..generation.calling import call_arguments, number_of_steps, tells_steps
+from ..generation.calling import calls_by_prompt, number_of_steps, tells_steps
 from ..generation.loading import is_compiled
 from ..generation.progress import Progress
 from ..version import __version__
@@ -26,7 +26,7 @@ from .measure import Measurement, attending, measure, warm_up
 from .pictures import write_contact_sheet
 from .quality import Closeness, check_report_packages, closeness, learned_distance
 from .settings import DENSE, Setting, as_setting, check_names
-from .store import Store, fingerprint, folder_of, image_digest
+from .store import Store, fingerprint, folder_of, scheduler_of, told
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -201,7 +201,7 @@ def measure_settings(
         raise ValueError(f"prompts={list(prompts)} and settings={list(settings)} must both name something to compare.")
     check_names(everything)
     shared = dict(arguments or {})
-    calls = [call_arguments(pipe, **shared, prompt=prompt, fps=fps) for prompt in prompts]
+    calls = calls_by_prompt(pipe, prompts, shared, fps)
     directory = Path(directory)
     work = _Work(store, facts_of(pipe), calls, seed, fps, progress or Progress())
     distance, no_distance = learned_distance(work.facts["device"])
@@ -250,10 +250,10 @@ class _Work:
         return measure(pipe, call, self.seed, fps=self.fps, on_step=self.progress.step)
 
     def _key(self, pipe: DiffusionPipeline, setting: Setting, call: Mapping[str, Any]) -> dict[str, Any]:
-        shown = {name: image_digest(value) if name == "image" else value for name, value in call.items()}
         return {
-            "facts": self.facts, "weights": fingerprint(pipe), "compiled": is_compiled(pipe),
-            "config": setting.to_dict(), "arguments": shown, "seed": self.seed, "fps": self.fps,
+            "facts": self.facts, "weights": fingerprint(pipe), "scheduler": scheduler_of(pipe),
+            "compiled": is_compiled(pipe), "config": setting.to_dict(), "arguments": told(call), "seed": self.seed,
+            "fps": self.fps,
         }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import VSAConfig
 from ..files import PathLike
-from ..generation.calling import call_arguments
+from ..generation.calling import calls_by_prompt
 from ..generation.loading import compile_blocks, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
 from .api import Comparison, compare
@@ -62,7 +62,7 @@ def compare_model(
     wanted = recommended | {name: value for name, value in (arguments or {}).items() if value is not None}
     cls = pipeline_class(model)
     if cls is not None:  # refused before loading rather than after
-        call_arguments(cls, **wanted)
+        calls_by_prompt(cls, prompts, wanted)
     progress = progress or Progress()
     progress.begin("loading", None)
     pipe = load_pipeline(model, dtype=dtype, device=device, lora=lora, gates=gates)

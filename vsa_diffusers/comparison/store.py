@@ -91,11 +91,27 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:20]
 
 
-def image_digest(image: Any) -> str:
-    """What tells an image, a file or one in memory, from others."""
-    is_file = isinstance(image, (str, Path))
-    content = Path(image).read_bytes() if is_file else getattr(image, "tobytes", lambda: repr(image).encode())()
-    return hashlib.sha256(content).hexdigest()[:20]
+def scheduler_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What tells the noise schedule and solver of a pipeline from others, ready for JSON."""
+    scheduler = getattr(pipe, "scheduler", None)
+    config = {name: value for name, value in getattr(scheduler, "config", {}).items() if not name.startswith("_")}
+    return json.loads(json.dumps({"class": type(scheduler).__name__} | config, sort_keys=True, default=str))
+
+
+def told(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments with digests in place of images and arrays, whose text says where they are, not what."""
+    return {name: _told(value) for name, value in call.items()}
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_told(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().double().numpy()
+    if not hasattr(value, "tobytes"):
+        return value
+    form = [getattr(value, name, None) for name in ("mode", "size", "shape")]
+    return hashlib.sha256(repr(form).encode() + value.tobytes()).hexdigest()[:20]
 
 
 def folder_of(directory: PathLike) -> Path:

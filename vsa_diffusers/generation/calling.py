@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ..tiles import whole
 from ..video_files import video_frames
 
 # What the examples in diffusers' documentation write, by the beginning of the pipeline's name.
@@ -54,7 +55,7 @@ def call_arguments(pipe: DiffusionPipeline | type, **wanted: Any) -> dict[str, A
             pipeline calls it, and is left out where it has no such argument, since it then counts for the file only.
 
     Raises:
-        ValueError: one that the call does not know, or an image that it needs and that is missing.
+        ValueError: one that the call does not know, no denoising steps, or an image that it needs and that is missing.
         OSError: the image cannot be read.
     """
     cls = pipe if isinstance(pipe, type) else type(pipe)
@@ -68,6 +69,9 @@ def call_arguments(pipe: DiffusionPipeline | type, **wanted: Any) -> dict[str, A
                 f"{name}: {cls.__name__} takes no such argument; leave it out. It takes "
                 f"{', '.join(each for each in known if _WELL_KNOWN.search(each))}."
             )
+    steps = given.get("num_inference_steps")
+    if steps is not None and (whole(steps) or 0) < 1:
+        raise ValueError(f"num_inference_steps={steps!r} must be a whole number of denoising steps, at least 1.")
     image = parameters.get("image")
     if image is not None and image.default is inspect.Parameter.empty and "image" not in given:
         raise ValueError(f"image: {cls.__name__} makes videos from an image; pass one.")
@@ -78,6 +82,15 @@ def call_arguments(pipe: DiffusionPipeline | type, **wanted: Any) -> dict[str, A
             given["image"] = opened.convert("RGB")
     rate = next((name for name in _RATES if name in known), None)
     return given | ({rate: fps} if rate is not None and fps is not None else {})
+
+
+def calls_by_prompt(
+    pipe: DiffusionPipeline | type, prompts: Sequence[str], arguments: Mapping[str, Any], fps: float | None = None
+) -> list[dict[str, Any]]:
+    """The arguments of a call for each prompt; errors are those of `call_arguments`, and of a prompt among them."""
+    if "prompt" in arguments:
+        raise ValueError(f"arguments has prompt={arguments['prompt']!r}; pass it among prompts={list(prompts)}.")
+    return [call_arguments(pipe, **arguments, prompt=prompt, fps=fps) for prompt in prompts]
 
 
 def frames_per_second(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> float:

@@ -15,10 +15,10 @@ from ..comparison import Comparison, Setting, compare
 from ..comparison.api import facts_of, measure_settings
 from ..comparison.measure import attending
 from ..comparison.quality import check_report_packages
-from ..comparison.store import MemoryStore, Store, fingerprint, folder_of, image_digest
+from ..comparison.store import MemoryStore, Store, fingerprint, folder_of, scheduler_of, told
 from ..config import VSAConfig
 from ..files import PathLike, replaced_file
-from ..generation.calling import call_arguments, number_of_steps, tells_steps
+from ..generation.calling import calls_by_prompt, number_of_steps, tells_steps
 from ..generation.loading import compile_blocks, is_compiled
 from ..generation.progress import Progress
 from ..logs import warnings_only
@@ -116,7 +116,7 @@ def tune(
         )
     check_without_gates(pipe)
     shared = dict(arguments or {})
-    calls = [call_arguments(pipe, **shared, prompt=prompt, fps=fps) for prompt in prompts]
+    calls = calls_by_prompt(pipe, prompts, shared, fps)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = State(directory / STATE, _facts(pipe, calls, seed), anew)
@@ -342,8 +342,8 @@ def _facts(pipe: DiffusionPipeline, calls: Sequence[Mapping[str, Any]], seed: in
         {name: image_digest(value) if name == "image" else value for name, value in call.items()} for call in calls
     ]
     return {
-        **{name: facts[name] for name in ("pipeline", "dtype", "device")}, "weights": fingerprint(pipe),
-        "calls": shown, "seed": seed,
+        **{name: facts[name] for name in ("model", "pipeline", "dtype", "device")}, **named, "seed": seed,
+        "weights": fingerprint(pipe), "scheduler": scheduler_of(pipe), "version": facts["versions"]["vsa_diffusers"],
     }  # fmt: skip
 
 

@@ -7,16 +7,14 @@ from typing import Any
 
 from ..comparison.quality import check_report_packages
 from ..files import PathLike
-from ..generation.calling import call_arguments
+from ..generation.calling import calls_by_prompt
 from ..generation.loading import load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
 from ..selection import SELECTIONS
 from .api import BLOCKS, check_choices, tune
 from .result import Tuning
 from .search import SHAPES
-from .target import Target
-
-TARGETS = ("psnr", "ssim", "error", "speedup")
+from .target import TARGETS, Target
 
 
 def tune_model(
@@ -57,7 +55,7 @@ def tune_model(
     wanted = recommended | {name: value for name, value in (arguments or {}).items() if value is not None}
     cls = pipeline_class(model)
     if cls is not None:  # refused before loading rather than after
-        call_arguments(cls, **wanted)
+        calls_by_prompt(cls, prompts, wanted)
     progress = progress or Progress()
     progress.begin("loading", None)
     pipe = load_pipeline(model, dtype=dtype, device=device, lora=lora)

@@ -10,6 +10,7 @@ from ..tiles import is_real
 
 TOLERANCES = {"psnr": 0.3, "ssim": 0.003, "error": 0.003, "speedup": 0.02}
 """How far beyond the target is close enough to stop."""
+TARGETS = tuple(TOLERANCES)
 _RANGES = {"psnr": (0, math.inf), "ssim": (0, 1), "error": (0, 1), "speedup": (1, math.inf)}
 _WHAT = {
     "psnr": "dB to the dense video, above 0, such as 30",
@@ -40,7 +41,7 @@ class Target:
         """
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) != 1:
-            got = " and ".join(f"{name}={value:g}" for name, value in given.items()) or "none"
+            got = " and ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
             raise ValueError(f"one target is needed, of {', '.join(targets)}, but there is {got}; for example psnr=30.")
         [(name, value)] = given.items()
         low, high = _RANGES[name]
