@@ -6,20 +6,25 @@ import math
 import re
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from PIL import Image
 
 from tiny_fine_tuned import fine_tuned
 from tiny_text_pipeline import tiny_pipeline
 from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
+from vsa_diffusers.comparison.api import measure_settings
 from vsa_diffusers.comparison.measure import attending
+from vsa_diffusers.comparison.store import MemoryStore, told
 from vsa_diffusers.generation.sparsity import read_config
 from vsa_diffusers.inspection import inspect_attention
 from vsa_diffusers.pipeline import enabled_config, supported_parts
 from vsa_diffusers.tiles import TileGrid, num_selected_tiles
 from vsa_diffusers.tuning import Point, Target, Tuning, api, tune
+from vsa_diffusers.tuning import probe as probing
 from vsa_diffusers.tuning.api import next_budget
 from vsa_diffusers.tuning.probe import RATIOS, REFERENCE, Probe, Tiling
 from vsa_diffusers.tuning.replay import error_of, record, replay
@@ -251,7 +256,7 @@ def test_budgets_close_in_on_the_target(target, of_cost):
     ("targets", "message"),
     [
         ({}, "one target is needed.*none"),
-        ({"psnr": 30.0, "speedup": 1.5}, "psnr=30 and speedup=1.5"),
+        ({"psnr": 30.0, "speedup": 1.5}, "psnr=30.0 and speedup=1.5"),
         ({"ssim": 1.5}, r"ssim=1.5 must be similarity .* such as 0.95"),
         ({"speedup": 0.9}, r"speedup=0.9 must be times as fast"),
         ({"psnr": math.nan}, r"psnr=nan must be"),
@@ -260,6 +265,23 @@ def test_budgets_close_in_on_the_target(target, of_cost):
 def test_targets_that_cannot_be_are_refused(pipe, tmp_path, targets, message):
     with pytest.raises(ValueError, match=message):
         tune(pipe, PROMPT, tmp_path / "none", **targets)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedules": "front"}, "schedules='front' must be a list"),
+        ({"selections": []}, r"selections=\[\] must be a list"),
+        ({"rounds": 1.5}, "rounds=1.5 must be a whole number"),
+        ({"arguments": CALL | {"prompt": "b"}}, "arguments has prompt='b'; pass it among prompts="),
+        ({"arguments": CALL | {"num_inference_steps": 0}}, "num_inference_steps=0 must be"),
+    ],
+    ids=["text", "none", "rounds", "prompt", "steps"],
+)
+def test_choices_that_cannot_be_are_refused(pipe, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        tuned(pipe, tmp_path / "none", **options)
     assert not (tmp_path / "none").exists()
 
 
@@ -336,6 +358,78 @@ def test_another_target_makes_only_what_is_new_and_a_missed_one_leaves_no_config
     assert "No setting that was tried reaches PSNR of 200 dB" in (other / "report.html").read_text()
 
 
+@pytest.fixture
+def copied(directory, tuning, tmp_path, monkeypatch):
+    """A finished tuning in a directory of its own, which makes no dense run any more."""
+    monkeypatch.setattr(api, "record", pytest.fail)
+    return shutil.copytree(directory, tmp_path / "copied")
+
+
+def test_videos_of_an_earlier_tuning_are_not_shown_as_its_own(pipe, copied):
+    tuned(pipe, copied, rounds=0, schedules=["constant"], keep_videos=False, blocks=[list(BLOCK)])
+    assert "videos/report.html" not in (copied / "report.html").read_text()
+
+
+def test_a_config_of_another_target_never_stands_beside_a_new_report(pipe, copied, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vsa_diffusers.tuning.report.write_report", interrupted)
+    assert (copied / "config.json").exists()
+    with pytest.raises(KeyboardInterrupt):
+        tuned(pipe, copied)
+    assert not (copied / "config.json").exists()
+
+
+def test_another_scheduler_or_model_is_another_tuning(pipe, copied, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
+        with pytest.raises(ValueError, match=r"has scheduler=.*'shift': 3.0.* instead of .*'shift': 5.0"):
+            tuned(pipe, copied)
+    with pytest.raises(ValueError, match=r"has prompts=\['a red ring'\] instead of \['a blue ring'\]"):
+        tune(pipe, "a blue ring", copied, psnr=15.0, arguments=CALL)
+    facts = api.facts_of(pipe)
+    monkeypatch.setattr(api, "facts_of", lambda pipe: facts | {"model": "another"})
+    with pytest.raises(ValueError, match="has model='WanPipeline' instead of 'another'"):
+        tuned(pipe, copied)
+
+
+def test_videos_of_another_scheduler_are_not_taken_for_these(pipe, tmp_path, monkeypatch):
+    store, few = MemoryStore(), CALL | {"num_inference_steps": 1}
+    made = [measure_settings(pipe, PROMPT, [0.5], tmp_path, store, arguments=few) for _ in range(2)]
+    assert [each.results[0].reused for each in made] == [(False,), (True,)]
+    monkeypatch.setattr(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
+    other = measure_settings(pipe, PROMPT, [0.5], tmp_path, store, arguments=few)
+    assert other.results[0].reused == (False,)
+
+
+def test_images_are_told_by_what_they_show():
+    def shown(colour, size=(4, 2)):
+        return told({"last_image": Image.new("RGB", size, colour), "video": [Image.new("RGB", size, colour)]})
+
+    assert shown("red") == shown("red") == json.loads(json.dumps(shown("red")))
+    assert shown("red") != shown("blue")
+    assert shown("red") != shown("red", (2, 4))
+    assert told({"latents": torch.zeros(2000)}) != told(
+        {"latents": torch.zeros(2000).index_fill(0, torch.tensor(999), 1)}
+    )
+    assert told({"height": 64, "prompt": PROMPT}) == {"height": 64, "prompt": PROMPT}
+
+
+def test_a_pipeline_that_is_sparse_is_measured_dense(pipe, tmp_path, monkeypatch):
+    def watched(pipe, *args):
+        with pytest.raises(ValueError, match="not enabled"):
+            enabled_config(pipe.transformer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "probe", watched)
+    mine = VSAConfig(0.3, block_size=BLOCK)
+    with attending(pipe, mine):
+        with pytest.raises(KeyboardInterrupt):
+            tuned(pipe, tmp_path)
+        assert enabled_config(pipe.transformer) == mine
+
+
 def test_an_error_of_the_transformer_is_a_target_too(pipe, calls, tmp_path):
     found = tuned(pipe, tmp_path, error=0.5, schedules=["constant"], rounds=0, keep_videos=False)
     assert found.is_met
@@ -379,7 +473,7 @@ def test_two_experts_are_tuned_together(tmp_path):
     assert found.probe.layers == ("blocks.0.attn1", "blocks.1.attn1")
 
 
-def test_times_are_measured_when_asked_for(pipe, tmp_path):
+def test_times_are_measured_when_asked_for_on_each_hardware(pipe, tmp_path, monkeypatch):
     options = dict(speedup=1.5, measure=True, schedules=["constant"], rounds=0, keep_videos=False)
     found = tuned(pipe, tmp_path, **options)
     assert sorted(found.probe.times) == [0.0, *RATIOS]
@@ -388,6 +482,12 @@ def test_times_are_measured_when_asked_for(pipe, tmp_path):
     words = "time of the layers" if found.cost.is_time else "vary too much"
     assert words in (tmp_path / "report.html").read_text()
     assert found.is_met == (max(each.speedup for each in found.points) >= 1.5)
+
+    times = dict.fromkeys((0.0, *RATIOS), 1.0)
+    monkeypatch.setattr(probing, "_times", lambda *_: {"of": times, "spread": 0.0, "rest": 1.0})
+    assert tuned(pipe, tmp_path, **options).probe.times == found.probe.times
+    monkeypatch.setattr(probing, "facts_of", lambda pipe: {"hardware": "another"})
+    assert tuned(pipe, tmp_path, **options).probe.times == times
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from ..generation.progress import Progress
 from ..logs import warnings_only
 from ..pipeline import supported_parts
 from ..selection import SELECTIONS
+from ..tiles import whole
 from .probe import STEPS, Block, Probe, check_without_gates, probe
 from .replay import Call, error_of, record
 from .result import DEFAULT, Point, Tuning, best_of
@@ -110,6 +111,7 @@ def tune(
     check_report_packages()
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     check_choices(prompts, blocks, selections, schedules, rounds)
+    blocks = [VSAConfig(block_size=block).block_size or "auto" for block in blocks]
     if is_compiled(pipe):
         raise ValueError(
             "pipe is compiled, and compiled code cannot be looked into while it runs; load it again, and pass compile."
@@ -123,7 +125,8 @@ def tune(
     progress = progress or Progress()
     recorded = _Recorded(pipe, calls[:PROBED_PROMPTS], seed, progress)
     with warnings_only():  # of dozens of settings each would be told
-        probed = probe(pipe, recorded.calls, blocks, selections, state, measure, progress)
+        with attending(pipe, None):
+            probed = probe(pipe, recorded.calls, blocks, selections, state, measure, progress)
         cost = Cost.of_probe(probed)
 
         store = Store(folder_of(directory / VIDEOS)) if keep_videos else MemoryStore()
@@ -151,7 +154,7 @@ def tune(
         else:
             comparison = videos(settings)
     tuning = Tuning(target, points, probed, cost, comparison, directory, command)
-    _write(tuning)
+    _write(tuning, keep_videos)
     return tuning
 
 
@@ -159,19 +162,19 @@ def check_choices(
     prompts: Sequence[str], blocks: Sequence[Block], selections: Sequence[str], schedules: Sequence[str], rounds: int
 ) -> None:
     """Refuse what `tune` cannot use, whatever the pipeline."""
-    if not prompts:
-        raise ValueError("prompts=() must name something to tune by.")
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts={list(prompts)} must name something to tune by: one text or several.")
+    for name, choices in {"blocks": blocks, "selections": selections, "schedules": schedules}.items():
+        if isinstance(choices, str) or not choices:
+            raise ValueError(f"{name}={choices!r} must be a list of something to choose from.")
     for block in blocks:
         VSAConfig(block_size=block)
     for selection in selections:
         check_choice("selections", selection, SELECTIONS)
     for name in schedules:
         check_choice("schedules", name, tuple(SHAPES))
-    for name, choices in {"blocks": blocks, "selections": selections, "schedules": schedules}.items():
-        if not choices:
-            raise ValueError(f"{name}={list(choices)} must name something to choose from.")
-    if rounds < 0:
-        raise ValueError(f"rounds={rounds} must be 0 or more.")
+    if (count := whole(rounds)) is None or count < 0:
+        raise ValueError(f"rounds={rounds!r} must be a whole number, 0 or more.")
 
 
 class _Recorded:
@@ -338,24 +341,22 @@ def next_budget(points: Sequence[Point], target: Target) -> float | None:
 
 def _facts(pipe: DiffusionPipeline, calls: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     facts = facts_of(pipe)
-    shown = [
-        {name: image_digest(value) if name == "image" else value for name, value in call.items()} for call in calls
-    ]
+    named = {"prompts": [call["prompt"] for call in calls]} | told(calls[0])
+    del named["prompt"]
     return {
         **{name: facts[name] for name in ("model", "pipeline", "dtype", "device")}, **named, "seed": seed,
         "weights": fingerprint(pipe), "scheduler": scheduler_of(pipe), "version": facts["versions"]["vsa_diffusers"],
     }  # fmt: skip
 
 
-def _write(tuning: Tuning) -> None:
+def _write(tuning: Tuning, has_videos: bool) -> None:
     from .report import write_report
 
-    write_report(tuning.directory / REPORT, tuning)
+    config = tuning.directory / CONFIG
+    config.unlink(missing_ok=True)  # perhaps one of another target, which must not stand beside this report
+    write_report(tuning.directory / REPORT, tuning, has_videos=has_videos)
     with replaced_file(tuning.directory / RESULTS) as partial:
         partial.write_text(json.dumps(tuning.to_dict(), indent=2) + "\n")
-    config = tuning.directory / CONFIG
-    if not tuning.is_met:
-        config.unlink(missing_ok=True)  # perhaps one of another target
-        return
-    with replaced_file(config) as partial:
-        partial.write_text(json.dumps(tuning.best.config, indent=2) + "\n")
+    if tuning.is_met:
+        with replaced_file(config) as partial:
+            partial.write_text(json.dumps(tuning.best.config, indent=2) + "\n")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..comparison.api import facts_of
 from ..config import VSAConfig
 from ..generation.progress import Progress
 from ..inspection.observation import dense_output, relative_error
@@ -148,7 +149,8 @@ def probe(
         gains[place] = np.array(alone) / np.maximum(errors[place, :, reference], 1e-9)
     times: dict[str, Any] = {"of": {}, "spread": 0.0, "rest": 0.0}
     if with_times:
-        times = state.once(f"times {name}", lambda: _times(parts, calls()[0], tiling, progress))
+        hardware = facts_of(pipe)["hardware"]  # errors are the same on others, times are not
+        times = state.once(f"times {name} on {hardware}", lambda: _times(parts, calls()[0], tiling, progress))
     return Probe(
         tuple(layers["names"]),
         tuple(steps),

@@ -63,8 +63,8 @@ def verdict(tuning: Tuning) -> str:
     return text
 
 
-def write_report(path: PathLike, tuning: Tuning) -> None:
-    """Write the page, whole or not at all."""
+def write_report(path: PathLike, tuning: Tuning, *, has_videos: bool) -> None:
+    """Write the page, whole or not at all; it says where the videos are if there are some."""
     numbers = tuning.to_dict()
     best = tuning.best
     cells = rows(tuning)
@@ -82,7 +82,7 @@ def write_report(path: PathLike, tuning: Tuning) -> None:
         headings=HEADINGS,
         rows=cells,
         has_error=any(row[6] for row in cells),
-        has_videos=tuning.comparison.directory.exists(),
+        has_videos=has_videos,
         cost=tuning.cost.reason,
         curve=data_uri(png(draw_curve(tuning)), "image/png"),
         ratios=data_uri(png(draw_ratios(tuning, best)), "image/png"),
