@@ -318,9 +318,10 @@ def test_a_state_goes_on_and_refuses_another_tuning(tmp_path):
     with pytest.raises(ValueError, match=r"seed=0 instead of 1.*--anew"):
         State(path, {"seed": 1})
     assert State(path, {"seed": 1}, anew=True).once("a", lambda: 4) == 4
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="holds a JSON list"):
-        State(path, {"seed": 1})
+    for content in ("", "[]", "{}", '{"facts": [], "results": {}}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"state.json is no state of a tuning; .*--anew"):
+            State(path, {"seed": 1})
 
 
 def test_it_writes_what_enable_vsa_takes_and_leaves_the_pipeline_as_it_was(pipe, directory, tuning):

@@ -28,16 +28,20 @@ class State:
         self.results: dict[str, Any] = {}
         if not path.exists() or anew:
             return
-        kept = read_json(path)
-        if kept.keys() != {"facts", "results"}:
-            raise ValueError(f"{path} is no state of a tuning; choose another output directory.")
-        theirs = kept["facts"]
+        mend = "choose another output directory, or pass anew (--anew) to replace it"
+        try:
+            kept = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is no state of a tuning; {mend}.") from error
+        theirs = kept.get("facts", {})
+        if kept.keys() != {"facts", "results"} or not all(isinstance(each, dict) for each in kept.values()):
+            raise ValueError(f"{path} is no state of a tuning; {mend}.")
         other = [name for name in self.facts | theirs if self.facts.get(name) != theirs.get(name)]
         if other:
             name = other[0]
             raise ValueError(
                 f"{path} is of another tuning: it has {name}={theirs.get(name)!r} instead of "
-                f"{self.facts.get(name)!r}; choose another output directory, or pass anew (--anew) to replace it."
+                f"{self.facts.get(name)!r}; {mend}."
             )
         self.results = kept["results"]
 
