@@ -4,10 +4,10 @@
 
 Tunes for each target by a few captions of the training split and one seed. Then held-out captions, with seeds of their
 own, are made dense, with each tuned setting, and with `enable_vsa(pipe, top_k_ratio=...)`, all else by default, where
-that keeps at least as many tiles; and with that ratio and the tuned setting's schedule in all layers alike, which tells
-what the layers' ratios add. Last, the default at higher ratios says what share of the tiles it needs for the tuned
-setting's PSNR. All gains are differences within pairs of caption and seed, with their spread. What is done is
-printed after each seed.
+that keeps at least as many tiles; and with the tuned setting's schedule, block and selection in all layers alike, where
+that keeps at least as many, which tells what the layers' ratios add. Last, the default at higher ratios says what share
+of the tiles it needs for the tuned setting's PSNR. All gains are differences within pairs of caption and seed, with
+their spread. What is done is printed after each seed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vsa_diffusers.files import replaced_file
 from vsa_diffusers.generation.loading import load_pipeline, place, recommended_call
 from vsa_diffusers.tuning import Tuning, tune
 from vsa_diffusers.tuning.report import verdict
-from vsa_diffusers.tuning.search import SHAPES
+from vsa_diffusers.tuning.search import Search
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
 MORE = (1.25, 1.6, 2.0, 2.6)
@@ -121,8 +121,9 @@ def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
         share = math.ceil(best.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
         add("default", VSAConfig(share), share)
         if best.allocation is not None and best.allocation.shape.name != "constant":
-            fields = SHAPES[best.allocation.shape.name].fields(share)
-            add("schedule alone", VSAConfig(**fields), share)
+            alike = Search(tuning.probe, tuning.cost, best.allocation.shape, even=True).walk
+            alone = next(each for each in alike if each.kept >= best.kept)
+            add("schedule alone", alone.config(tuning.probe), alone.kept)
         counts = {math.ceil(factor * best.kept * tiles) for factor in MORE}
         for count in sorted(count for count in counts if share * tiles < count < tiles):
             add("default, more", VSAConfig(count / tiles), count / tiles)
