@@ -89,6 +89,7 @@ def test_captions_hold_no_unknown_token(pipeline):
     assert pipeline.tokenizer.unk_token_id not in {token for row in ids for token in row}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_held_out_clip_is_denoised_by_its_caption(pipeline):
     """One forward on the full grid, mostly noise; without training the error is above 1."""

@@ -123,6 +123,7 @@ def test_sums_of_sixteen_bit_rows_are_kept_in_fp32():
     torch.testing.assert_close(coarse, exact.bfloat16(), atol=0, rtol=2**-7)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_with_any_segments():
     compiled = torch.compile(packed_coarse, backend="aot_eager", fullgraph=True, dynamic=True)
     for segments in ((5, 70), (9, 71), (3, 150)):
