@@ -340,6 +340,17 @@ def test_other_clips_are_another_training(material, run, tmp_path):
         resumed(material, run, data_dir=str(tmp_path / "other" / "latents"))
 
 
+def test_a_checkpoint_from_before_an_option_goes_on_with_its_default(material, run):
+    state = run / "checkpoint-0000006" / "state.json"
+    facts = json.loads(state.read_text())
+    for name in ("ratio_schedule", "objective", "distill_attention"):
+        del facts["fingerprint"][name]
+    state.write_text(json.dumps(facts))
+    assert resumed(material, run).step == STEP
+    with pytest.raises(ValueError, match=r"training with other options: .*'objective': 'diffusion'"):
+        resumed(material, run, objective="distill")
+
+
 def test_what_has_no_moments_yet_is_known(material, tmp_path):
     """A parameter that took part in no step has none, and is not missing."""
 

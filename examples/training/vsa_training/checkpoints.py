@@ -153,8 +153,13 @@ class Checkpoints:
             f"{', '.join(path.name for path in finished) or 'none'}."
         )
 
-    def load(self, path: Path, fingerprint: dict[str, Any]) -> int:
+    def load(self, path: Path, fingerprint: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> int:
         """Put everything back, and return the number of steps that were done. Nothing has changed after an error.
+
+        Args:
+            path: the checkpoint.
+            fingerprint: what has to be the same.
+            defaults: what a part of it had been in a checkpoint that does not name it: an option that came later.
 
         Raises:
             ValueError: the checkpoint is damaged, a mixture of several, or of a training with other options that decide
@@ -162,7 +167,7 @@ class Checkpoints:
         """
         files = {WEIGHTS, MOMENTS} | ({AVERAGES} if self.ema else set())
 
-        self._check_course(path, SavedDirectory.read(path, STATE_NAME).facts, fingerprint)
+        self._check_course(path, SavedDirectory.read(path, STATE_NAME).facts, fingerprint, defaults or {})
 
         def read(saved: SavedDirectory) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
             facts = dict(saved.facts)
@@ -184,13 +189,15 @@ class Checkpoints:
         self._put_back(facts, tensors)
         return facts["step"]
 
-    def _check_course(self, path: Path, facts: Mapping[str, Any], fingerprint: dict[str, Any]) -> None:
+    def _check_course(
+        self, path: Path, facts: Mapping[str, Any], fingerprint: dict[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
         """Whether it is a checkpoint of this training, and not of a later step than asked for."""
         state = path / STATE_NAME
         found = Found(state, facts)
         if found.value("format", int) != _FORMAT:
             raise ValueError(f"{state} has format {facts['format']}, which this version cannot go on from.")
-        old = found.value("fingerprint", dict)
+        old = {name: defaults[name] for name in fingerprint if name in defaults} | found.value("fingerprint", dict)
         changed = {
             name: old.get(name) for name in fingerprint.keys() | old.keys() if old.get(name) != fingerprint.get(name)
         }

@@ -6,7 +6,7 @@ The defaults are the recipe that docs/training.md recommends, with what it measu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .learning_rates import SCHEDULES
@@ -180,6 +180,11 @@ class Options:
     def warmup_steps(self) -> int:
         """`lr_warmup_steps`, or its default."""
         return self.max_train_steps // 20 if self.lr_warmup_steps is None else self.lr_warmup_steps
+
+
+def defaults() -> dict[str, Any]:
+    """Those of options by name. A new option's is what was done before: older checkpoints are taken to have it."""
+    return {each.name: each.default for each in fields(Options) if each.default is not MISSING}
 
 
 def _layers(given: list[Any]) -> list[int]:

@@ -33,7 +33,7 @@ from .learning_rates import LearningRates
 from .metrics import MetricsLog
 from .models import load_transformer, prepare_transformer, shrink_frozen, vsa_config
 from .objective import add_noise, logit_normal_quantiles, shift_sigmas, velocity_error
-from .options import Options
+from .options import Options, defaults
 from .parameters import make_optimizers
 from .sparsity import SparsityRamp
 from .summary import counts_of, summary
@@ -135,7 +135,7 @@ class Trainer:
         self.step = 0
         self.resumed = self.checkpoints.choose(options.resume_from_checkpoint)
         if self.resumed is not None:
-            self.step = self.checkpoints.load(self.resumed, self._fingerprint())
+            self.step = self.checkpoints.load(self.resumed, self._fingerprint(), defaults())
         # What cannot be written to is told now, not after the first step.
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.print(summary(self, counts))
