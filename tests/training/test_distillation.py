@@ -109,6 +109,16 @@ def test_in_16_bits_the_teacher_is_the_dense_model_in_16_bits(material, tmp_path
     assert all(value.dtype == torch.float32 for value in trainer.transformer.parameters())
 
 
+def test_in_16_bits_what_the_result_keeps_of_the_model_is_not_rounded(material, tmp_path):
+    dense = diffusers.WanTransformer3DModel.from_pretrained(material / "pipe", subfolder="transformer")
+    options = dict(mixed_precision="bf16", combine="merge", trainable="attention")
+    trainer = train(material, tmp_path, max_train_steps=1, lr_warmup_steps=0, **options)
+    weights = dict(dense.named_parameters())
+    for name, value in trainer.transformer.named_parameters():
+        assert value.dtype == torch.float32, name
+        assert value.requires_grad or value.equal(weights[name]), name
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_with_all_tiles_and_without_gates_there_is_nothing_to_learn(material, tmp_path, weight):
     options = dict(combine="merge", top_k_ratio=1.0, distill_attention=weight, lr_scheduler="constant")

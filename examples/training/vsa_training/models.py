@@ -102,9 +102,11 @@ def lora_targets(transformer: torch.nn.Module, target: str) -> list[str]:
     ]
 
 
-def shrink_frozen(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Store parameters that do not learn in `dtype`, but for those that diffusers keeps in fp32."""
+def shrink_frozen(transformer: torch.nn.Module, dtype: torch.dtype, but: torch.nn.Module | None = None) -> None:
+    """Store parameters that do not learn in `dtype`, but for those that diffusers keeps in fp32, or `but` has, too."""
     precise = tuple(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    shared = set() if but is None else {id(parameter) for parameter in but.parameters()}
     for name, parameter in transformer.named_parameters():
-        if not parameter.requires_grad and not any(part in name for part in precise):
+        kept = parameter.requires_grad or id(parameter) in shared or any(part in name for part in precise)
+        if not kept:
             parameter.data = parameter.data.to(dtype)

@@ -99,7 +99,8 @@ class Trainer:
         if self.accelerator.mixed_precision == "bf16" and frozen_stay and not sharded:
             shrink_frozen(self.transformer, torch.bfloat16)
         if self.teacher is not None and self.accelerator.mixed_precision == "bf16" and not sharded:
-            shrink_frozen(self.teacher, torch.bfloat16)
+            # What it shares stays as the student needs it: where that is part of the result, in fp32.
+            shrink_frozen(self.teacher, torch.bfloat16, but=self.transformer)
         # Of a sharded model, parameters know only a process's part.
         counts = counts_of(self.transformer)
         optimizers = make_optimizers(
