@@ -40,12 +40,17 @@ def main() -> None:
         (row["model"], row["gpus"]): row
         for file in sorted(MEASUREMENTS.glob("h200-x*.json"))
         for row in json.loads(file.read_text())["rows"]
-        if row["what"] == "merge 0.2" and row.get("way", "Ulysses") == "Ulysses"
+        if row["what"] == "merge 0.2" and row.get("way", "Ulysses") == "Ulysses" and is_whole(row)
     }
     for (model, gpus), paper in ON_PAPER.items():
         name, layers = MODELS[model]
         line = [name, str(gpus), *cells(measured.get((model, gpus)), paper, gpus, layers)]
         print("| " + " | ".join(line) + " |")
+
+
+def is_whole(row: dict) -> bool:
+    """Whether all layers of one of the models were measured."""
+    return row["model"] in MODELS and row.get("layers") in (None, MODELS[row["model"]][1])
 
 
 def cells(row: dict | None, paper: OnPaper, gpus: int, layers: int) -> Iterator[str]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from .parts import counted_tiles, timed_parts
 from .scaling_training import COLUMNS as TRAINING_COLUMNS
 from .scaling_training import cells as training_cells
 from .scaling_training import measure_steps
-from .spreading import add_random_gates, from_all, make_mesh, set_attention, spread
+from .spreading import add_random_gates, from_all, make_mesh, number_of_layers, set_attention, spread
 from .transformers import BACKENDS, _free, _time, shallow
 
 COLUMNS = (
@@ -99,8 +100,14 @@ def settle(args: argparse.Namespace, ranks: int) -> None:
     """Choices that depend on one another, where they were left open.
 
     Raises:
-        ValueError: a number of GPUs does not divide the number of processes.
+        ValueError: a number of GPUs does not divide the number of processes, nothing would be measured, or the folder
+            for the JSON does not exist.
     """
+    for option, number in (("--runs", args.runs), ("--layers", args.layers)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} {number} leaves nothing to measure; give 1 or more.")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}; make it first.")
     if args.models is None:
         args.models = ["wan14b-480p"] if args.train else ["wan1.3b-480p", "wan14b-720p", "hunyuan-720p"]
     if args.what is None:
@@ -184,6 +191,7 @@ def measured(
     ranks = from_all(found)
     row: dict[str, Any] = {
         "model": size.name,
+        "layers": number_of_layers(model),
         "video_shape": size.video_shape(args.tiny),
         "seconds": max(each["seconds"] for each in ranks),
         "time_imbalance": imbalance([each["seconds"] for each in ranks]),
@@ -203,8 +211,8 @@ def measure(
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Seconds of one run and of the parts of its attention in all layers, and its output.
 
-    The first blocks run before, so that tiles are counted and kernels are compiled; of slow runs one is timed, else the
-    fastest of `runs`.
+    The first blocks run before, so that tiles are counted and kernels are compiled; of slow runs one is timed, else
+    `runs`, of which all ranks take that whose slowest rank is fastest.
     """
     with shallow(model):
         with counted_tiles(model) as tiles:
@@ -214,6 +222,7 @@ def measure(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     best: dict[str, Any] = {}
+    least = math.inf
     outputs: list[torch.Tensor] = []
 
     def keep() -> torch.Tensor:
@@ -224,11 +233,10 @@ def measure(
         dist.barrier()
         with timed_parts(model, device) as parts:
             seconds = _time(keep, device)
-        if not best or seconds < best["seconds"]:
-            best = {"seconds": seconds, **parts.totals()}
-        slow = torch.tensor(int(seconds > 3), device=device)
-        dist.all_reduce(slow, dist.ReduceOp.MAX)
-        if slow:
+        slowest = max(from_all(seconds))
+        if slowest < least:
+            least, best = slowest, {"seconds": seconds, **parts.totals()}
+        if slowest > 3:
             break
     best["tiles"] = tiles
     if device == "cuda":

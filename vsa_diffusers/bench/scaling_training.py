@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .full_size import FullSize
 from .parts import between, mark
-from .spreading import add_random_gates, enable_ulysses, from_all, make_mesh, set_attention
+from .spreading import add_random_gates, enable_ulysses, from_all, make_mesh, number_of_layers, set_attention
 from .transformers import _free
 
 COLUMNS = ("model", "what", "GPUs", "a video", "loss", "error", "step", "forward", "backward", "AdamW", "peak GB")
@@ -35,13 +36,13 @@ def measure_steps(size: FullSize, device: str, args: argparse.Namespace) -> Iter
             enable_ulysses(model, mesh, args.uneven)
         batch = make_batch(size, model.config, device, dtype, args.tiny, seed=mesh.get_local_rank("forward"))
         found = alone(model, batch, device)
-        shard(model, dtype)
+        shard(model, device, dtype)
         found |= train(model, batch, device, args.runs)
         found["error"] = abs(found["steps"][0]["loss"] - found["forward_loss"]) / abs(found["forward_loss"])
         told = from_all(found)
         yield {
             "model": size.name,
-            "layers": sum(len(child) for child in model.children() if isinstance(child, torch.nn.ModuleList)),
+            "layers": number_of_layers(model),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "video_shape": size.video_shape(args.tiny),
             "what": words,
@@ -84,20 +85,23 @@ def loss_of(model: torch.nn.Module, batch: tuple[dict[str, Any], torch.Tensor]) 
 
 def alone(model: torch.nn.Module, batch: tuple[dict[str, Any], torch.Tensor], device: str) -> dict[str, Any]:
     """The loss and the peak memory of a forward without gradients, each rank of the video holding all weights."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         loss = float(loss_of(model, batch))
     return {"forward_loss": loss} | ({"forward_peak_bytes": _peak()} if device == "cuda" else {})
 
 
-def shard(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def shard(model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
     """Keep a part of the weights on each rank, in fp32, and gather one block at a time, in the dtype they had."""
+    mesh = init_device_mesh(device, (dist.get_world_size(),))  # by itself FSDP would take the GPUs, where there are some
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*blocks, model):
         for parameter in module.parameters():
             if parameter.dtype != torch.float32:  # those of blocks are sharded by now
                 parameter.data = parameter.data.float()
-        fully_shard(module, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def train(

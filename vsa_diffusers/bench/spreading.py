@@ -97,3 +97,8 @@ def from_all(value: Any) -> list[Any]:
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, value)
     return told
+
+
+def number_of_layers(model: torch.nn.Module) -> int:
+    """Blocks of all kinds."""
+    return sum(len(child) for child in model.children() if isinstance(child, torch.nn.ModuleList))
