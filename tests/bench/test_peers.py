@@ -52,6 +52,8 @@ def test_without_names_what_is_installed_is_measured_on_a_gpu(monkeypatch):
     assert peers.chosen(None, "cpu") == []
     assert peers.chosen(["all"], "cpu") == list(peers.PEERS)
     assert peers.chosen(["none"], "cuda") == []
+    with pytest.raises(ValueError, match=r"peers has 'flash', which is unknown; choose of all, none, attn-gym, "):
+        peers.chosen(["flash"], "cuda")
 
 
 @on_cpu
@@ -156,3 +158,16 @@ def test_attention_gym_computes_what_ours_does(peer, shape):
     pytest.importorskip("attn_gym", reason="runs with attn-gym installed")
     for ratio in (0.5, 0.2):
         assert difference(peer, shape, ratio) < 1e-5
+
+
+@on_cpu
+@pytest.mark.slow
+def test_no_ratio_is_one_too_many_for_what_compiles_each(monkeypatch):
+    pytest.importorskip("attn_gym", reason="runs with attn-gym installed")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    shape = parse("1x1x4x4x8x64")
+    inputs = shape.inputs("cpu", torch.float32)
+    peer = peers.CompiledFlexVSA(inputs, shape, "cpu")
+    for ratio in (1.0, 0.5):
+        expected = subjects.ours(inputs, shape, ratio, "gate", "torch")()
+        torch.testing.assert_close(peer(ratio), expected, rtol=1e-4, atol=1e-4)

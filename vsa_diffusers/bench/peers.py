@@ -105,8 +105,12 @@ class CompiledFlexVSA(FlexVSA):
         super().__init__(inputs, shape, device)
         self.attend = flex_attention
         self.whole = torch.compile(super().__call__, dynamic=False)
+        self.compiled_for: float | None = None
 
     def __call__(self, ratio: float) -> torch.Tensor:
+        if ratio != self.compiled_for:
+            torch.compiler.reset()  # as for shapes: it compiles so many ratios and no more
+            self.compiled_for = ratio
         return self.whole(ratio)
 
 
@@ -208,9 +212,16 @@ PEERS = {
 
 
 def chosen(names: Sequence[str] | None, device: str) -> list[str]:
-    """The peers of these names, which may be "all" or "none"; without names, on a GPU those that are installed."""
+    """The peers of these names, which may be "all" or "none"; without names, on a GPU those that are installed.
+
+    Raises:
+        ValueError: a name is no peer.
+    """
     if names is None:
         return [name for name, peer in PEERS.items() if device != "cpu" and peer.is_installed]
+    for name in names:
+        if name not in ("all", "none", *PEERS):
+            raise ValueError(f"peers has {name!r}, which is unknown; choose of all, none, {', '.join(PEERS)}.")
     if "all" in names:
         return list(PEERS)
     return [name for name in names if name != "none"]
