@@ -51,13 +51,17 @@ def read_clips(folder: Path) -> list[Clip]:
     """Every video and animated WebP in a folder, in the order of their names, `HEIGHT` pixels high.
 
     Raises:
-        ValueError: there is none, there are more than a prompt can tell apart, or one is too short.
+        ValueError: there is none, there are more than a prompt can tell apart, two share a name, or one is too short.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if not 0 < len(paths) <= PROMPT_WIDTH:
         raise ValueError(
             f"{folder} has {len(paths)} files that end in {' or '.join(SUFFIXES)}; put 1 to {PROMPT_WIDTH} there."
         )
+    names = [path.stem for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{folder} has several files named {', '.join(twice)} but for their ends; rename all but one.")
     clips = [Clip(path.stem, _resized(imageio.imread(path, index=...))) for path in paths]
     for clip, path in zip(clips, paths, strict=True):
         if len(clip.frames) < 2 * HELD_OUT_FRAMES:
@@ -75,16 +79,29 @@ def _resized(frames) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def check_fits(frames: torch.Tensor, grid: Grid) -> tuple[Grid, Grid]:
+    """Frames, height and width that windows of a grid take, and those that a clip has.
+
+    Raises:
+        ValueError: the clip is smaller.
+    """
+    taken = (grid[0], PATCH * grid[1], PATCH * grid[2])
+    available = (frames.shape[0], *frames.shape[2:])
+    if any(wanted > there for wanted, there in zip(taken, available, strict=True)):
+        raise ValueError(
+            f"grid={grid} takes {taken} frames and pixels of a clip that has {available}; make it smaller, or leave "
+            "the clip out."
+        )
+    return taken, available
+
+
 def window(frames: torch.Tensor, grid: Grid, rng: random.Random) -> torch.Tensor:
     """A random crop in space and time of so many tokens: `[3, T, 4 H, 4 W]` in [-1, 1].
 
     Raises:
         ValueError: the clip is smaller.
     """
-    size = (grid[0], PATCH * grid[1], PATCH * grid[2])
-    available = (frames.shape[0], *frames.shape[2:])
-    if any(wanted > there for wanted, there in zip(size, available, strict=True)):
-        raise ValueError(f"grid={grid} takes {size} frames and pixels of a clip that has {available}; make it smaller.")
+    size, available = check_fits(frames, grid)
     t, y, x = (rng.randint(0, there - wanted) for wanted, there in zip(size, available, strict=True))
     crop = frames[t : t + size[0], :, y : y + size[1], x : x + size[2]]
     return crop.transpose(0, 1).float() / 127.5 - 1

@@ -28,6 +28,7 @@ import typer
 from diffusers import WanPipeline, WanTransformer3DModel
 from rich.console import Console
 from rich.table import Table
+from vsa_training.identity import module_digest
 from vsa_training.sparsity import SparsityRamp
 
 from tiny_evidence import Material, Recipe, fine_tune, load_material, prepare, validation_loss
@@ -131,6 +132,11 @@ def main(
     if missing and not report_only:
         # Before the processes that share them.
         pipe = WanPipeline.from_pretrained(model, local_files_only=True)
+        digest = module_digest(pipe.transformer)
+        if results.setdefault("model", digest) != digest:
+            raise typer.BadParameter(
+                f"{output / 'results.json'} is of another model than --model {model}; choose another --output."
+            )
         encode_clips(latents, pipe.vae, setting.clips, torch.device(devices[0]))
         told.print(f"{len(missing)} runs of {steps} steps, {workers} at a time on {', '.join(devices)}.")
         for key, report in _trained(setting, known, missing, devices, workers, deadline):

@@ -79,7 +79,7 @@ class Evidence:
     """All rows so far, in a file if there is one: of videos (`rows`) and of losses (`losses`).
 
     Raises:
-        ValueError: the file is of another model, or of other dense layers.
+        ValueError: the file is of another model or another training of it, or of other dense layers.
     """
 
     def __init__(self, path: Path | None, about: Row):
@@ -88,7 +88,7 @@ class Evidence:
         self.losses: list[Row] = []
         if path is not None and path.exists():
             kept = read_json(path)
-            there = {name: kept["about"].get(name) for name in ("model", "dense_layers")}
+            there = {name: kept["about"].get(name) for name in ("model", "described", "dense_layers")}
             if any(about[name] != value for name, value in there.items()):
                 raise ValueError(f"{path} is of {there}; give another file, or the same model and settings.")
             self.rows, self.losses = kept["rows"], kept["losses"]
@@ -98,6 +98,10 @@ class Evidence:
             content = {"about": self.about, "rows": self.rows, "losses": self.losses}
             with replaced_file(self.path) as partial:
                 partial.write_text(json.dumps(content, indent=1) + "\n")
+
+    def videos_judged(self, grid: str) -> int:
+        """How many held-out videos there are losses of."""
+        return len({row["video"] for row in self.losses if row["grid"] == grid})
 
     def missing_pairs(self, grid: str, steps: int, family: str, name: str, pairs: Iterable[int]) -> list[int]:
         key = (grid, steps, family, name)
@@ -186,11 +190,12 @@ def measure(
 def measure_losses(
     model: EvidenceModel, evidence: Evidence, grid: str, count: int, batch_size: int, dense_layers: tuple[int, ...]
 ) -> None:
-    """Add rows by share of the run, ratio and held-out video: loss, and distance from the dense prediction.
+    """Put in place rows by share of the run, ratio and held-out video: loss, and distance from the dense prediction.
 
     Distance is the squared error between both predictions, in shares of the dense one's mean square. The levels are
     those in the middle of `LEVELS` equal parts of a run.
     """
+    evidence.losses = [row for row in evidence.losses if row["grid"] != grid]
     clean, embeds = model.held_out(_grid(grid), count)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
@@ -362,18 +367,25 @@ def _grid(text: str) -> tuple[int, int, int]:
     return t, h, w
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} has {text!r}, which must be whole numbers with commas: 20,8.") from error
+
+
 def main(
     model: Annotated[
         Path,
         typer.Option(help="Folder of the tiny Wan pipeline or of a clips model.", exists=True, file_okay=False),
     ] = MODEL,
-    pairs: Annotated[int, typer.Option(help="Pairs of a prompt and a seed.")] = 16,
+    pairs: Annotated[int, typer.Option(help="Pairs of a prompt and a seed.", min=1)] = 16,
     steps: Annotated[str, typer.Option(help="Numbers of denoising steps.")] = "20,50,8,4",
     grids: Annotated[
         str, typer.Option(help="Grids of tokens, such as 16x32x32,32x32x32; as the model was trained, if left out.")
     ] = "",
-    held_out: Annotated[int, typer.Option(help="Held-out videos for the losses; 0 leaves them out.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Videos made at once.")] = 8,
+    held_out: Annotated[int, typer.Option(help="Held-out videos for the losses; 0 leaves them out.", min=0)] = 12,
+    batch_size: Annotated[int, typer.Option(help="Videos made at once.", min=1)] = 8,
     dense_layers: Annotated[str, typer.Option(help="Layers that stay dense, such as 0 or 0,-1.")] = "",
     minutes: Annotated[
         float, typer.Option(help="Begin nothing later than this; 0 only reports what there is.")
@@ -386,9 +398,11 @@ def main(
     logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # VSA is enabled hundreds of times
     ends = time.monotonic() + 60 * minutes
     judged = load_evidence_model(model, torch.device(device))
-    counts = [int(count) for count in steps.split(",")]
+    counts = _numbers("--steps", steps)
+    if min(counts) < 1:
+        raise typer.BadParameter(f"--steps has {steps!r}, where every number must be 1 or more.")
     names = grids.split(",") if grids else ["x".join(map(str, judged.usual_grid))]
-    layers = tuple(int(layer) for layer in dense_layers.split(",") if layer)
+    layers = tuple(_numbers("--dense-layers", dense_layers)) if dense_layers else ()
     for name in names:
         _grid(name)
     where = torch.cuda.get_device_name() if device.startswith("cuda") else device
@@ -401,7 +415,7 @@ def main(
     with Progress(console=console) as progress:
         task = progress.add_task("Losses", total=len(names))
         for name in names if held_out else ():
-            if time.monotonic() < ends and name not in {row["grid"] for row in evidence.losses}:
+            if time.monotonic() < ends and evidence.videos_judged(name) < held_out:
                 measure_losses(judged, evidence, name, held_out, batch_size, layers)
             progress.advance(task)
         task = progress.add_task("Videos", total=len(todo) * sum(map(len, VARIANTS.values())))

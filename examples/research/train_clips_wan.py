@@ -9,10 +9,11 @@ Three clips are next to nothing: what comes out knows them by heart, and is of u
 one grid: first small ones, at last larger ones, too. Interrupted, it goes on from its last checkpoint.
 """
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +22,7 @@ from clips_wan import (
     Clip,
     Grid,
     build_clips_transformer,
+    check_fits,
     prompts,
     read_clips,
     save_clips_model,
@@ -34,8 +36,10 @@ from tiny_wan_evaluation import contact_sheet
 from tiny_wan_parts import build_scheduler
 from tiny_wan_training import TrainingRun, autocast, progress_bar
 from vsa_diffusers.cli.script import run_script
+from vsa_diffusers.files import read_json, replaced_file
 
 PROMPT_DROPOUT = 0.1
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ def train(
 ) -> int:
     """Train in place, with checkpoints in `folder`; the weights become their average. Returns the number of steps."""
     frames = [clip.trained_on.to(device) for clip in clips]
+    for phase in phases:
+        for grid in phase.grids:
+            for each in frames:
+                check_fits(each, grid)  # before the training, not when the phase begins
     run = TrainingRun(folder, transformer, lr, minutes, adamw_only=("patch_embedding", "proj_out", "scale_shift_table"))
     with progress_bar("Transformer", run) as report:
         while not run.out_of_time:
@@ -90,16 +98,34 @@ def train(
     return run.step
 
 
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings of a training beside its checkpoints.
+
+    Raises:
+        ValueError: the folder is of a training with others.
+    """
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    if path.exists():
+        there = read_json(path)
+        changed = {name: there.get(name) for name, value in settings.items() if there.get(name) != value}
+        if changed:
+            raise ValueError(f"{path} is of a training with other values: {changed}; take those, or another --runs.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as partial:
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def main(
     clips: Annotated[
         Path, typer.Argument(help="Folder of .mp4 or animated .webp files.", exists=True, file_okay=False)
     ],
     output: Annotated[Path, typer.Option(help="Folder for the finished model.")] = Path("runs/clips_wan"),
     runs: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("runs/clips_wan_training"),
-    minutes: Annotated[float, typer.Option(help="Training time, over all calls.")] = 4.0,
-    tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 131072,
-    layers: Annotated[int, typer.Option(help="Layers of the transformer.")] = 6,
-    heads: Annotated[int, typer.Option(help="Heads of 128 channels.")] = 3,
+    minutes: Annotated[float, typer.Option(help="Training time, over all calls.", min=0.01)] = 4.0,
+    tokens: Annotated[int, typer.Option(help="Tokens per step.", min=1)] = 131072,
+    layers: Annotated[int, typer.Option(help="Layers of the transformer.", min=1)] = 6,
+    heads: Annotated[int, typer.Option(help="Heads of 128 channels.", min=1)] = 3,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     largest: Annotated[int, typer.Option(help="Leave out grids of more tokens than this.")] = 32768,
     sheet: Annotated[Path | None, typer.Option(help="Write a PNG with a video of every clip's prompt here.")] = None,
@@ -120,6 +146,9 @@ def main(
     )
     if not phases:
         raise typer.BadParameter(f"--largest {largest} leaves no grid; the smallest has 4096 tokens.")
+    told_clips = {clip.name: list(clip.frames.shape) for clip in read}
+    check_settings(runs, {"clips": told_clips, "tokens": tokens, "layers": layers, "heads": heads, "lr": lr,
+                          "largest": largest})  # fmt: skip
     transformer = build_clips_transformer(layers, heads).to(target)
     steps = train(read, runs, transformer, phases, minutes=minutes, tokens=tokens, lr=lr, device=target)
     save_clips_model(output, transformer, read, steps)

@@ -13,7 +13,7 @@ from clips_wan import HELD_OUT_FRAMES, Clip, build_clips_transformer, prompts, r
 from flow_sampling import sample
 from schedule_evidence import Evidence, kept_shares, loss_summary, main, summary, with_gains
 from schedule_models import TinyWanModel, load_evidence_model
-from train_clips_wan import Phase, train
+from train_clips_wan import Phase, check_settings, train
 from typer.testing import CliRunner
 
 from tiny_wan_evaluation import generate
@@ -101,6 +101,24 @@ def test_clips_are_read_at_one_height(tmp_path):
     imageio.imwrite(tmp_path / "short.webp", frames[:HELD_OUT_FRAMES], duration=40)
     with pytest.raises(ValueError, match=r"short\.webp has 32 frames; clips need 64 or more"):
         read_clips(tmp_path)
+    (tmp_path / "noise.mp4").touch()
+    with pytest.raises(ValueError, match="has several files named noise but for their ends"):
+        read_clips(tmp_path)
+
+
+def test_a_grid_that_does_not_fit_is_told_before_the_training(tmp_path):
+    phases = (Phase(0.99, (GRID,)), Phase(1.0, ((4, 40, 8),)))
+    options = dict(minutes=0.0001, tokens=256, lr=1e-3, device=CPU)
+    with pytest.raises(ValueError, match=r"grid=\(4, 40, 8\) takes \(4, 160, 32\) frames and pixels of a clip"):
+        train([clip()], tmp_path, build_clips_transformer(layers=1, heads=1), phases, **options)
+
+
+def test_a_training_goes_on_with_its_own_settings_only(tmp_path):
+    settings = {"clips": {"one": (64, 3, 144, 160)}, "lr": 1e-3}
+    check_settings(tmp_path, settings)
+    check_settings(tmp_path, settings)
+    with pytest.raises(ValueError, match=r"settings\.json is of a training with other values: \{'clips': \{'one': "):
+        check_settings(tmp_path, settings | {"clips": {"two": (64, 3, 144, 160)}})
 
 
 def test_the_model_is_saved_with_what_it_was_not_trained_on(clips_model):
@@ -143,10 +161,21 @@ def test_a_run_goes_on_with_what_is_missing_and_refuses_another_model(clips_mode
     assert (tmp_path / "e.png").stat().st_size > 10_000
     assert run("--pairs", "4", "--minutes", "0").exit_code == 0
     assert json.loads((tmp_path / "e.json").read_text()) == after
+    assert run("--held-out", "3").exit_code == 0
+    videos = [row["video"] for row in json.loads((tmp_path / "e.json").read_text())["losses"]]
+    assert sorted(videos) == sorted([0, 1, 2] * 4)
+    description = clips_model / "clips.json"
+    trained = description.read_text()
+    description.write_text(trained.replace('"training_steps": ', '"training_steps": 9'))
+    assert "give another file" in " ".join(run().output.split())
+    description.write_text(trained)
     refused = run("--dense-layers", "0")
     assert refused.exit_code == 2
     assert "give another file, or the same model and settings" in " ".join(refused.output.split())
-    assert run("--grids", "4x8").exit_code == 2
+    for wrong in (("--grids", "4x8"), ("--steps", "2,x"), ("--steps", "0"), ("--batch-size", "0"), ("--pairs", "0")):
+        ended = run(*wrong)
+        assert ended.exit_code == 2, ended.output
+        assert wrong[0] in ended.output
 
 
 def test_all_tiles_kept_add_nothing_and_few_add_something(clips_model, monkeypatch):

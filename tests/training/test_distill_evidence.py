@@ -54,6 +54,10 @@ def test_what_matters_most_is_trained_first_with_all_its_seeds(tmp_path, monkeyp
     assert invoke(tmp_path, steps=3).exit_code == 2
     assert "other values of steps" in invoke(tmp_path, steps=3).output
     assert "ways has unknown ['some']" in " ".join(invoke(tmp_path, ways="some").output.split())
+    monkeypatch.setattr(distill_evidence, "module_digest", lambda transformer: "another")
+    refused = invoke(tmp_path, seeds=4)
+    assert refused.exit_code == 2
+    assert "is of another model than --model" in " ".join(refused.output.split())
 
 
 @pytest.mark.slow
