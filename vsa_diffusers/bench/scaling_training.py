@@ -94,7 +94,8 @@ def alone(model: torch.nn.Module, batch: tuple[dict[str, Any], torch.Tensor], de
 
 def shard(model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
     """Keep a part of the weights on each rank, in fp32, and gather one block at a time, in the dtype they had."""
-    mesh = init_device_mesh(device, (dist.get_world_size(),))  # by itself FSDP would take the GPUs, where there are some
+    # By itself FSDP would take the GPUs, where there are some.
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*blocks, model):
