@@ -64,13 +64,15 @@ def train(material: Path, output: Path, spread: str, *more: str) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("more", [(), ("--rank=4",)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "more", [(), ("--rank=4",), ("--objective=distill", "--distill_attention=0.1")], ids=["full", "lora", "distilled"]
+)
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
 def test_two_gpus_train_as_one_does(material, tmp_path, spread, more):
     one = train(material, tmp_path / "one", "one", *more)
     two = train(material, tmp_path / "two", spread, *more)
     assert two == [pytest.approx(line, rel=5e-3) for line in one]
-    file = "pytorch_lora_weights.safetensors" if more else "diffusion_pytorch_model.safetensors"
+    file = "pytorch_lora_weights.safetensors" if "--rank=4" in more else "diffusion_pytorch_model.safetensors"
     weights = [load_file(tmp_path / name / "final" / "transformer" / file) for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=2e-2, msg=name)
