@@ -24,6 +24,7 @@ from vsa_diffusers.pipeline import enabled_config
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'examples' / 'training'}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    "PYTHONFAULTHANDLER": "1",  # a process of several that aborts says where, which has happened under load
 }  # fmt: skip
 CALL = dict(prompt="a red ring", height=64, width=96, num_frames=17, num_inference_steps=2, output_type="pt")
 
