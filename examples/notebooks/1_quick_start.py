@@ -66,11 +66,11 @@ dense.shape
 # ## One line
 #
 # `top_k_ratio` is the share of the key tiles that every query tile attends to exactly. What is left out is not lost:
-# an average of each tile stands for it. The first layer and the first fifth of the steps stay dense, which costs
-# little and keeps the video close.
+# an average of each tile stands for it. The ratio is the mean over the run: early steps, which settle what the video
+# shows, keep more. The first layer stays dense, which costs little and keeps the video close.
 
 # %%
-enable_vsa(pipe, top_k_ratio=RATIO, dense_layers=(0,), dense_steps=0.2)
+enable_vsa(pipe, top_k_ratio=RATIO, dense_layers=(0,))
 sparse = make_video()
 
 

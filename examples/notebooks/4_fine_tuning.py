@@ -166,7 +166,7 @@ prompt = "a large red ring moves left over blue waves"
 stock = WanPipeline.from_pretrained(MODEL)
 stock.set_progress_bar_config(disable=True)
 videos = {"dense": make_video()}
-enable_vsa(stock, RATIO, dense_layers=(0,), block_size=(4, 4, 4))
+enable_vsa(stock, RATIO, dense_layers=(0,), block_size=(4, 4, 4), schedule="constant")
 videos["stock weights"] = make_video()
 disable_vsa(stock)
 load_vsa(stock, FINE_TUNED)

@@ -1,5 +1,7 @@
 """The scripts for real models with their own defaults of device and dtype, on tiny random pipelines."""
 
+from importlib.util import find_spec
+
 import hunyuan_vsa
 import ltx2_vsa
 import pytest
@@ -14,6 +16,7 @@ from vsa_diffusers.video_files import read_frames
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("imageio_ffmpeg") is None, reason="runs with ffmpeg: pip install 'imageio[ffmpeg]'"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a machine with a CUDA GPU"),
 ]
 SCRIPTS = {
