@@ -103,7 +103,7 @@ def main(
 
     grid = TileGrid(video_shape(pipe, call), BLOCK_SIZE)
     console.print(f'"{call["prompt"]}", {call["num_frames"]} frames of {call["width"]}x{call["height"]}, on {device}')
-    console.print(f"Dense in all of them: the first {dense_steps:.0%} of the steps, {of_layers(dense_layers)}.")
+    console.print(f"Dense in all of them: {of_steps(dense_steps)} and {of_layers(dense_layers)}.")
     shared = {name: value for name, value in call.items() if name != "prompt"}
     with progress_bars() as progress:
         comparison = compare(
@@ -128,11 +128,16 @@ def main(
     console.print(f"All of it on one page: {output / 'report.html'}.")
 
 
+def of_steps(dense_steps: float) -> str:
+    """Dense steps in words."""
+    return f"the first {dense_steps:.0%} of the steps" if dense_steps else "no step"
+
+
 def of_layers(dense_layers: list[int]) -> str:
     """Dense layers in words."""
     if not dense_layers:
-        return "and no layer"
-    return f"and layer{'s' if len(dense_layers) > 1 else ''} {', '.join(map(str, dense_layers))}"
+        return "no layer"
+    return f"layer{'s' if len(dense_layers) > 1 else ''} {', '.join(map(str, dense_layers))}"
 
 
 def fine_tuned_setting(pipe: WanPipeline, directory: Path, dense_steps: float) -> Setting:
