@@ -27,7 +27,7 @@
 # %% tags=["parameters"]
 MODEL = "../tiny_wan"
 CALL = dict(height=256, width=256, num_frames=29, num_inference_steps=6, guidance_scale=4.0)
-RATIO = 0.25
+RATIO = 0.5
 
 # %% [markdown]
 # The model is at its best with 61 frames and 20 steps. These are fewer, so that the notebook is done in some minutes on
