@@ -1,10 +1,33 @@
+from typing import Any
+
 import pytest
 import torch
+
+
+def state_of_torch() -> dict[str, Any]:
+    """What PyTorch keeps for a thread or a process, and what a test that leaves it changed would do to the next."""
+    cuda = torch.backends.cuda
+    return {
+        "grad": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "modes": (len(torch.overrides._get_current_function_mode_stack()), torch._C._len_torch_dispatch_stack()),
+        "denormals": torch.full((16,), 1e-40).mul(1.0).sum().item() > 0,
+        "backends": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+    }
 
 
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
+    before = state_of_torch()
+    yield
+    left = {name: value for name, value in state_of_torch().items() if value != before[name]}
+    assert not left, f"the test leaves PyTorch changed for those after it: {left}, which was {before}"
 
 
 def pytest_configure():

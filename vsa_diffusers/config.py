@@ -170,8 +170,11 @@ class VSAConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> VSAConfig:
-        """Read such a file; errors name it."""
+        """Read such a file; errors name it. One from before there were schedules means a constant ratio."""
         values = read_json(path)
+        others = {field.name for field in fields(cls)} - {"schedule"}
+        if isinstance(values, dict) and "schedule" not in values and others <= set(values):
+            values = {**values, "schedule": "constant"}
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:

@@ -54,6 +54,7 @@ def make_sparse(pipeline: WanPipeline, directory: Path | None, options: dict[str
     Returns:
         Whether the weights are fine-tuned ones, and the config.
     """
+    options = {"schedule": "constant"} | options  # as all that was measured with this model
     if directory is None:
         enable_vsa(pipeline, **options)
     else:

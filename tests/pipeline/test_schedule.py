@@ -435,3 +435,14 @@ def test_the_mean_of_a_budget_set_by_a_callback_is_told_once(caplog):
     caplog.clear()
     call(pipe, callback_on_step_end=callback)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_file_from_before_there_were_schedules_means_a_constant_ratio(tmp_path):
+    VSAConfig(0.2, combine="merge").save_pretrained(tmp_path)
+    path = tmp_path / "vsa_config.json"
+    values = json.loads(path.read_text())
+    assert VSAConfig.from_file(path).schedule == values.pop("schedule") == "auto"
+    path.write_text(json.dumps(values))
+    assert VSAConfig.from_file(path).schedule == "constant"
+    path.write_text('{"top_k_ratio": 0.2}')  # by hand: what it leaves out is the default
+    assert VSAConfig.from_file(path).schedule == "auto"

@@ -30,6 +30,7 @@ def vsa_config(options: Options) -> VSAConfig:
         selection=options.selection,
         block_size=tuple(options.block_size),
         dense_layers=tuple(options.dense_layers),
+        schedule="constant",
     )
 
 
