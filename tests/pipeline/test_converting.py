@@ -107,20 +107,24 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path):
         convert(tmp_path / "theirs", tmp_path / "theirs")
 
 
-def test_a_full_disk_and_a_kill_leave_the_target_as_it_was_or_whole(tmp_path):
-    write_wan(tmp_path / "first", seed=1)
-    write_wan(tmp_path / "second", seed=2)
+@pytest.mark.parametrize("to", ["vsa", "fastvideo"])
+def test_a_full_disk_and_a_kill_leave_the_target_as_it_was_or_whole(tmp_path, to):
+    for name, seed in (("first", 1), ("second", 2)):
+        if to == "vsa":
+            write_wan(tmp_path / name, seed=seed)
+        else:
+            save_vsa(enable_vsa(trained("wan", seed), 0.2), tmp_path / name)
     target = tmp_path / "target"
-    convert(tmp_path / "first", target)
+    convert(tmp_path / "first", target, to=to)
     before = files_of(target)
     largest = max(map(len, before.values()))
     for size in (0, 1000, largest - 1):
-        assert fails_with_files_limited_to(size, lambda: convert(tmp_path / "second", target))
+        assert fails_with_files_limited_to(size, lambda: convert(tmp_path / "second", target, to=to))
         assert files_of(target) == before
     values = [renamed(trained("wan", seed).state_dict()) for seed in (1, 2)]
     seen = set()
     for operation in (1, 8, 20, 40, 400):
-        ended = killed_at(operation, lambda: convert(tmp_path / "second", target))
+        ended = killed_at(operation, lambda: convert(tmp_path / "second", target, to=to))
         found = load_vsa(WAN.build(), target).state_dict()
         [which] = [n for n, each in enumerate(values) if all(found[key].equal(value) for key, value in each.items())]
         seen.add(which)
