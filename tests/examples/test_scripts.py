@@ -9,6 +9,7 @@ from pathlib import Path
 
 import precompute_latents
 import pytest
+import torch
 import train_vsa
 from typer.main import get_command
 
@@ -37,6 +38,7 @@ NOWHERE = {
     "schedule_evidence": ["--model=./nowhere"],
     "train_clips_wan": ["./nowhere"],
     "train_tiny_wan": ["evaluate", "--model=./nowhere"],
+    "tune_evidence": ["--model=./nowhere", "--output=runs"],
     "vsa_evidence": ["--model=./nowhere"],
     "vsa_selection": ["--model=./nowhere"],
 }
@@ -46,6 +48,7 @@ def run(script, words, monkeypatch):
     """What the process would end with; in a wide terminal."""
     monkeypatch.setattr(sys, "argv", [str(script), *words])
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # of this process, for good
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     return ended.value.code
