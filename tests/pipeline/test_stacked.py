@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from stacked import EFFECTS, EXCLUDED, FEATURES, Stack, why_excluded
+from stacked import EFFECTS, EXCLUDED, FEATURES, UNCOPIED, Stack, why_excluded
 
 from oracle import relative_error
 from tiny_models import RECIPES
@@ -120,6 +120,18 @@ def test_pairs_that_exclude_one_another_fail_without_vsa_too(before, then, reaso
     if not pairs:
         pytest.skip("runs where torchao and optimum-quanto are installed")
     assert any(fails("wan", tmp_path / str(number), pair) for number, pair in enumerate(pairs))
+
+
+@pytest.mark.parametrize("name", ["MagCache", "SeaCache"])
+def test_a_copy_that_runs_the_original_s_blocks_is_one_without_vsa_too(name, tmp_path):
+    [(caches, _, _)] = UNCOPIED
+    assert name in caches
+    stack = stacked("wan", tmp_path, [name, "deepcopy"])
+    before = stack.denoise(GRID)
+    with torch.no_grad():
+        for parameter in stack.model.blocks.parameters():
+            parameter.zero_()
+    assert stack.denoise(GRID).equal(before)
 
 
 def fails(family, folder, names):

@@ -318,6 +318,7 @@ EXCLUDED = [
     ),
     (_of("offload") - _GROUPS, {"pickle"}, "accelerate's hooks are local functions"),
     (_GROUPS, _of("copy"), "the hooks of group offloading hold a module of Python's"),
+    ({"group offload to disk"}, {"bf16"} | _of("copy"), "weights come back from disk as they were, or undefined"),
     (
         {"layerwise casting"}, _of("adapter", "weights", "quantised", "fused", "copy"),
         "the weights are in fp8 by then, which has no arithmetic",
@@ -327,12 +328,15 @@ EXCLUDED = [
     ({"quanto"}, _ON_DISK | {"sequential offload"}, "quanto's tensors cannot be moved to disk or to meta"),
     ({"quanto"}, {"layerwise casting", "bf16", "autocast", "deepcopy"}, "quanto's tensors keep their dtype"),
     ({"autocast"}, {"quanto"}, "quanto's tensors keep their dtype"),
-    (_of("cache", "skip") - {"TaylorSeerCache"}, {"pickle"}, "the hooks of diffusers are local functions"),
+    (_of("cache", "skip"), {"pickle"}, "the hooks of diffusers are local functions"),
     ({"FirstBlockCache"}, {"LayerSkip"}, "the cache takes its residual from the block that is skipped"),
     ({"FirstBlockCache", "TaylorSeerCache"}, {"deepcopy"}, "the copied hooks lose the context of the cache"),
 ]  # fmt: skip
+# Pairs after which a copy is none: nothing that is set on it has an effect.
+UNCOPIED = [({"MagCache", "SeaCache"}, {"deepcopy"}, "the copied hooks call the blocks of the original")]
 
 
 def why_excluded(first: str, second: str) -> str | None:
     """Why diffusers, or another library, does not do both in this order; `None` if it does."""
-    return next((reason for before, then, reason in EXCLUDED if first in before and second in then), None)
+    rules = (*EXCLUDED, *UNCOPIED)
+    return next((reason for before, then, reason in rules if first in before and second in then), None)
