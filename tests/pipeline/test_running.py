@@ -70,8 +70,8 @@ def pipelines(**options):
     ]
 
 
-# Among the whole suite it differed now and then, while another test left the precision of products changed; nothing shows
-# that to be the cause. By itself it never did. `make test-all` runs it.
+# Among the whole suite it differed now and then, while another test left the precision of products changed; nothing
+# shows that to be the cause. By itself it never did. `make test-all` runs it.
 @pytest.mark.slow
 @pytest.mark.parametrize("dense_steps", [0, 1])
 def test_pipelines_in_threads_over_one_transformer_are_each_as_if_alone(dense_steps):
