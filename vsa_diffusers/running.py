@@ -12,51 +12,25 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from .calls import Tally, running
+from .facts import NOTHING, Facts, Grid, facts_of
 from .gate_state import gate_version, is_trained
 from .record import Record
-from .schedule import RatioSchedule, needs_position, share_of
+from .schedule import RatioSchedule, needs_position
 from .steps import Position, position_in_run
-from .tiles import TileGrid, fitting_block_size, num_kept_tiles
 
 logger = logging.getLogger(__name__)
 
-Grid = tuple[int, int, int]
 ByPlace = Mapping[int, "Facts"]
 """The facts of one forward, by the place of the state that is told them."""
 MAX_PENDING = 8
 _BY_HAND = "_vsa_processor_hooks"
 CHECKPOINTING = "_gradient_checkpointing_func"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What one forward means for all modules of one config.
-
-    Args:
-        grid: `(T, H, W)`, or `None` where the transformer's inputs do not tell.
-        block_size: the tiles' extents, "auto" resolved.
-        kept: number of key tiles that each query tile keeps.
-        dense_step: whether this denoising step is dense, by `dense_steps` or by the schedule.
-        reason: why there is no grid.
-        segments: numbers of the rows before the video, by kind, in families whose coarse branch has tiles of them.
-    """
-
-    grid: Grid | None = None
-    block_size: Grid | None = None
-    kept: int | None = None
-    dense_step: bool = False
-    reason: str = "no hooks of the transformer ran that read the grid; call the transformer itself, with VSA enabled"
-    segments: tuple[int, ...] | None = None
-
-
-NOTHING = Facts()
-UNREADABLE = "the video shape could not be read from the transformer's inputs; pass video_shape="
 
 
 class RunningForward(threading.local):
@@ -482,24 +456,6 @@ def calling_transformer(
                 return call["self"], call["args"], call["kwargs"]
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def facts_of(processor: Any, grid: Grid | None, reason: str | None, position: Position | None) -> Facts:
-    """What one forward means for a processor; its config's own grid comes first."""
-    config = processor.config
-    grid = config.video_shape or grid
-    ratio, is_dense = share_of(config.schedule, config.top_k_ratio, config.dense_steps, position)
-    if grid is None:
-        return Facts(dense_step=is_dense, reason=reason or UNREADABLE)
-    tiled_grid = processor.tiled_grid(grid)
-    block = _fitting_block_size(tiled_grid) if isinstance(config.block_size, str) else config.block_size
-    tiles = TileGrid(tiled_grid, block)
-    whole = processor.keeps_coarse and (is_dense or processor.stays_dense)
-    kept = tiles.num_tiles if whole else num_kept_tiles(tiles, config.top_k, ratio)
-    return Facts(grid, block, kept, is_dense)
-
-
-_fitting_block_size = functools.lru_cache(maxsize=256)(fitting_block_size)
 
 
 def _tokens(facts: ByPlace) -> int:

@@ -9,8 +9,8 @@ from torch import nn
 
 from tiny_models import RECIPES, run
 from vsa_diffusers import enable_vsa, register_transformer
+from vsa_diffusers.facts import UNREADABLE
 from vsa_diffusers.models import find_family
-from vsa_diffusers.running import UNREADABLE
 
 GRID = (5, 10, 12)
 by_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..facts import UNREADABLE
 from ..layer_skip import register_processor
 from ..parallel import Exchange
 from ..plans import Plan, prepare
 from ..processor import FamilyAttnProcessor
-from ..running import UNREADABLE
 from ..tiles import check_video_shape
 
 Grid = tuple[int, int, int]
