@@ -177,9 +177,13 @@ def consumer(
                     acc = warpgroup_mma_init(gl.zeros((ROWS, DIM), gl.float32, OUTPUT))
                     p = gl.zeros((ROWS, ROWS), dtype, gl.DotOperandLayout(0, OUTPUT, 2))
                     state = (row_max, row_sum, acc, p)
-                    for _ in range(full_tiles):
-                        state = _step(q_buffer, buffers, barriers, count, state, scale, whole, False, attempt == 0)
-                        count += 1
+                    for step in range(full_tiles):
+                        state = _step(
+                            q_buffer, buffers, barriers, count + step, state, scale, whole, False, attempt == 0
+                        )
+                    count += (
+                        full_tiles  # said after the loop, since a number that only bounds loops is taken for unused
+                    )
                     if partial_groups is not None:
                         for first in range(0, listed_keys, ROWS):
                             first_group = partial_groups + row * partial_width + first // GROUP
