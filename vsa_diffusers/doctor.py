@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 import importlib.util
 import math
 import platform
@@ -190,8 +190,15 @@ def _driver() -> str:
     """The CUDA or ROCm that PyTorch was built for, and the CUDA that the driver serves."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
-    served = torch._C._cuda_getDriverVersion()
-    return f"serves CUDA {served // 1000}.{served % 1000 // 10}; PyTorch is built for {torch.version.cuda}"
+    built = f"PyTorch is built for {torch.version.cuda}"
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))  # PyTorch tells it no longer
+    except (OSError, AttributeError):
+        failed = True
+    if failed:
+        return built
+    return f"serves CUDA {version.value // 1000}.{version.value % 1000 // 10}; {built}"
 
 
 def _kernel() -> Check:

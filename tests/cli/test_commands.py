@@ -177,3 +177,17 @@ def test_the_options_of_bench_offer_what_there_is():
         (layers.DTYPES, Dtype),
     ):
         assert list(choices) == [each.value for each in enumeration]
+
+
+def test_doctor_asks_the_driver_itself_for_its_cuda(monkeypatch):
+    class Library:
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 13010
+            return 0
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    assert doctor._driver() == "serves CUDA 13.1; PyTorch is built for 13.0"
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert doctor._driver() == "PyTorch is built for 13.0"

@@ -197,6 +197,28 @@ def report(label: str, name: int | str, kernel) -> Report:
     )
 
 
+def stale_bounds(kernel) -> list[str]:
+    """Loops inside a loop whose bound was loaded before the outer one, so that it is the same in each of its rounds.
+
+    Triton 3.6 to 3.9 drop what one round of a loop hands to the next where it bounds an inner loop and nothing else, and
+    leave the bound of the first round. The kernel then waits for copies that nobody makes.
+    """
+    stale, outside, loops = [], set(), []  # loads outside of all loops; open loops, by their indentation
+    for line in kernel.asm["ttgir"].splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1]:
+            loops.pop()
+        loaded = re.match(r"\s*(%\w+) = tt\.load", line)
+        if loaded and not loops:
+            outside.add(loaded.group(1))
+        loop = re.search(r"scf\.for .* to (%\w+) step", line)
+        if loop:
+            if loops and loop.group(1) in outside:
+                stale.append(line.strip()[:120])
+            loops.append(indent)
+    return stale
+
+
 def _first_matrix_loop(listing: list[str]) -> list[str]:
     """The first loop of a listing that holds a matrix product and no other loop."""
     labels = {line.rstrip(":"): index for index, line in enumerate(listing) if re.fullmatch(r"\.L_x_\d+:", line)}

@@ -18,12 +18,13 @@ TARGETS = [80, 86, 90, 100, 120, "gfx942"]
 
 
 def _compiled(target, **case):
-    """The kernels of one call by name, none of which takes more shared memory than there is."""
-    from compilation import SHARED_LIMIT, compile_call
+    """The kernels of one call by name, none of which takes more shared memory than there is or loses a loop's bound."""
+    from compilation import SHARED_LIMIT, compile_call, stale_bounds
 
     kernels = compile_call(target, **case)
     for name, kernel in kernels.items():
         assert kernel.metadata.shared <= SHARED_LIMIT[target], name
+        assert not stale_bounds(kernel), name
     return kernels
 
 
@@ -157,7 +158,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
     ids=str,
 )
 def test_the_hopper_kernel_fits_often_enough_and_does_not_spill_in_its_loop(layout, case):
-    from compilation import KERNELS, SHARED_LIMIT, compile_call, report
+    from compilation import KERNELS, SHARED_LIMIT, compile_call, report, stale_bounds
     from vsa_diffusers.kernels.plans import Launch
     from vsa_diffusers.kernels.tuning import HOPPER
 
@@ -174,5 +175,6 @@ def test_the_hopper_kernel_fits_often_enough_and_does_not_spill_in_its_loop(layo
     assert programs * told.warps * 32 * told.registers <= 65536
     assert programs * told.shared + (programs - 1) * 1024 <= SHARED_LIMIT[90]
     assert all(text in kernel.asm["ptx"] for text in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"))
+    assert not stale_bounds(kernel)
     # Outputs leave as boxes, whose sides are powers of two.
     assert ("cp.async.bulk.tensor.5d.global.shared" in kernel.asm["ptx"]) == ("block_size" not in case)

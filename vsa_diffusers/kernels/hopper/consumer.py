@@ -181,9 +181,9 @@ def consumer(
                         state = _step(
                             q_buffer, buffers, barriers, count + step, state, scale, whole, False, attempt == 0
                         )
-                    count += (
-                        full_tiles  # said after the loop, since a number that only bounds loops is taken for unused
-                    )
+                    # After the loop, not in it: what one round of `task` hands to the next and only bounds an inner
+                    # loop is dropped by Triton (3.6 to 3.9), and the first tile's number of steps serves all.
+                    count += full_tiles
                     if partial_groups is not None:
                         for first in range(0, listed_keys, ROWS):
                             first_group = partial_groups + row * partial_width + first // GROUP
