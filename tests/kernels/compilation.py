@@ -200,8 +200,8 @@ def report(label: str, name: int | str, kernel) -> Report:
 def stale_bounds(kernel) -> list[str]:
     """Loops inside a loop whose bound was loaded before the outer one, so that it is the same in each of its rounds.
 
-    Triton 3.6 to 3.9 drop what one round of a loop hands to the next where it bounds an inner loop and nothing else, and
-    leave the bound of the first round. The kernel then waits for copies that nobody makes.
+    Triton 3.6 to 3.9 drop what one round of a loop hands to the next where it bounds an inner loop and nothing else,
+    and leave the bound of the first round. The kernel then waits for copies that nobody makes.
     """
     stale, outside, loops = [], set(), []  # loads outside of all loops; open loops, by their indentation
     for line in kernel.asm["ttgir"].splitlines():

@@ -76,6 +76,31 @@ def test_the_small_call_leaves_the_generator_of_the_user_alone(hopper):
     assert torch.get_rng_state().equal(before)
 
 
+def test_the_environment_can_do_without_it(hopper, portable, monkeypatch, caplog):
+    monkeypatch.setenv(trial.SWITCH, "0")
+    assert call().equal(portable)
+    assert not hopper
+    assert not caplog.records
+
+
+def test_a_kernel_that_never_ends_is_told_with_the_mend(hopper, monkeypatch):
+    class Event:
+        def record(self, stream):
+            pass
+
+        def query(self):
+            return not hopper  # the portable kernel ends
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(trial, "PATIENCE", 0.01)
+    awaited = trial._await_gpu
+    monkeypatch.setattr(trial, "_await_gpu", lambda device, seconds: awaited(torch.device("cuda"), seconds))
+    with pytest.raises(RuntimeError, match=f"start it again with {trial.SWITCH}=0"):
+        call()
+    assert not trial._verdicts
+
+
 def wrong_product(a, b, acc, use_acc=True, is_async=False):
     return gluon_on_cpu.Product(a, b, acc if use_acc else 4.0)
 

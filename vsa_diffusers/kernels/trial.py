@@ -1,14 +1,17 @@
 """Whether the Hopper kernel works with the installed Triton: a small call of its kind, beside the portable kernel.
 
 Gluon, in which it is written, is experimental and changes from release to release, so that a list of releases would be
-wrong for each new one. The first call of a kind in a process settles it, before that call is recorded.
+wrong for each new one. The first call of a kind in a process settles it, before that call is recorded. Without it, and
+without the Hopper kernel, goes a process that is started with VSA_DIFFUSERS_HOPPER=0.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,6 +34,8 @@ HEADS = 2
 PROGRAMS = 5  # few enough for each to take several query tiles
 MOST_CONTEXT = 70  # tokens on a side: a whole step of 64 keys, and a part of one
 TOLERANCE = 0.02  # in bf16 two right kernels differ by a third of that, and one wrong tile makes many times as much
+SWITCH = "VSA_DIFFUSERS_HOPPER"
+PATIENCE = 60.0  # seconds for the small call, which takes less than a thousandth of one
 COST = "about a tenth slower than it could be (9 to 16 % where it was measured)"
 
 
@@ -66,7 +71,12 @@ def hopper_works(
 
     Returns:
         `None` where nobody knows yet and it cannot be tried now.
+
+    Raises:
+        RuntimeError: the small call does not end.
     """
+    if os.environ.get(SWITCH) == "0":
+        return False
     partial = any(extent % side for extent, side in zip(problem.grid.video_shape, problem.grid.block_size, strict=True))
     context = problem.num_context > 0
     kind = Kind(query.device, query.shape[-1], problem.combine, launch.layout, partial, context, masked)
@@ -98,9 +108,18 @@ def _why_not(kind: Kind, problem: Problem, launch: Launch, compute: Compute) -> 
             tensors = _tensors(kind, small)
             compute(tensors, small, replace(launch, programs=programs, sync_chunks=chunks))
             both.append((tensors.output, tensors.lse))
+            if not programs:
+                _await_gpu(kind.device, math.inf)  # and whatever the user had asked for before
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         return f"it does not run here ({type(error).__name__}: {first[:200]})"
+    if not _await_gpu(kind.device, PATIENCE):
+        # It blocks the GPU for all that comes after, so nothing can take its place in this process.
+        raise RuntimeError(
+            f"the kernel that is specialised for Hopper does not end with Triton {triton.__version__}: a small call "
+            f"had {PATIENCE:g} s. This process cannot use the GPU any more; start it again with {SWITCH}=0 in its "
+            f"environment, for the portable kernel ({COST}), or with another release of Triton."
+        )
     errors = [_relative_error(found, expected) for expected, found in zip(*both, strict=True)]
     # NaN is no small error either.
     return None if all(error < TOLERANCE for error in errors) else f"its results are wrong here (errors {errors})"
@@ -134,6 +153,20 @@ def _tensors(kind: Kind, problem: Problem) -> ForwardTensors:
         mask[:, : problem.num_context // 2] = 0
     gated = gate if problem.combine == "gate" else None
     return ForwardTensors(query, key, value, gated, torch.full_like(query, math.nan), indices, lse, mask)
+
+
+def _await_gpu(device: torch.device, seconds: float) -> bool:
+    """Wait until the GPU has done what was asked of it; whether it has within so many seconds."""
+    if device.type != "cuda":
+        return True
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    end = time.monotonic() + seconds
+    while not done.query():
+        if time.monotonic() > end:
+            return False
+        time.sleep(1e-4)
+    return True
 
 
 def _relative_error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
