@@ -17,30 +17,32 @@ VIDEOS = {
     "wan14b-720p": ("Wan 2.1 14B, 720x1280, 81 frames", 75_600),
     "hunyuan-720p": ("HunyuanVideo, 720x1280, 129 frames", 118_800),
 }
-# Whether the kernels of a file are those of today; a star marks the rows of the others.
-PRESENT = {"h100-output-box": True}
+# Files of the present kernels; a star marks the rows of the others.
+PRESENT = ("h200-forward", "h200-quarters", "h200-quarters-auto")
 RATIOS = (0.5, 0.2, 0.1)
 
 
 def layer() -> Iterator[str]:
     """One layer, by means: dense milliseconds, and times as fast with a gate and in merge."""
     for shape, (video, tokens) in VIDEOS.items():
-        name = next(name for name in ("h100-output-box", "h100-forward") if rows(name, shape))
         speedups = [
-            speedup(name, shape, f"triton {combine}", ratio) for combine in ("gate", "merge") for ratio in RATIOS
+            speedup("h200-forward", shape, f"triton {combine}", ratio)
+            for combine in ("gate", "merge")
+            for ratio in RATIOS
         ]
-        yield line(starred(name, video), f"{tokens:,}".replace(",", " "), dense(name, shape), *speedups)
+        tokens_cell = f"{tokens:,}".replace(",", " ")
+        yield line(starred("h200-forward", video), tokens_cell, dense("h200-forward", shape), *speedups)
 
 
 def quarters() -> Iterator[str]:
     """One layer in merge, by quarters: times as fast with blocks of (4, 4, 4) and with the automatic block."""
     for shape, (video, _) in VIDEOS.items():
-        if rows("h100-quarters", shape):
-            fixed = [speedup("h100-quarters", shape, "triton merge", ratio) for ratio in RATIOS]
+        if rows("h200-quarters", shape):
+            fixed = [speedup("h200-quarters", shape, "triton merge", ratio) for ratio in RATIOS]
             automatic = ["the same block", "", ""]
-            if rows("h100-quarters-auto", shape):
-                automatic = [speedup("h100-quarters-auto", shape, "triton merge", ratio) for ratio in RATIOS]
-            yield line(starred("h100-quarters", video), *fixed, *automatic)
+            if rows("h200-quarters-auto", shape):
+                automatic = [speedup("h200-quarters-auto", shape, "triton merge", ratio) for ratio in RATIOS]
+            yield line(starred("h200-quarters", video), *fixed, *automatic)
 
 
 def training() -> Iterator[str]:
@@ -70,7 +72,7 @@ def speedup(name: str, shape: str, what: str, ratio: float) -> str:
 
 def starred(name: str, video: str) -> str:
     """The video, with a star if the kernels have changed since."""
-    return video if PRESENT.get(name) else f"* {video}"
+    return video if name in PRESENT else f"* {video}"
 
 
 def line(*cells: str) -> str:

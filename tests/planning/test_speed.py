@@ -37,10 +37,7 @@ def test_a_measured_shape_has_its_measured_speeds(row):
     )
 
 
-# On the H200 the host of an earlier run was slow, and one row of wan1.3b-480p is an outlier.
-INNER = [
-    row for row in ROWS if row["gpu"] == "H100" and row["shape"] not in ("ltx2-512p", "cogvideox-480p", "hunyuan-720p")
-]
+INNER = [row for row in ROWS if row["shape"] not in ("ltx2-512p", "cogvideox-480p", "hunyuan-720p")]
 
 
 @pytest.mark.parametrize("row", INNER, ids=lambda row: f"{row['gpu']}-{row['shape']}-{row['combine']}-{row['fitted']}")
