@@ -24,6 +24,7 @@ from . import lora
 from .attention import check_choice
 from .config import CONFIG_NAME, INDEX_NAME, VSAConfig, make_config, module_configs
 from .directories import SavedDirectory, read_directory, replaced_directory
+from .extras import check_installed
 from .files import check_fits, check_name, check_values, local_directory, opened_tensors
 from .gate_state import is_plain
 from .gates import GATES_NAME, Gates, fitting_gates, is_gate, set_gates, weight_map
@@ -337,6 +338,7 @@ class _Load:
                 f'{type(self.transformer).__name__} already has an adapter "{lora.ADAPTER}"; remove it with '
                 f'delete_adapters("{lora.ADAPTER}") before loading another.'
             )
+        check_installed("peft", extra="train")
         from peft import get_peft_model_state_dict
 
         file = saved.file(f"{name}/{lora.LORA_NAME}")

@@ -108,6 +108,8 @@ def test_gates_a_lora_and_fine_tuned_weights_change_the_video(tmp_path, sparse):
         (["--output", "video.txt"], "video.txt"),
         (["--dtype", "int8"], "dtype='int8'"),
         (["--offload", "model", "--device", "cpu"], "offload='model'"),
+        (["--device", "cuda:99"], "device='cuda:99' cannot be used by PyTorch"),
+        (["--device", "gpu"], "device='gpu' cannot be used by PyTorch"),
         (["--guidance-parallel"], "torchrun"),
         (["--vsa", "here", "--config", "there"], "brings its own config"),
     ],
@@ -121,6 +123,21 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_nothing_is_written(
     assert code == script.REFUSED
     assert message in " ".join(printed.err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--device", "cuda:99"], ["--offload", "model", "--device", "cpu"]],
+    ids=["device", "offload"],
+)
+@pytest.mark.parametrize("command", ["generate", "compare", "inspect", "tune"])
+def test_where_it_cannot_run_is_refused_before_the_model_is_loaded(capsys, command, options):
+    target = ["--psnr", "30"] if command == "tune" else []
+    with pytest.raises(SystemExit) as ended:
+        app.main([command, "nobody/nothing", "a", *target, *options])  # which loading would refuse
+    assert ended.value.code == script.REFUSED
+    assert "here" in (said := capsys.readouterr().err) or "use 'none' on the CPU" in said
+    assert "nobody" not in said
 
 
 @pytest.mark.parametrize("model", ["./not_there", str(Path(MODEL) / "vae")])

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..extras import check_installed
 from .blocks import block_of
 from .output import answers, errors, print_json
 
@@ -98,7 +99,9 @@ def bench(
     json: Annotated[
         Path | None, typer.Option(help="Write all rows to this file, or with - to stdout and nothing else there.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the speed-ups into this file (needs matplotlib).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the speed-ups into this file (needs the extra report).")
+    ] = None,
     sweep: Annotated[
         Path | None, typer.Option(help="Time every launch of the sparse kernel; results in this directory.")
     ] = None,
@@ -135,6 +138,8 @@ def bench(
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+    if plot is not None:
+        check_installed("matplotlib")
     if sweep is not None:
         _sweep(chosen, settings, sweep, seconds)
         return

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..config import VSAConfig
+from ..extras import REPORTS, check_installed
 from ..files import PathLike, replaced_file
 from ..generation.calling import calls_by_prompt, number_of_steps, tells_steps
 from ..generation.loading import is_compiled
@@ -24,7 +25,7 @@ from ..version import __version__
 from ..video_files import write_video
 from .measure import Measurement, attending, measure, warm_up
 from .pictures import write_contact_sheet
-from .quality import Closeness, check_report_packages, closeness, learned_distance
+from .quality import Closeness, closeness, learned_distance
 from .settings import DENSE, Setting, as_setting, check_names
 from .store import Store, fingerprint, folder_of, scheduler_of, told
 
@@ -194,7 +195,7 @@ def measure_settings(
 
     Other arguments and errors are those of `compare`.
     """
-    check_report_packages()
+    check_installed(*REPORTS)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     everything = [DENSE, *map(as_setting, settings)]
     if not prompts or len(everything) < 2:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import VSAConfig
+from ..extras import REPORTS, check_installed
 from ..files import PathLike
 from ..generation.calling import calls_by_prompt
-from ..generation.loading import compile_blocks, load_pipeline, pipeline_class, place, recommended_call
+from ..generation.loading import check_place, compile_blocks, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
 from .api import Comparison, compare
-from .quality import check_report_packages
 from .settings import as_setting, check_names, read_setting
 
 
@@ -52,7 +52,8 @@ def compare_model(
     Raises:
         What `compare`, `load_pipeline` and `place` raise.
     """
-    check_report_packages()
+    check_installed(*REPORTS)
+    check_place(device, offload)
     everything = [as_setting(VSAConfig(top_k_ratio=ratio, **(changes or {}))) for ratio in ratios]
     everything += [read_setting(text) for text in settings]
     check_names(everything)

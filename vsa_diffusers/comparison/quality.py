@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..extras import check_installed
+
 _CHUNK = 8  # frames at once: SSIM keeps several copies of them
 _SMALLEST = 64  # pixels, of what the learned distance's network can take
-MISSING = 'this needs {}; pip install ".[report]" brings it.'
 
 Distance = Callable[[np.ndarray, np.ndarray], float]
 
@@ -43,10 +44,9 @@ def closeness(frames: np.ndarray, reference: np.ndarray, distance: Distance | No
         raise ValueError(f"frames {list(frames.shape)} differ in size from the reference's {list(reference.shape)}.")
     if np.array_equal(frames, reference):
         return Closeness(float("inf"), 1.0, None if distance is None else 0.0)
-    try:
-        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-    except ImportError as error:
-        raise ImportError(MISSING.format("torchmetrics")) from error
+    check_installed("torchmetrics")
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
     psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
     for ours, theirs in _chunks(frames, reference):
         psnr.update(ours, theirs)
@@ -76,13 +76,6 @@ def learned_distance(device: str | torch.device = "cpu") -> tuple[Distance | Non
         return float(network.compute())
 
     return distance, None
-
-
-def check_report_packages() -> None:
-    """Raise `ImportError` where a package that reports need is missing."""
-    for package in ("torchmetrics", "matplotlib", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(MISSING.format(package))
 
 
 def _chunks(*videos: np.ndarray) -> Iterator[list[torch.Tensor]]:

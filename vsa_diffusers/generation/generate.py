@@ -12,7 +12,7 @@ from ..context_parallel import spread_over_gpus
 from ..files import PathLike
 from ..video_files import check_video_path, write_video
 from .calling import Video, call_arguments, call_pipeline, number_of_steps, tells_steps
-from .loading import compile_blocks, load_pipeline, pipeline_class, place, recommended_call
+from .loading import check_place, compile_blocks, load_pipeline, pipeline_class, place, recommended_call
 from .processes import is_first, is_one_of_several
 from .progress import Progress
 from .sparsity import check_sparse, make_sparse
@@ -76,6 +76,7 @@ def generate(
         raise ValueError(f"dense together with {', '.join(given)}: a dense video has no such settings; leave one out.")
     if guidance_parallel and not is_one_of_several():
         raise ValueError("guidance_parallel=True needs several processes; start them with torchrun --nproc-per-node 2.")
+    check_place(device, offload)
     progress.begin("loading", None)
     recommended, usual_seed = recommended_call(model)
     seed = usual_seed if seed is None else seed

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..attention import check_choice
+from ..extras import check_installed
 from ..files import MissingDirectoryError, PathLike, read_json
 from ..gates import load_gates
 from ..pipeline import supported_parts
@@ -44,15 +45,19 @@ def load_pipeline(
 
     Raises:
         ValueError: the model is not a video pipeline with a supported transformer, or what was trained does not fit.
+        ImportError: `lora` is given, and peft is not installed.
         OSError: there is no such model.
     """
     dtype = dtype or ("float32" if torch.device(device or default_device()).type == "cpu" else "bfloat16")
     check_choice("dtype", dtype, tuple(DTYPES))
     if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
-        kind = "a modular pipeline, which is not" if (Path(model) / "modular_model_index.json").exists() else "none"
-        raise ValueError(f"{model} is {kind} supported; pass a folder with model_index.json, as save_pretrained does.")
+        modular = (Path(model) / "modular_model_index.json").exists()
+        kind = "is a modular pipeline, which is not supported" if modular else "has no model_index.json"
+        raise ValueError(f"{model} {kind}; pass the folder of a pipeline, as its save_pretrained writes it.")
     if not Path(model).exists() and str(model).startswith((".", "/", "~")):
         raise MissingDirectoryError(f"{model}: no such directory; check the path.")
+    if lora is not None:
+        check_installed("peft", extra="train")
     pipe = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
     pipe.set_progress_bar_config(disable=True)
     supported_parts(pipe)
@@ -98,20 +103,38 @@ def place(pipe: DiffusionPipeline, device: str | torch.device | None = None, off
             leaf at a time, loaded ahead of its use; `"sequential"`: one leaf at a time.
 
     Raises:
-        ValueError: there is nothing to offload from, since `device` is the CPU.
+        ValueError: as `check_place`.
     """
-    check_choice("offload", offload, OFFLOADS)
-    target = torch.device(device or default_device())
+    target = check_place(device, offload)
     if offload == "none":
         pipe.to(target)
-    elif target.type == "cpu":
-        raise ValueError(f"offload={offload!r} moves weights between a GPU and main memory; use 'none' on the CPU.")
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=target)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=target)
     else:
         pipe.enable_group_offload(target, offload_type="leaf_level", use_stream=target.type == "cuda")
+
+
+def check_place(device: str | torch.device | None = None, offload: str = "none") -> torch.device:
+    """The device that `place` will use, refused before anything is loaded for it.
+
+    Raises:
+        ValueError: `device` is none that this PyTorch can use on this machine, or there is nothing to offload from,
+            since it is the CPU.
+    """
+    check_choice("offload", offload, OFFLOADS)
+    try:
+        target = torch.device(device or default_device())
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch that was built without CUDA
+        raise ValueError(
+            f"device={str(device)!r} cannot be used by PyTorch {torch.__version__} here "
+            f"({str(error).splitlines()[0].rstrip('.')}); leave it out, and the GPU is taken if there is one."
+        ) from error
+    if offload != "none" and target.type == "cpu":
+        raise ValueError(f"offload={offload!r} moves weights between a GPU and main memory; use 'none' on the CPU.")
+    return target
 
 
 def compile_blocks(pipe: DiffusionPipeline) -> None:

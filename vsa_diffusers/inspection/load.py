@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import VSAConfig, make_config
+from ..extras import check_installed
 from ..files import PathLike
 from ..generation.calling import call_arguments, number_of_steps, tells_steps
-from ..generation.loading import load_pipeline, pipeline_class, place, recommended_call
+from ..generation.loading import check_place, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
-from .report import write_inspection
+from .report import PACKAGES, write_inspection
 from .result import Inspection
 from .run import DEFAULT_QUERY_TILES, DEFAULT_RATIO, DEFAULT_STEPS, inspect_attention
 
@@ -56,6 +57,8 @@ def inspect_model(
     progress = progress or Progress()
     if Path(output).exists() and not Path(output).is_dir():
         raise ValueError(f"output={output} is not a directory; choose another place.")
+    check_installed(*PACKAGES)
+    check_place(device, offload)
     config = make_config(VSAConfig(top_k_ratio=DEFAULT_RATIO), changes or {})
     recommended, usual_seed = recommended_call(model)
     given = {name: value for name, value in (arguments or {}).items() if value is not None}

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from ..config import VSAConfig
+from ..extras import check_installed
 from ..files import PathLike, replaced_file
 from ..pages import data_uri, render
 from . import figures
@@ -18,6 +19,7 @@ from .result import RULE, Inspection
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PACKAGES = ("matplotlib", "jinja2")
 NUMBERS, PAGE = "inspection.json", "report.html"
 HEADINGS = ("layer", "mass held", "at best", "error", "worst error", "tiles for 90 %", "stay dense")
 _SPARSE = ("top_k_ratio", "top_k", "block_size", "combine", "selection")
@@ -37,8 +39,10 @@ def write_inspection(inspection: Inspection, directory: PathLike, command: str |
         The paths.
 
     Raises:
+        ImportError: a package of the extra `report` is missing.
         OSError: a file cannot be written.
     """
+    check_installed(*PACKAGES)
     pictures = {f"{name}.png": figures.png(figure) for name, figure in _figures(inspection).items()}
     files = {NUMBERS: (json.dumps(inspection.to_dict(), indent=1) + "\n").encode()}
     files |= {PAGE: html(inspection, pictures, command).encode(), **pictures}

@@ -11,6 +11,7 @@ import mimetypes
 from pathlib import Path
 from typing import Any
 
+from ..extras import check_installed
 from ..files import PathLike, replaced_file
 
 
@@ -24,10 +25,9 @@ def render(template: str, **values: Any) -> str:
     Raises:
         ImportError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError('pages need jinja2; pip install ".[report]" brings it.') from error
+    check_installed("jinja2")
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vsa_diffusers", "."),
         autoescape=True,

@@ -14,9 +14,9 @@ from ..attention import check_choice
 from ..comparison import Comparison, Setting, compare
 from ..comparison.api import facts_of, measure_settings
 from ..comparison.measure import attending
-from ..comparison.quality import check_report_packages
 from ..comparison.store import MemoryStore, Store, fingerprint, folder_of, scheduler_of, told
 from ..config import VSAConfig
+from ..extras import REPORTS, check_installed
 from ..files import PathLike, replaced_file
 from ..generation.calling import calls_by_prompt, number_of_steps, tells_steps
 from ..generation.loading import compile_blocks, is_compiled
@@ -108,7 +108,7 @@ def tune(
         ImportError: a package of the extra `report` is missing; nothing was made then.
     """
     target = Target.one_of({"psnr": psnr, "ssim": ssim, "error": error, "speedup": speedup})
-    check_report_packages()
+    check_installed(*REPORTS)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     check_choices(prompts, blocks, selections, schedules, rounds)
     blocks = [VSAConfig(block_size=block).block_size or "auto" for block in blocks]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..comparison.quality import check_report_packages
+from ..extras import REPORTS, check_installed
 from ..files import PathLike
 from ..generation.calling import calls_by_prompt
-from ..generation.loading import load_pipeline, pipeline_class, place, recommended_call
+from ..generation.loading import check_place, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
 from ..selection import SELECTIONS
 from .api import BLOCKS, check_choices, tune
@@ -44,7 +44,8 @@ def tune_model(
     Raises:
         What `tune`, `load_pipeline` and `place` raise.
     """
-    check_report_packages()
+    check_installed(*REPORTS)
+    check_place(device, offload)
     Target.one_of({name: more.get(name) for name in TARGETS})
     check_choices(
         prompts, more.get("blocks", BLOCKS), more.get("selections", SELECTIONS), more.get("schedules", tuple(SHAPES)),
