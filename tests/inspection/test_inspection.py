@@ -13,8 +13,15 @@ from tiny_pipelines_context import ltx2_in_context
 from tiny_pipelines_joint import cogvideox, hunyuan_video, motif_video
 from tiny_text_pipeline import tiny_pipeline
 from vsa_diffusers import VSAConfig, disable_vsa, enable_vsa
-from vsa_diffusers.inspection import CURVE_RATIOS, Inspection, Layer, inspect_attention, mass, observed_attention
-from vsa_diffusers.inspection.figures import draw_curves
+from vsa_diffusers.inspection import (
+    CURVE_RATIOS,
+    Inspection,
+    Layer,
+    figures,
+    inspect_attention,
+    mass,
+    observed_attention,
+)
 from vsa_diffusers.inspection.observation import dense_output, measure, tile_of
 from vsa_diffusers.pipeline import enabled_config, sparse_processors
 from vsa_diffusers.problem import Problem
@@ -298,5 +305,13 @@ def test_it_is_written_as_json_without_nan(inspection):
 
 
 def test_a_notebook_shows_a_drawing_without_pyplot(inspection):
-    shown = draw_curves(inspection)._repr_png_()
+    shown = figures.draw_curves(inspection)._repr_png_()
     assert shown.startswith(b"\x89PNG")
+
+
+def test_a_title_is_not_cut_off_where_the_video_has_few_frames(inspection, monkeypatch):
+    monkeypatch.setattr(figures, "MOST_FRAMES", 1)
+    figure = figures.draw_query(inspection)
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.width

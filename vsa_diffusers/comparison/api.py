@@ -261,7 +261,8 @@ class _Work:
 def facts_of(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Model, versions and hardware."""
     device = torch.device(getattr(pipe, "_execution_device", pipe.device))
-    processor = f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    processor = f"{_processor()}, {threads} thread{'s' if threads != 1 else ''}"
     return {
         "model": str(pipe.config.get("_name_or_path") or type(pipe).__name__),
         "pipeline": type(pipe).__name__,

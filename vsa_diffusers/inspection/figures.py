@@ -22,6 +22,8 @@ DIMMED = 0.22
 _WIDTH = 5.2
 """Inches; on a telephone such a figure is still legible."""
 _ROW_INCHES = 0.28
+_TITLE_INCHES = 4.2
+"""What a title needs, where there are few frames."""
 _ACCENT = "#c2410c"
 _QUERY = "#fb923c"
 
@@ -125,7 +127,7 @@ def draw_query(
     frames = {each: _frame(inspection, first, each) for each in columns}
     height, width, _ = frames[columns[0]][1].shape
     side = min(1.7, 7.6 / len(columns))
-    figure = new_figure(len(columns) * side + 0.8, len(drawn) * side * height / width + 0.8)
+    figure = new_figure(max(len(columns) * side + 0.8, _TITLE_INCHES), len(drawn) * side * height / width + 0.8)
     axes = figure.subplots(len(drawn), len(columns), squeeze=False)
     for row, each in zip(axes, drawn, strict=True):
         row[0].set_ylabel(f"{_short(each.layer, inspection)}\nholds {each.mass:.0%}", fontsize=8)
