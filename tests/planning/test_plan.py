@@ -119,6 +119,13 @@ def test_a_folder_is_read(folder):
     assert any("the VAE's compression" in note for note in result.notes) == (folder == "transformer")
 
 
+def test_a_folder_is_planned_for_at_the_size_and_steps_that_it_recommends():
+    result = plan(str(TINY_WAN), ratios=[0.25])
+    assert (result.size, result.tokens) == ((256, 256, 61), 4096)
+    assert plan(str(TINY_WAN), frames=29, ratios=[0.25]).size == (256, 256, 29)
+    assert resolve(str(TINY_WAN)).steps == 20
+
+
 def test_a_hub_id_is_asked_for_its_configurations_alone(monkeypatch):
     asked = []
 

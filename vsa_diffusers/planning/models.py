@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ class Model:
         config: constructor arguments of the class, as diffusers keeps them.
         costs: counted from the modules.
         vae: frames and pixels per latent cell, in time and in space.
-        size: usual height, width and frames.
-        steps: usual, of one video.
+        size: usual height, width and frames: those that its folder recommends, or else its family's.
+        steps: usual, of one video, likewise.
         batch: 2 where both halves of guidance are one call.
         calls: of the transformer in a step.
         text_tokens: that the transformer sees.
@@ -144,7 +144,18 @@ def _from_folder(folder: Path, name: str) -> Model:
         "" if vae else f"the VAE's compression, {alike.vae[0]} frames and {alike.vae[1]} pixels, is {alike.ids[0]}'s"
     )
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    return _model(name, cls, arguments, alike, vae or alike.vae, f"{name}/{_CONFIG}", unsure)
+    known = _model(name, cls, arguments, alike, vae or alike.vae, f"{name}/{_CONFIG}", unsure)
+    return _as_recommended(known, folder)
+
+
+def _as_recommended(known: Model, folder: Path) -> Model:
+    """With the size and steps that the folder recommends, which commands that make videos take, too."""
+    from ..generation.loading import recommended_call  # diffusers takes seconds to import
+
+    call, _ = recommended_call(folder)
+    height, width, frames = known.size
+    size = (call.get("height", height), call.get("width", width), call.get("num_frames", frames))
+    return replace(known, size=size, steps=call.get("num_inference_steps", known.steps))
 
 
 # Parts of pipelines that have no published row of their own.
