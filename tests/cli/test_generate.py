@@ -148,6 +148,19 @@ def test_what_is_no_pipeline_is_refused(capsys, model):
     assert model in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_the_hub_does_not_give_is_refused_with_the_cause(capsys, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("see the stacktrace above") from ConnectionError("no route to host")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", offline)
+    with pytest.raises(SystemExit) as ended:
+        app.main(["generate", "nobody/nothing", "a"])
+    assert ended.value.code == script.REFUSED
+    told = " ".join(capsys.readouterr().err.split())
+    assert "model='nobody/nothing': no such directory, and the Hugging Face Hub did not give" in told
+    assert "(no route to host); check the path, or the name and the connection." in told
+
+
 def test_a_video_of_nan_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
     load = generation.load_pipeline
 

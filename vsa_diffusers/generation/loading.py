@@ -58,7 +58,15 @@ def load_pipeline(
         raise MissingDirectoryError(f"{model}: no such directory; check the path.")
     if lora is not None:
         check_installed("peft", extra="train")
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise MissingDirectoryError(
+            f"model={str(model)!r}: no such directory, and the Hugging Face Hub did not give a pipeline of that name "
+            f"({error.__cause__ or error}); check the path, or the name and the connection."
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     supported_parts(pipe)
     if lora is not None:
@@ -130,11 +138,15 @@ def check_place(device: str | torch.device | None = None, offload: str = "none")
     except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch that was built without CUDA
         raise ValueError(
             f"device={str(device)!r} cannot be used by PyTorch {torch.__version__} here "
-            f"({str(error).splitlines()[0].rstrip('.')}); leave it out, and the GPU is taken if there is one."
+            f"({_first_sentence(error)}); leave it out, and the GPU is taken if there is one."
         ) from error
     if offload != "none" and target.type == "cpu":
         raise ValueError(f"offload={offload!r} moves weights between a GPU and main memory; use 'none' on the CPU.")
     return target
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def compile_blocks(pipe: DiffusionPipeline) -> None:
