@@ -90,6 +90,13 @@ def test_every_lab_note_is_in_the_index():
     assert not [page.name for page in DOCS.glob("lab/*.md") if f"]({page.name})" not in index and page.stem != "README"]
 
 
+def test_the_map_of_the_kernels_names_every_file_of_them_and_no_other():
+    folder = ROOT / "vsa_diffusers" / "kernels"
+    there = {str(file.relative_to(folder)) for file in folder.rglob("*.py") if file.name != "__init__.py"}
+    table = (folder / "README.md").read_text().split("## Map")[1].split("\n\n")[1]
+    assert set(re.findall(r"^\| `(\S+\.py)`", table, re.MULTILINE)) == there
+
+
 def anchors(page: Path) -> set[str]:
     """What a link may point to: headings as GitHub and MkDocs both make them, for plain ones."""
     headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
