@@ -1,5 +1,6 @@
 """The pieces of training: what is predicted, how sparsity comes about, what learns, and the experiment on tiny Wan."""
 
+import importlib.util
 import json
 import math
 import re
@@ -214,3 +215,11 @@ def test_commands_of_the_training_page_have_options_that_exist(command):
 
 def test_the_training_page_has_commands():
     assert len(COMMANDS) == 5
+
+
+def test_a_lora_without_peft_is_refused_with_what_installs_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else find(name, *more))
+    Options("pipe", "latents", "training", rank=0)
+    with pytest.raises(ImportError, match=r'needs peft; pip install "vsa_diffusers\[train\]"'):
+        Options("pipe", "latents", "training", rank=4)

@@ -9,6 +9,8 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from vsa_diffusers.extras import check_installed
+
 from .learning_rates import SCHEDULES
 
 
@@ -135,6 +137,8 @@ class Options:
             raise ValueError(f"min_sigma={self.min_sigma} and max_sigma={self.max_sigma} must be in 0 to 1, in order.")
         if self.rank and self.trainable != "all":
             raise ValueError(f"rank={self.rank} trains a LoRA and gates; trainable={self.trainable!r} is for rank=0.")
+        if self.rank:
+            check_installed("peft", extra="train")
         if self.trainable == "gates" and self.combine != "gate":
             raise ValueError(f'trainable="gates" needs combine="gate"; combine={self.combine!r} has none.')
         self._check_objective()
