@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
-FAST := tests/op tests/models tests/pipeline tests/docs tests/bench --ignore-glob='*/test_pipelines_*.py'
+FAST := tests/op tests/models tests/pipeline tests/docs tests/bench \
+	--ignore-glob='*/test_pipelines_*.py' --ignore=tests/pipeline/test_stacked.py
 
 .PHONY: demo test test-fast test-all lint format bench docs notebooks package clean
 
@@ -14,7 +15,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Without kernels, training, examples and whole pipelines: under two minutes on two cores.
+# Without kernels, training, examples, whole pipelines and pairs of features: under two minutes on two cores.
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) $(FAST)
 
