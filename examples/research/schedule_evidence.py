@@ -150,7 +150,7 @@ def make_videos(
 ) -> tuple[torch.Tensor, float]:
     """Videos of a batch of pairs, `[pairs, 3, frames, height, width]` in [-1, 1], and the mean share kept."""
     embeds, negative = model.prompts(pairs)
-    noise = model.noise(pairs, _grid(grid))
+    noise = model.noise(pairs, grid_of(grid))
     with attending(model, options, dense_layers), kept_shares(model.transformer) as shares:
         latents = sample(model.transformer, model.scheduler, noise, embeds, steps, negative, model.guidance)
     return model.decode(latents), math.fsum(shares) / len(shares)
@@ -196,7 +196,7 @@ def measure_losses(
     those in the middle of `LEVELS` equal parts of a run.
     """
     evidence.losses = [row for row in evidence.losses if row["grid"] != grid]
-    clean, embeds = model.held_out(_grid(grid), count)
+    clean, embeds = model.held_out(grid_of(grid), count)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     shares = (torch.arange(LEVELS) + 0.5) / LEVELS
@@ -247,7 +247,7 @@ def _gain(row: Row, curve: list[tuple[float, float]]) -> float | None:
     return None
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     numbers = torch.tensor(values, dtype=torch.float64)
     return numbers.mean().item(), numbers.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
@@ -268,7 +268,7 @@ def summary(rows: list[Row]) -> list[Row]:
         for measure_ in MEASURES:
             values = [float(row[measure_]) for row in group if row[measure_] is not None]
             if len(values) == len(group):
-                summed[measure_], summed[f"{measure_}_standard_error"] = _mean_and_error(values)
+                summed[measure_], summed[f"{measure_}_standard_error"] = mean_and_error(values)
         found.append(summed)
     return found
 
@@ -283,8 +283,8 @@ def loss_summary(losses: list[Row]) -> list[Row]:
         row: Row = {"grid": grid, "share": share, "sigma": sigma, "ratio": ratio, "videos": len(group)}
         row["loss"] = math.fsum(each["loss"] for each in group) / len(group)
         added = [(each["loss"] - dense[each["video"]]) / level for each in group]
-        row["added"], row["added_standard_error"] = _mean_and_error(added)
-        row["distance"], row["distance_standard_error"] = _mean_and_error([each["distance"] for each in group])
+        row["added"], row["added_standard_error"] = mean_and_error(added)
+        row["distance"], row["distance_standard_error"] = mean_and_error([each["distance"] for each in group])
         found.append(row)
     return found
 
@@ -359,7 +359,7 @@ def draw(found: list[Row], losses: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _grid(text: str) -> tuple[int, int, int]:
+def grid_of(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
         raise typer.BadParameter(f"--grids has {text!r}, which must be frames x height x width in tokens: 16x32x32.")
@@ -404,7 +404,7 @@ def main(
     names = grids.split(",") if grids else ["x".join(map(str, judged.usual_grid))]
     layers = tuple(_numbers("--dense-layers", dense_layers)) if dense_layers else ()
     for name in names:
-        _grid(name)
+        grid_of(name)
     where = torch.cuda.get_device_name() if device.startswith("cuda") else device
     about = {"model": judged.name, "described": judged.described, "dense_layers": list(layers), "device": where}
     evidence = Evidence(json_path, about)
