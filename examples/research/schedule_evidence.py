@@ -186,6 +186,30 @@ def measure(
                 evidence.save()
 
 
+class HeldOut:
+    """Clean latents and noise `[videos, ...]`, and the levels in the middle of `LEVELS` equal parts of a run.
+
+    Args:
+        model: what they are for.
+        grid: of tokens.
+        count: of videos.
+    """
+
+    def __init__(self, model: EvidenceModel, grid: tuple[int, int, int], count: int):
+        self.transformer = model.transformer
+        self.clean, self.embeds = model.held_out(grid, count)
+        self.noise = torch.randn(self.clean.shape, generator=torch.Generator().manual_seed(0)).to(self.clean)
+        self.shares = (torch.arange(LEVELS) + 0.5) / LEVELS
+        self.sigmas = shift_sigmas(1 - self.shares, model.scheduler.config.flow_shift).to(self.clean)
+
+    @torch.no_grad()
+    def predicted(self, rows: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The transformer's velocity for some of the videos at one level, fp32."""
+        levels, dtype = sigma.expand(len(rows)), self.transformer.dtype
+        noisy = add_noise(self.clean[rows], self.noise[rows], levels).to(dtype)
+        return self.transformer(noisy, 1000 * levels, self.embeds[rows].to(dtype), return_dict=False)[0].float()
+
+
 @torch.no_grad()
 def measure_losses(
     model: EvidenceModel, evidence: Evidence, grid: str, count: int, batch_size: int, dense_layers: tuple[int, ...]
@@ -196,25 +220,15 @@ def measure_losses(
     those in the middle of `LEVELS` equal parts of a run.
     """
     evidence.losses = [row for row in evidence.losses if row["grid"] != grid]
-    clean, embeds = model.held_out(grid_of(grid), count)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    shares = (torch.arange(LEVELS) + 0.5) / LEVELS
-    sigmas = shift_sigmas(1 - shares, model.scheduler.config.flow_shift).to(clean)
-    dtype = model.transformer.dtype
-
-    def predicted(rows: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        levels = sigma.expand(len(rows))
-        noisy = add_noise(clean[rows], noise[rows], levels).to(dtype)
-        return model.transformer(noisy, 1000 * levels, embeds[rows].to(dtype), return_dict=False)[0].float()
-
+    held_out = HeldOut(model, grid_of(grid), count)
+    clean, noise = held_out.clean, held_out.noise
     for rows in torch.arange(count, device=clean.device).split(batch_size):
-        for share, sigma in zip(shares.tolist(), sigmas, strict=True):
-            dense = predicted(rows, sigma)
+        for share, sigma in zip(held_out.shares.tolist(), held_out.sigmas, strict=True):
+            dense = held_out.predicted(rows, sigma)
             for ratio in (1.0, *MEANS):
                 options = {} if ratio == 1 else VARIANTS["constant"][f"{ratio:g}"]
                 with attending(model, options, dense_layers):
-                    ours = predicted(rows, sigma) if options else dense
+                    ours = held_out.predicted(rows, sigma) if options else dense
                 losses = velocity_error(ours, clean[rows], noise[rows])
                 distances = (ours - dense).square().flatten(1).mean(1) / dense.square().flatten(1).mean(1)
                 about = {"grid": grid, "share": share, "sigma": sigma.item(), "ratio": ratio}

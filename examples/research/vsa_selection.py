@@ -27,9 +27,10 @@ from flow_sampling import sample
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from schedule_evidence import Row, attending, grid_of, make_videos, mean_and_error, row_of
+from schedule_evidence import HeldOut, Row, attending, grid_of, make_videos, mean_and_error, row_of
 from schedule_models import EvidenceModel, load_evidence_model
 from selection_rules import BY_QUARTERS, RULES, SHORT, compare_roundings, compare_rules, selecting
+from vsa_training.objective import velocity_error
 
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.cli.script import run_script
@@ -38,6 +39,7 @@ from vsa_diffusers.tiles import TileGrid
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
 BLOCK = (4, 4, 4)
+RANDOM_CALLS = 16
 MEASURES = ("mass", "merge", "sparse")
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -137,14 +139,47 @@ def video_rows(
     for batch, rule, ratio in track(todo, description="Videos"):
         if batch[0] not in dense:
             dense = dict(zip(batch, make_videos(model, text, steps, batch, {}, ())[0], strict=True))
-        options = {"top_k_ratio": ratio, "schedule": "constant", "block_size": grid.block_size,
-                   "implementation": "torch"}  # fmt: skip
         with selecting(RULES[rule]):
-            videos, _ = make_videos(model, text, steps, batch, options, ())
+            videos, _ = make_videos(model, text, steps, batch, _options(grid, ratio), ())
         for pair, video in zip(batch, videos, strict=True):
             row = {"rule": rule, "ratio": ratio, "pair": pair}
             rows.append(row | row_of(video, dense[pair], model.is_right(video, pair)))
     return rows
+
+
+def loss_rows(model: EvidenceModel, grid: TileGrid, count: int, ratios: Sequence[float], batch_size: int) -> list[Row]:
+    """What rules add to the loss on held-out videos, and the distance to the dense prediction, in shares of the dense.
+
+    By rule, ratio, level and video, which is the `pair` of a row. The loss is in shares of the dense one's mean over
+    videos at the level.
+    """
+    if not count:
+        return []
+    held_out, rows = HeldOut(model, grid.video_shape, count), []
+    batches = torch.arange(count, device=model.device).split(batch_size)
+    todo = list(zip(held_out.shares.tolist(), held_out.sigmas, strict=True))
+    for share, sigma in track(todo, description="Levels"):
+        dense = [held_out.predicted(batch, sigma) for batch in batches]
+        losses = [_losses(held_out, x, batch) for x, batch in zip(dense, batches, strict=True)]
+        level = torch.cat(losses).mean()
+        for rule, ratio in itertools.product(SHORT, ratios):
+            for batch, before, loss in zip(batches, dense, losses, strict=True):
+                with selecting(RULES[rule]), attending(model, _options(grid, ratio), ()):
+                    ours = held_out.predicted(batch, sigma)
+                added = (_losses(held_out, ours, batch) - loss) / level
+                distance = (ours - before).square().flatten(1).mean(1) / before.square().flatten(1).mean(1)
+                for video, *measures in zip(batch.tolist(), added.tolist(), distance.tolist(), strict=True):
+                    row = {"rule": rule, "ratio": ratio, "share": share, "pair": video}
+                    rows.append(row | dict(zip(("added", "distance"), measures, strict=True)))
+    return rows
+
+
+def _losses(held_out: HeldOut, predicted: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    return velocity_error(predicted, held_out.clean[batch], held_out.noise[batch])
+
+
+def _options(grid: TileGrid, ratio: float) -> Row:
+    return {"top_k_ratio": ratio, "schedule": "constant", "block_size": grid.block_size, "implementation": "torch"}
 
 
 def cell(row: Row, name: str, digits: int) -> str:
@@ -154,7 +189,7 @@ def cell(row: Row, name: str, digits: int) -> str:
 
 def print_table(title: str, rows: list[Row], at: str, columns: Sequence[tuple[str, int]], first: str = "rule") -> None:
     """One line for each `first`; columns are the values of `at`, once for each name and its digits in `columns`."""
-    values = list(dict.fromkeys(row[at] for row in rows))
+    values = sorted(dict.fromkeys(row[at] for row in rows))
     table = Table(title=title)
     for heading in (first, *(f"{name}, {value}" for name, _ in columns for value in values)):
         table.add_column(heading)
@@ -186,7 +221,8 @@ def main(
     rounding_at: Annotated[float, typer.Option(help="Ratio at which rounding is looked at.")] = 0.2,
     video_pairs: Annotated[int, typer.Option(help="Pairs that videos are made of; 0 leaves them out.", min=0)] = 0,
     video_steps: Annotated[int, typer.Option(help="Denoising steps of videos.", min=1)] = 12,
-    video_ratios: Annotated[str, typer.Option(help="Ratios of videos.")] = "0.1,0.2,0.3",
+    video_ratios: Annotated[str, typer.Option(help="Ratios of videos, and of losses.")] = "0.1,0.2,0.3",
+    held_out: Annotated[int, typer.Option(help="Held-out videos for losses; 0 leaves them out.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option(help="Videos made at once.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda" if torch.cuda.is_available() else "cpu",
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write what is found as JSON.")] = None,
@@ -210,7 +246,7 @@ def main(
             ]
             rounded += _rounding_rows(about | {"inputs": judged.name}, call, tiles, rounding_at)
     for scale in (1, 4, 16):
-        for number, call in enumerate(random_calls(tiles, scale, 8)):
+        for number, call in enumerate(random_calls(tiles, scale, RANDOM_CALLS)):
             on_device = [x.to(judged.device) for x in call]
             rounded += _rounding_rows({"pair": number, "inputs": f"random, {scale}"}, on_device, tiles, rounding_at)
     found: dict[str, list[Row]] = {
@@ -219,6 +255,9 @@ def main(
         "rules_by_step": mean_of(rows, ("rule", "ratio", "step"), MEASURES),
         "equal_ratios": equal_ratios(rows, wanted, "merge"),
         "roundings": mean_of(rounded, ("inputs", "means", "rounding"), ("changed", "lost")),
+        "losses": mean_of(
+            loss_rows(judged, tiles, held_out, wanted_of_videos, batch_size), ("rule", "ratio"), ("added", "distance")
+        ),
         "videos": video_rows(judged, tiles, range(video_pairs), video_steps, wanted_of_videos, batch_size),
     }
     print_found(found, f"{judged.name}, {'x'.join(map(str, shape))} tokens, {tiles.num_tiles} tiles")
@@ -255,6 +294,11 @@ def print_found(found: dict[str, list[Row]], title: str) -> None:
     lines = [row | {"inputs, means": f"{row['inputs']}, {row['means']}"} for row in percent]
     print_table(f"{title}: kept tiles that rounding of the means changes, and mass that it loses, in %", lines,
                 "rounding", [("changed", 3), ("lost", 5)], "inputs, means")  # fmt: skip
+    if found["losses"]:
+        losses = [row | {name: 100 * row[name] for name in row if name.startswith(("added", "distance"))
+                         and row[name] is not None} for row in found["losses"]]  # fmt: skip
+        told = "loss added to the dense one, and distance to the dense prediction, on held-out videos, in %"
+        print_table(f"{title}: {told}", losses, "ratio", [("added", 2), ("distance", 2)])
     if found["videos"]:
         videos = mean_of(found["videos"], ("rule", "ratio"), ("psnr", "ssim"))
         print_table(f"{title}: PSNR and SSIM to the dense video", videos, "ratio", [("psnr", 2), ("ssim", 4)])

@@ -134,10 +134,11 @@ def test_the_whole_comparison(tmp_path):
     transformer = build_clips_transformer(layers=2, heads=1)
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
     save_clips_model(tmp_path / "model", transformer, [Clip("noise", frames)], steps=0)
-    words = ["--model", tmp_path / "model", "--grid", "8x8x8", "--pairs", 2, "--steps", 2, "--every", 2, "--ratios",
-             "0.2,0.5", "--video-pairs", 1, "--video-steps", 1, "--video-ratios", "0.25", "--device", "cpu", "--json",
-             tmp_path / "found.json"]  # fmt: skip
-    result = CliRunner().invoke(script_app(main), [str(word) for word in words], catch_exceptions=False)
+    words = {"model": tmp_path / "model", "grid": "8x8x8", "pairs": 2, "steps": 2, "every": 2, "ratios": "0.2,0.5",
+             "video-pairs": 1, "video-steps": 1, "video-ratios": "0.25", "held-out": 2, "device": "cpu",
+             "json": tmp_path / "found.json"}  # fmt: skip
+    words = [f"--{name}={value}" for name, value in words.items()]
+    result = CliRunner().invoke(script_app(main), words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert {(row["rule"], row["ratio"]) for row in found["rules"]} == {
@@ -148,5 +149,8 @@ def test_the_whole_comparison(tmp_path):
     assert all(row["pairs"] == 2 and 0 < row["mass"] <= 1 for row in found["rules"])
     assert {row["inputs"] for row in found["roundings"]} == {"clips", "random, 1", "random, 4", "random, 16"}
     assert [row["ratio"] for row in found["videos"]] == [0.25] * 5
+    losses = {row["rule"]: row for row in found["losses"]}
+    assert len(losses) == 5
+    assert all(row["pairs"] == 2 and row["distance"] > 0 for row in losses.values())
     refused = CliRunner().invoke(script_app(main), ["--model", str(tmp_path / "model"), "--grid", "6x8x8"])
     assert refused.exit_code != 0
