@@ -249,10 +249,11 @@ def main(
         for number, call in enumerate(random_calls(tiles, scale, RANDOM_CALLS)):
             on_device = [x.to(judged.device) for x in call]
             rounded += _rounding_rows({"pair": number, "inputs": f"random, {scale}"}, on_device, tiles, rounding_at)
+    few = [row for row in rows if row["rule"] in SHORT]
     found: dict[str, list[Row]] = {
         "rules": mean_of(rows, ("rule", "ratio"), MEASURES),
-        "rules_by_layer": mean_of(rows, ("rule", "ratio", "layer"), MEASURES),
-        "rules_by_step": mean_of(rows, ("rule", "ratio", "step"), MEASURES),
+        "rules_by_layer": mean_of(few, ("rule", "ratio", "layer"), MEASURES),
+        "rules_by_step": mean_of(few, ("rule", "ratio", "step"), MEASURES),
         "equal_ratios": equal_ratios(rows, wanted, "merge"),
         "roundings": mean_of(rounded, ("inputs", "means", "rounding"), ("changed", "lost")),
         "losses": mean_of(
@@ -284,7 +285,7 @@ def print_found(found: dict[str, list[Row]], title: str) -> None:
     print_table(f"{title}: ratio at which the error with merge is that of quarters", found["equal_ratios"], "ratio",
                 [("equal", 4)])  # fmt: skip
     for at in ("layer", "step"):
-        own = [row for row in found[f"rules_by_{at}"] if row["rule"] in SHORT and row["ratio"] == 0.2]
+        own = [row for row in found[f"rules_by_{at}"] if row["ratio"] == 0.2]
         if own:
             print_table(f"{title}: mass and error with merge at 0.2, by {at}", own, at, [("mass", 3), ("merge", 3)])
     percent = [
