@@ -238,6 +238,16 @@ def test_an_attention_backend_serves_what_is_dense_or_is_refused_as_without_vsa(
         assert relative_error(exact, dense) < 1e-5
 
 
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_an_attention_backend_is_the_whole_process_s_and_ends_with_the_test(turn):
+    stock = WAN.build()
+    native = run(stock, WAN, GRID)
+    WAN.build().set_attention_backend("_native_math")
+    math = run(stock, WAN, GRID)
+    assert not math.equal(native)
+    torch.testing.assert_close(math, native, atol=1e-5, rtol=0)
+
+
 def test_an_exported_model_is_sparse_and_bound_to_its_size():
     model = enable_vsa(WAN.build(), 0.3)
     expected = run(model, WAN, GRID)

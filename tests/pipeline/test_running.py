@@ -70,9 +70,8 @@ def pipelines(**options):
     ]
 
 
-# Among the whole suite it differed now and then, while another test left the precision of products changed; nothing
-# shows that to be the cause. By itself it never did. `make test-all` runs it.
-@pytest.mark.slow
+# Bit for bit with the "native" attention only: "_native_math" and its kin choose PyTorch's kernel for the whole process
+# while they run, and thereby the rounding of another thread's attention.
 @pytest.mark.parametrize("dense_steps", [0, 1])
 def test_pipelines_in_threads_over_one_transformer_are_each_as_if_alone(dense_steps):
     calls = pipelines(dense_steps=dense_steps)
