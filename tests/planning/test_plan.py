@@ -196,3 +196,11 @@ def test_what_is_refused_says_why(arguments, message):
 def test_an_option_that_is_wrong_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         plan(str(TINY_WAN), 256, 256, 61, **options)
+
+
+def test_an_h200_has_layers_of_its_own_and_the_rest_of_the_other_gpu():
+    result = plan("wan", ratios=[0.2], gpu="H200")
+    assert result.reach == "measured"
+    assert "h200-quarters-auto.json" in result.origin
+    assert any("as long as on the H100" in note for note in result.notes)
+    assert not any("as long as on the H100" in note for note in plan("wan", ratios=[0.2]).notes)

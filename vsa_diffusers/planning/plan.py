@@ -178,7 +178,7 @@ def plan(
     estimate = expected_layer(gpu, costs, known.batch, grid, fitted, combine, wanted)
     other = other_seconds(costs, shape, known.batch, text)
     device, dense_ms, sparse_ms, origin, reach = f"NVIDIA {gpu}", *_times(estimate)
-    notes = _notes(known, estimate, shape)
+    notes = _notes(known, estimate, gpu, shape)
     if measure:
         timed = time_layer(costs, known.batch, grid, combine, wanted, progress)
         device, dense_ms, sparse_ms = timed.device, timed.dense_ms, timed.sparse_ms
@@ -245,7 +245,7 @@ def _unsure(model: Model) -> list[str]:
     return [f"Not certain: {model.unsure}."] if model.unsure else []
 
 
-def _notes(model: Model, layer: Layer, shape: Grid) -> list[str]:
+def _notes(model: Model, layer: Layer, gpu: str, shape: Grid) -> list[str]:
     notes = _unsure(model)
     errors = measured()["rest"]["left_out"]
     masked = max(errors, key=lambda name: abs(errors[name]))
@@ -255,6 +255,11 @@ def _notes(model: Model, layer: Layer, shape: Grid) -> list[str]:
         f"come out within {others:.1%}, and {masked}, whose padded text slows dense attention, {-errors[masked]:.0%} "
         "too low."
     )
+    other = measured()["models"][0]["gpu"]
+    if gpu != other:
+        notes.append(
+            f"What is not attention is taken to last as long as on the {other}, whose whole models were measured."
+        )
     if any(abs(ms - layer.host_ms) < 1e-9 for ms in layer.sparse_ms.values()):
         notes.append(f"A sparse call takes the host {layer.host_ms:.2f} ms; layers as short as here wait for it.")
     row = measured_model(model.name, shape)
