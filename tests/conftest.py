@@ -1,3 +1,4 @@
+import logging
 from typing import Any
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 from diffusers import attention_backend
 
 
-def state_of_torch() -> dict[str, Any]:
-    """What PyTorch keeps for a thread or a process, and what a test that leaves it changed would do to the next."""
+def state_of_process() -> dict[str, Any]:
+    """What PyTorch and logging keep for a thread or a process, for a test that leaves it changed changes the next."""
     cuda = torch.backends.cuda
     return {
         "grad": torch.is_grad_enabled(),
@@ -18,6 +19,7 @@ def state_of_torch() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "modes": (len(torch.overrides._get_current_function_mode_stack()), torch._C._len_torch_dispatch_stack()),
         "denormals": torch.full((16,), 1e-40).mul(1.0).sum().item() > 0,
+        "level of the log": logging.getLogger("vsa_diffusers").level,
         "backends": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
     }
 
@@ -25,12 +27,12 @@ def state_of_torch() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
-    before = state_of_torch()
+    before = state_of_process()
     # What `set_attention_backend` sets on one model, diffusers keeps for every later model of the process.
     with attention_backend("native"):
         yield
-    left = {name: value for name, value in state_of_torch().items() if value != before[name]}
-    assert not left, f"the test leaves PyTorch changed for those after it: {left}, which was {before}"
+    left = {name: value for name, value in state_of_process().items() if value != before[name]}
+    assert not left, f"the test leaves the process changed for those after it: {left}, which was {before}"
 
 
 def pytest_configure():

@@ -18,7 +18,6 @@ kept, and a run that was interrupted goes on after it.
 
 import itertools
 import json
-import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -43,6 +42,7 @@ from vsa_training.objective import add_noise, shift_sigmas, velocity_error
 from vsa_diffusers import RatioSchedule, disable_vsa, enable_vsa
 from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.files import read_json, replaced_file
+from vsa_diffusers.logs import warnings_only
 from vsa_diffusers.tiles import TileGrid
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
@@ -388,6 +388,7 @@ def _numbers(option: str, text: str) -> list[int]:
         raise typer.BadParameter(f"{option} has {text!r}, which must be whole numbers with commas: 20,8.") from error
 
 
+@warnings_only()  # VSA is enabled many times
 def main(
     model: Annotated[
         Path,
@@ -409,7 +410,6 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw PSNR against the share kept, and losses.")] = None,
 ) -> None:
     """Print the tables."""
-    logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # VSA is enabled hundreds of times
     ends = time.monotonic() + 60 * minutes
     judged = load_evidence_model(model, torch.device(device))
     counts = _numbers("--steps", steps)

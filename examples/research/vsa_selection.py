@@ -13,7 +13,6 @@ Standard errors are over pairs.
 
 import itertools
 import json
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from vsa_training.objective import velocity_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.files import replaced_file
+from vsa_diffusers.logs import warnings_only
 from vsa_diffusers.tiles import TileGrid
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
@@ -209,6 +209,7 @@ def random_calls(grid: TileGrid, scale: float, count: int) -> Iterator[Call]:
         yield scale * query, key, value
 
 
+@warnings_only()  # VSA is enabled many times
 def main(
     model: Annotated[
         Path, typer.Option(help="Folder of the tiny Wan pipeline or of a clips model.", exists=True, file_okay=False)
@@ -228,7 +229,6 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write what is found as JSON.")] = None,
 ) -> None:
     """Print what every rule keeps and loses."""
-    logging.getLogger("vsa_diffusers").setLevel(logging.WARNING)  # VSA is enabled many times
     judged = load_evidence_model(model, torch.device(device))
     shape = grid_of(grid) if grid else judged.usual_grid
     tiles = TileGrid(shape, BLOCK)
