@@ -81,7 +81,7 @@ def test_a_call_of_seconds_is_measured_once_on_a_cpu(monkeypatch):
 
 
 def test_it_draws_the_speed_ups(tmp_path):
-    pytest.importorskip("matplotlib", reason="runs with matplotlib installed")
+    pytest.importorskip("matplotlib", reason="runs with matplotlib installed: pip install '.[report]'")
     rows = [row("x", 0.5, 8.0), row("x", 1.0, 12.0), {"what": "y", "ratio": 0.5, "skipped": "why"}]
     report.plot([{"shape": "small", **each} for each in rows], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 0

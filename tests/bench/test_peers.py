@@ -145,7 +145,7 @@ def test_peers_are_not_in_the_verdict():
 @on_cpu
 @pytest.mark.parametrize("shape", ["1x2x4x4x7x128", "2x1x4x4x3x128"])
 def test_comfy_kitchen_computes_what_ours_does_where_it_keeps_every_tile(shape):
-    pytest.importorskip("comfy_kitchen", reason="runs with comfy-kitchen installed")
+    pytest.importorskip("comfy_kitchen", reason="runs with comfy-kitchen installed: pip install comfy-kitchen")
     # Beside its share, a tile keeps its neighbours: of two tiles both.
     assert difference(peers.SolVSA, shape, 0.99) < 1e-5
 
@@ -155,7 +155,7 @@ def test_comfy_kitchen_computes_what_ours_does_where_it_keeps_every_tile(shape):
 @pytest.mark.parametrize("peer", [peers.FlexVSA, peers.CompiledFlexVSA])
 @pytest.mark.parametrize("shape", [PARTIAL, "1x2x8x8x12x64"])
 def test_attention_gym_computes_what_ours_does(peer, shape):
-    pytest.importorskip("attn_gym", reason="runs with attn-gym installed")
+    pytest.importorskip("attn_gym", reason="runs with attn-gym installed: pip install attn-gym")
     for ratio in (0.5, 0.2):
         assert difference(peer, shape, ratio) < 1e-5
 
@@ -163,7 +163,7 @@ def test_attention_gym_computes_what_ours_does(peer, shape):
 @on_cpu
 @pytest.mark.slow
 def test_no_ratio_is_one_too_many_for_what_compiles_each(monkeypatch):
-    pytest.importorskip("attn_gym", reason="runs with attn-gym installed")
+    pytest.importorskip("attn_gym", reason="runs with attn-gym installed: pip install attn-gym")
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     shape = parse("1x1x4x4x8x64")
     inputs = shape.inputs("cpu", torch.float32)

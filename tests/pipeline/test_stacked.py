@@ -38,7 +38,8 @@ def assert_exact_and_sparse(family, folder, names, place):
     """At ratio 1.0 as dense with the same features, and different below; returns the dense output."""
     missing = [package for name in names for package in FEATURES[name].missing()]
     if missing:
-        pytest.skip(f"runs where {' and '.join(missing)} is installed")
+        packages = " ".join(missing).replace(".", "-")
+        pytest.skip(f"runs where {' and '.join(missing)} is installed: pip install {packages}")
     dense = stacked(family, folder, names).denoise(GRID)
     assert torch.isfinite(dense).all()
     stack = stacked(family, folder, names, 1.0, place)
@@ -118,7 +119,7 @@ def test_pairs_that_exclude_one_another_fail_without_vsa_too(before, then, reaso
     pairs = [pair for pair in itertools.product(sorted(before), sorted(then)) if pair[0] != pair[1]]
     pairs = [pair for pair in pairs if is_installed(("wan", *pair))]
     if not pairs:
-        pytest.skip("runs where torchao and optimum-quanto are installed")
+        pytest.skip("runs where torchao and optimum-quanto are installed: pip install torchao optimum-quanto")
     assert any(fails("wan", tmp_path / str(number), pair) for number, pair in enumerate(pairs))
 
 

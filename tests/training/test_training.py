@@ -213,7 +213,7 @@ def test_validation_videos_are_written(material, tmp_path):
 
 
 def test_tensorboard_gets_the_metrics_of_every_step_once(material, tmp_path):
-    pytest.importorskip("tensorboard", reason="runs with tensorboard installed")
+    pytest.importorskip("tensorboard", reason="runs with tensorboard installed: pip install '.[train]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = training_options(material, tmp_path, max_train_steps=7, report_to="tensorboard")
