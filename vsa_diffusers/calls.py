@@ -14,18 +14,20 @@ class Tally:
 
     Attributes:
         sparse: calls of the sparse operation.
+        whole: those of them that kept all tiles.
         obstacle: why the last of them did not go to the Triton kernels, as a kind and in words; `None` if it did.
         dense: by kind of reason, the last reason, and the names of the modules whose calls ran dense for it.
     """
 
     def __init__(self) -> None:
-        self.sparse = 0
+        self.sparse = self.whole = 0
         self.obstacle: tuple[str, str] | None = None
         self.dense: dict[str, tuple[str, list[str]]] = {}
 
-    def add_sparse(self, obstacle: tuple[str, str] | None) -> None:
-        """Count a sparse call."""
+    def add_sparse(self, obstacle: tuple[str, str] | None, whole: bool) -> None:
+        """Count a call of the sparse operation."""
         self.sparse += 1
+        self.whole += whole
         self.obstacle = obstacle
 
     def add_dense(self, kind: str, reason: str, module: str) -> None:

@@ -93,7 +93,7 @@ def forward(
     """
     obstacle = why_not_kernels(implementation, query, problem)
     if (tally := running.tally) is not None:
-        tally.add_sparse(obstacle)
+        tally.add_sparse(obstacle, problem.top_k >= problem.grid.num_tiles)
     if obstacle is None:
         from . import kernels
 

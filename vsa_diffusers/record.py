@@ -62,8 +62,9 @@ class Record:
 
     Attributes:
         forwards: that have ended.
-        sparse: calls of the sparse operation in them.
-        dense: dense calls by kind of reason.
+        sparse: calls of the sparse operation in them that could leave tiles out.
+        dense: dense calls by kind of reason, those with a coarse branch among them; not those of layers that are never
+            sparse.
         reasons: the last reason of each kind.
         unseen: calls that were not seen, if they were made: see `calls`.
         tilings: how the last forward with a grid cut it; several where modules are configured otherwise than others.
@@ -88,24 +89,33 @@ class Record:
         Args:
             label: the transformer's name in the log.
             tally: of the forward.
-            processors: those of its sparse modules, by the modules' names.
+            processors: those of its sparse modules, and of dense ones with a coarse branch, by the modules' names.
         """
+        layers = [name for name, each in processors.items() if each.stays_dense][: tally.whole]
+        processors = {name: each for name, each in processors.items() if not each.stays_dense}
         leaders = {processor.state.place: processor for processor in processors.values()}.values()
         tilings = tuple(dict.fromkeys(tiling for leader in leaders if (tiling := Tiling.now(leader))))
-        dense = _of_few_kinds(tally.dense or _dense_unseen(processors), self.reasons)
+        # The operation makes these and those of the layers, too: the coarse branch is not in stock attention.
+        whole = [name for name, each in processors.items() if each.state.facts.dense_step and each.keeps_coarse]
+        del whole[tally.whole - len(layers) :]
+        calls = tally.sparse - len(layers) - len(whole)
+        found = tally.dense or _dense_unseen(processors)
+        if whole:
+            found = found | {STEP: (DENSE_STEP, [*found.get(STEP, ("", []))[1], *whole])}
+        dense = _of_few_kinds(found, self.reasons)
         with _lock:
             self.forwards += 1
-            self.sparse += tally.sparse
+            self.sparse += calls
             for kind, (reason, modules) in dense.items():
                 self.dense[kind] += len(modules)
                 self.reasons[kind] = reason
-            seen = tally.sparse + sum(len(modules) for _, modules in dense.values())
+            seen = calls + sum(len(modules) for _, modules in dense.values())
             self.unseen += max(0, len(processors) - seen)
             self.tilings = tilings or self.tilings
             if tally.sparse:
                 self.implementation = "torch" if tally.obstacle else "triton"
                 self.obstacle = tally.obstacle and tally.obstacle[1]
-            is_new = bool(tally.sparse and tilings) and self._is_new_grid(tilings)
+            is_new = bool(calls and tilings) and self._is_new_grid(tilings)
             untold = {reason: self._untold(kind, modules) for kind, (reason, modules) in dense.items()}
         for reason, modules in untold.items():
             if modules:

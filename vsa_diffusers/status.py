@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ class TransformerStatus:
         grids: how the last forward cut the video; several where modules are configured otherwise than others.
         forwards: that have ended since VSA was enabled. All further counts are of calls in these.
         sparse_calls: of the sparse operation, in compiled code, too.
-        dense_calls: by reason.
+        dense_calls: by reason; those of layers that stay dense in every forward are not counted.
         unseen_calls: in compiled code, where only the sparse operation and what holds for the whole forward can be
             counted; or not made at all, since a cache or LayerSkip left them out.
     """
@@ -213,8 +213,9 @@ def _status(name: str, transformer: torch.nn.Module) -> TransformerStatus:
     enabled_by = BY_HAND if hooks is None else BY_ENABLING
     hooks = hooks or hooks_by_hand(transformer)
     processors = {} if hooks is None else hooks.sparse_processors()
-    configs = {name: processor.config for name, processor in processors.items()}
-    configs |= _before_first_call(modules, configs)
+    configs = {name: each.config for name, each in processors.items() if not each.stays_dense}
+    configs |= _before_first_call(modules, processors)
+    coarse = tuple(name for name, each in processors.items() if each.stays_dense)
     replaced = {} if hooks is None or enabled_by == BY_HAND else hooks.replaced_processors()
     record = Record() if hooks is None else hooks.record
     implementation, obstacle = record.implementation, record.obstacle
@@ -229,12 +230,12 @@ def _status(name: str, transformer: torch.nn.Module) -> TransformerStatus:
         name,
         type(transformer).__name__,
         family.name,
-        enabled_by if configs or replaced else None,
+        enabled_by if configs or coarse or replaced else None,
         tuple(SparseModules(tuple(names), config) for config, names in alike.items()),
         tuple(module for module in modules if module not in configs and module not in replaced),
         replaced,
         family.stays_dense,
-        (len(gated), sum(module in configs and configs[module].combine == "gate" for module in gated)),
+        (len(gated), sum(name in coarse or (name in configs and configs[name].combine == "gate") for name in gated)),
         implementation,
         obstacle,
         record.tilings,
@@ -245,7 +246,7 @@ def _status(name: str, transformer: torch.nn.Module) -> TransformerStatus:
     )
 
 
-def _before_first_call(modules: Mapping[str, torch.nn.Module], known: Mapping[str, VSAConfig]) -> dict[str, VSAConfig]:
+def _before_first_call(modules: Mapping[str, torch.nn.Module], known: Container[str]) -> dict[str, VSAConfig]:
     """Modules that share a `VSAAttnProcessor`, which learns at its first call what it serves."""
     processors = {name: getattr(attn, "processor", None) for name, attn in modules.items() if name not in known}
     return {name: each.config for name, each in processors.items() if isinstance(each, VSAAttnProcessor)}

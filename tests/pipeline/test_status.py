@@ -158,6 +158,45 @@ def test_dense_steps_of_compiled_code_are_counted_though_it_does_not_say_them():
     assert counter.frame_count == 2
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def gated(request):
+    """A model of three layers with trained gates, the last two sparse after two dense steps."""
+    torch._dynamo.reset()
+    model = dataclasses.replace(WAN, config=WAN.config | {"num_layers": 3}).build()
+    add_gate_compress(model)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn1.to_gate_compress.weight)
+    enable_vsa(model, 0.3, dense_steps=2, dense_layers=(0,))
+    if request.param == "compiled":
+        for block in model.blocks:
+            block.compile(backend="eager", fullgraph=True)
+    return model
+
+
+def test_dense_calls_with_the_coarse_branch_of_a_gate_are_no_sparse_ones(gated):
+    timesteps = torch.arange(5)
+    for i, t in enumerate(timesteps):  # noqa: B007
+        run(gated, WAN, GRID)
+    assert counts(gated) == (5, 6, {DENSE_STEP: 4}, 0)
+    now = status(gated)
+    assert [group.modules for group in now.sparse] == [("blocks.1.attn1", "blocks.2.attn1")]
+    assert now.dense == ("blocks.0.attn1",)
+    assert now.gates == (3, 3)
+
+
+def test_a_model_whose_layers_all_stay_dense_with_their_gates_has_no_sparse_call():
+    model = WAN.build()
+    add_gate_compress(model)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn1.to_gate_compress.weight)
+    enable_vsa(model, 0.3, dense_layers=(0,))
+    model.blocks[1].attn1.set_processor(type(model.blocks[0].attn2.processor)())
+    run(model, WAN, GRID)
+    now = status(model)
+    assert (now.enabled_by, now.sparse, now.dense) == ("enable_vsa", (), ("blocks.0.attn1",))
+    assert counts(model) == (1, 0, {}, 0)
+
+
 def test_calls_without_a_grid_are_counted_with_the_reason():
     model = enable_vsa(LTX.build(), 0.3)
     with torch.no_grad():
