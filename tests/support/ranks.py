@@ -18,6 +18,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from torch import multiprocessing
 
+from leaving import leave
 from vsa_diffusers import cp_plan
 
 Cases = Mapping[str, Callable[[], None]]
@@ -68,6 +69,7 @@ def _work(rank: int, ranks: int, module: str, table: str, folder: str, backend: 
             time.sleep(0.002)
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
+    leave()
 
 
 def all_gather_anything(tensor, dim, group):

@@ -4,13 +4,13 @@ torchrun --nproc-per-node=2 tests/support/ranks_on_cpu.py [--rank-fails=1] SCRIP
 """
 
 import os
-import runpy
 import sys
 
 import diffusers
 import diffusers.hooks.context_parallel as hooks
 import torch
 
+from leaving import run_and_leave
 from ranks import all_gather_anything
 
 torch.set_num_threads(1)
@@ -26,4 +26,4 @@ if sys.argv[0].startswith("--rank-fails="):
         diffusers.WanTransformer3DModel.forward = fail
     del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+run_and_leave(sys.argv[0])

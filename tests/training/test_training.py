@@ -24,7 +24,7 @@ from vsa_diffusers.pipeline import enabled_config
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'examples' / 'training'}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-    "PYTHONFAULTHANDLER": "1",  # a process of several that aborts says where, which has happened under load
+    "PYTHONFAULTHANDLER": "1",  # a process that aborts says where
 }  # fmt: skip
 CALL = dict(prompt="a red ring", height=64, width=96, num_frames=17, num_inference_steps=2, output_type="pt")
 
@@ -239,11 +239,10 @@ SHARDED = {
 def train_two_processes(options: Options, *, sharded: bool) -> None:
     given = [(name, value) for name, value in vars(options).items() if value is not None]
     words = [f"--{name}={value}" for name, value in given if not isinstance(value, list)]
-    script = [str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")] if sharded else []
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script,
-        str(ROOT / "examples" / "training" / "train_vsa.py"), *words, "--block_size", "1", "2", "2",
-        "--dense_layers", "none",
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        ROOT / "tests" / "support" / "accelerate_on_cpu.py", ROOT / "examples" / "training" / "train_vsa.py", *words,
+        "--block_size", "1", "2", "2", "--dense_layers", "none",
     ]  # fmt: skip
     environment = ENVIRONMENT | (SHARDED if sharded else {})
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,13 +1,15 @@
-"""Run a script with its parameters sharded (FSDP) over processes without GPUs, which accelerate does not offer.
+"""Run a script on processes without GPUs, its parameters sharded (FSDP) if asked for, which accelerate does not offer.
 
-ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc_per_node=2 tests/support/fsdp_on_cpu.py SCRIPT [ARGUMENTS]
+ACCELERATE_USE_FSDP=true FSDP_VERSION=2 torchrun --nproc_per_node=2 tests/support/accelerate_on_cpu.py SCRIPT ...
 """
 
-import runpy
+import os
 import sys
 
 from accelerate import state
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from leaving import run_and_leave
 
 initialize = state.AcceleratorState.__init__
 
@@ -20,6 +22,7 @@ def shard(self, *args, fsdp_plugin=None, **options):
         self.fsdp_plugin = fsdp_plugin or FullyShardedDataParallelPlugin()
 
 
-state.AcceleratorState.__init__ = shard
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    state.AcceleratorState.__init__ = shard
 del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+run_and_leave(sys.argv[0])
