@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,20 @@ UNREADABLE = "the video shape could not be read from the transformer's inputs; p
 
 
 def facts_of(processor: Any, grid: Grid | None, reason: str | None, position: Position | None) -> Facts:
-    """What one forward means for a processor; its config's own grid comes first."""
+    """What one forward means for a processor; its config's own grid comes first.
+
+    Raises:
+        ValueError: that grid has another number of tokens than the one read, in a family where attention cannot tell,
+            since it sees other tokens beside the video's.
+    """
     config = processor.config
+    asked, read = (math.prod(shape) if shape else None for shape in (config.video_shape, grid))
+    if asked and read and asked != read and processor.surplus is not None:
+        raise ValueError(
+            f"{processor.name or 'attention'}: video_shape={config.video_shape} has {asked} tokens, but the "
+            f"transformer's inputs say {grid}, which has {read}; pass the (T, H, W) grid after patchification, or "
+            "leave video_shape out, which is then read from these inputs."
+        )
     grid = config.video_shape or grid
     ratio, is_dense = share_of(config.schedule, config.top_k_ratio, config.dense_steps, position)
     if grid is None:

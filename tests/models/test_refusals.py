@@ -99,3 +99,17 @@ def test_a_shared_attention_class_is_refused_with_the_way_out(video_shape):
         attn.processor = VSAAttnProcessor(top_k_ratio=0.2, video_shape=video_shape)
     with pytest.raises(ValueError, match=r"attn=Attention does not tell .*VSAAttnProcessor.for_transformer"):
         run(model, recipe, GRID)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("by_hand", [False, True], ids=["enabled", "by hand"])
+def test_a_grid_of_fewer_tokens_than_the_video_has_is_refused(recipe, by_hand):
+    model = recipe.build()
+    if by_hand:
+        processors = VSAAttnProcessor.for_transformer(model, top_k_ratio=0.5, video_shape=(2, 4, 6))
+        for name, processor in processors.items():
+            model.get_submodule(name.removesuffix(".processor")).processor = processor
+    else:
+        enable_vsa(model, 0.5, video_shape=(2, 4, 6))
+    with pytest.raises(ValueError, match=r"video_shape=\(2, 4, 6\) has 48 tokens, but"):
+        run(model, recipe, (5, 10, 12))
