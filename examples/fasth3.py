@@ -65,7 +65,6 @@ def main(
         prompt=prompt, height=height, width=width, num_frames=num_frames, num_inference_steps=len(FASTH3[forwards][0]),
         generator=torch.Generator().manual_seed(seed), output_type="np",
     )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_video(output, made.get("videos")[0], 24, made.get("audio")[0], made.get("sampling_rate"))
     Console().print(f"{output}", highlight=False, markup=False, soft_wrap=True)
 

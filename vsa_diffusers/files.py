@@ -159,6 +159,31 @@ def check_regular(path: Path) -> Path:
     return path
 
 
+def check_destination(path: PathLike, *, directory: bool = False) -> Path:
+    """The path itself, if a file can be written there, or below it if it is to be a `directory`; asked before the work.
+
+    Folders on the way there may still be missing.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    path = Path(path)
+    place = path.absolute()
+    if not directory and place.exists():
+        check_regular(place)
+    folders = (place, *place.parents) if directory else place.parents
+    folder = next(each for each in folders if os.path.lexists(each))
+    if not folder.is_dir():
+        raise ValueError(f"output {path}: {folder} is not a directory; choose another place.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"nothing can be written in {folder} ({error.strerror})"
+        raise ValueError(f"output {path}: {what}; choose another place.") from None
+    return path
+
+
 def check_name(name: str, source: Path) -> str:
     """The name itself, if it stays inside of the directory that it is relative to.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .files import PathLike, replaced_file
+from .files import PathLike, check_destination, replaced_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,7 @@ def write_video(
     """Write a video file, whole or not at all: h264 in yuv420p, which every browser plays, and AAC.
 
     Args:
-        path: the file, `.mp4`, `.mov` or `.mkv`; one that is there is replaced.
+        path: the file, `.mp4`, `.mov` or `.mkv`; one that is there is replaced, and folders that are missing are made.
         frames: as `video_frames` takes them. Odd heights and widths, which h264 cannot have, get one more row or column
             that repeats the last.
         fps: frames per second.
@@ -47,6 +47,7 @@ def write_video(
     _, height, width, _ = pixels.shape
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     sound = None if audio is None else _samples(audio, sample_rate)
+    path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"quality": _QUALITY, "output_params": [*_BT709, "-movflags", "+faststart"]}
     with replaced_file(path) as partial:
         if sound is not None:
@@ -56,13 +57,13 @@ def write_video(
 
 
 def check_video_path(path: PathLike) -> Path:
-    """The path itself, if `write_video` can make a file of its name; else `ValueError`."""
+    """The path itself, if `write_video` can make such a file there; else `ValueError`."""
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{str(path)!r} ends in none of {', '.join(_SUFFIXES)}; name the video file so.")
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a directory; name a file in it.")
-    return path
+    return check_destination(path)
 
 
 def write_lossless(path: PathLike, frames: np.ndarray | torch.Tensor | Sequence[Image], fps: float) -> None:

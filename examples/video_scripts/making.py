@@ -83,7 +83,6 @@ def make_videos(
         ValueError: it does not fit into the GPU's memory, the call is refused, or no video comes out.
     """
     pipe.set_progress_bar_config(disable=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
     runs = [] if dense_output is None else [("dense", None, dense_output)]
     runs.append(("dense", None, output) if enable is None else ("VSA", enable, output))
     made = []

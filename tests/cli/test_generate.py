@@ -140,6 +140,27 @@ def test_where_it_cannot_run_is_refused_before_the_model_is_loaded(capsys, comma
     assert "nobody" not in said
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("file/{}", "is not a directory; choose another"), ("/proc/{}", "nothing can be written in /proc (")],
+    ids=["file", "proc"],
+)
+@pytest.mark.parametrize("command", ["generate", "compare", "inspect", "tune"])
+def test_where_nothing_can_be_written_is_refused_before_the_model_is_loaded(
+    capsys, monkeypatch, tmp_path, command, place, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    target = ["--psnr", "30"] if command == "tune" else []
+    output = place.format("new.mp4" if command == "generate" else "new")
+    with pytest.raises(SystemExit) as ended:
+        app.main([command, "nobody/nothing", "a", *target, "--output", output])  # which loading would refuse
+    assert ended.value.code == script.REFUSED
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert "nobody" not in said
+
+
 @pytest.mark.parametrize("model", ["./not_there", str(Path(MODEL) / "vae")])
 def test_what_is_no_pipeline_is_refused(capsys, model):
     with pytest.raises(SystemExit) as ended:

@@ -114,7 +114,7 @@ def test_ltx2_takes_the_options_of_the_original_example(models, made, tmp_path):
         ("vocoder.safetensors", [], "holds no transformer"),
         ("other.safetensors", [], "does not fit the transformer of config="),
         ("ltx2", ["--no-vsa", "--compare"], "leave one out"),
-        ("ltx2", ["--video-shape", 9, 9, 10], "video_shape=(9, 9, 10) has 810 tokens, but the attention sees"),
+        ("ltx2", ["--video-shape", 9, 9, 10], "video_shape=(9, 9, 10) has 810 tokens, but the transformer's inputs"),
     ],
 )  # fmt: skip
 def test_ltx2_says_what_is_wrong_with_what_it_was_given(models, tmp_path, capsys, checkpoint, words, message):

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 from ..config import VSAConfig
 from ..extras import REPORTS, check_installed
-from ..files import PathLike, replaced_file
+from ..files import PathLike, check_destination, replaced_file
 from ..generation.calling import calls_by_prompt, number_of_steps, tells_steps
 from ..generation.loading import is_compiled
 from ..generation.progress import Progress
@@ -203,7 +203,7 @@ def measure_settings(
     check_names(everything)
     shared = dict(arguments or {})
     calls = calls_by_prompt(pipe, prompts, shared, fps)
-    directory = Path(directory)
+    directory = check_destination(directory, directory=True)
     work = _Work(store, facts_of(pipe), calls, seed, fps, progress or Progress())
     distance, no_distance = learned_distance(work.facts["device"])
     results: list[Result] = []

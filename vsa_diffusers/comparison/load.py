@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import VSAConfig
 from ..extras import REPORTS, check_installed
-from ..files import PathLike
+from ..files import PathLike, check_destination
 from ..generation.calling import calls_by_prompt
 from ..generation.loading import check_place, compile_blocks, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
@@ -53,6 +53,7 @@ def compare_model(
         What `compare`, `load_pipeline` and `place` raise.
     """
     check_installed(*REPORTS)
+    check_destination(directory, directory=True)
     check_place(device, offload)
     everything = [as_setting(VSAConfig(top_k_ratio=ratio, **(changes or {}))) for ratio in ratios]
     everything += [read_setting(text) for text in settings]

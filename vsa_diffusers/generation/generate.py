@@ -99,6 +99,5 @@ def generate(
     video = call_pipeline(pipe, call, seed, fps=fps, on_step=progress.step)
     seconds = time.perf_counter() - begin
     if is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, video.frames, video.fps, video.audio, video.sample_rate)
     return Made(video, path, seconds)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..config import VSAConfig, make_config
 from ..extras import check_installed
-from ..files import PathLike
+from ..files import PathLike, check_destination
 from ..generation.calling import call_arguments, number_of_steps, tells_steps
 from ..generation.loading import check_place, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
@@ -55,8 +54,7 @@ def inspect_model(
         ValueError, TypeError, OSError, ImportError: an argument or a file is wrong; nothing is written then.
     """
     progress = progress or Progress()
-    if Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"output={output} is not a directory; choose another place.")
+    check_destination(output, directory=True)
     check_installed(*PACKAGES)
     check_place(device, offload)
     config = make_config(VSAConfig(top_k_ratio=DEFAULT_RATIO), changes or {})

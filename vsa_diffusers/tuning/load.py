@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..extras import REPORTS, check_installed
-from ..files import PathLike
+from ..files import PathLike, check_destination
 from ..generation.calling import calls_by_prompt
 from ..generation.loading import check_place, load_pipeline, pipeline_class, place, recommended_call
 from ..generation.progress import Progress
@@ -45,6 +45,7 @@ def tune_model(
         What `tune`, `load_pipeline` and `place` raise.
     """
     check_installed(*REPORTS)
+    check_destination(directory, directory=True)
     check_place(device, offload)
     Target.one_of({name: more.get(name) for name in TARGETS})
     check_choices(
