@@ -22,14 +22,14 @@ from .tiles import TileGrid, num_selected_tiles
 from .version import __version__
 
 FINE, NOTE, WARNING, BROKEN = "fine", "note", "warning", "broken"
-# (package, least release, what it is for)
+# (package, least release, what it is for, a class of it, since some import the rest of themselves only when asked)
 REQUIRED = (
-    ("torch", (2, 6), "everything"),
-    ("diffusers", (0, 40), "the pipelines"),
-    ("transformers", (5, 0), "text encoders"),
-    ("accelerate", (1, 0), "loading and offloading"),
-    ("safetensors", (0, 4, 3), "weights"),
-    ("imageio", (2, 34), "videos"),
+    ("torch", (2, 6), "everything", "Tensor"),
+    ("diffusers", (0, 40), "the pipelines", "DiffusionPipeline"),
+    ("transformers", (5, 0), "text encoders", "PreTrainedModel"),
+    ("accelerate", (1, 0), "loading and offloading", "Accelerator"),
+    ("safetensors", (0, 4, 3), "weights", "safe_open"),
+    ("imageio", (2, 34), "videos", "v3"),
 )
 LEAST_PYTHON = (3, 10)
 INSTALL = "pip install --upgrade"
@@ -110,6 +110,7 @@ def examine() -> Examination:
 def _checks() -> Iterator[Check]:
     yield Check("vsa_diffusers", FINE, __version__)
     yield _python()
+    yield from _torchvision()
     yield from (_package(*row) for row in REQUIRED)
     yield _triton()
     yield from _gpus()
@@ -125,16 +126,37 @@ def _python() -> Check:
     return Check("python", FINE, found)
 
 
-def _package(name: str, least: tuple[int, ...], purpose: str) -> Check:
+def _torchvision() -> Iterator[Check]:
+    """If it is broken: nothing here needs it, but transformers and diffusers import it wherever it is installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        yield Check(
+            "torchvision", BROKEN, f"it does not import: {_cause(error)}",
+            f"install the one that belongs to torch {torch.__version__}, from where that came, or uninstall it; "
+            "diffusers does not import beside a broken one.",
+        )  # fmt: skip
+
+
+def _cause(error: BaseException) -> str:
+    """What an error began with, on one line: libraries that import late wrap the first one in others."""
+    while (earlier := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = earlier
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _package(name: str, least: tuple[int, ...], purpose: str, part: str) -> Check:
     needed = ".".join(map(str, least))
     mend = f"{INSTALL} '{name}>={needed}'"
     try:
         found = metadata.version(name)
-        importlib.import_module(name)
+        getattr(importlib.import_module(name), part)
     except metadata.PackageNotFoundError:
         return Check(name, BROKEN, "not installed", f"it is needed for {purpose}; {mend}.")
     except Exception as error:  # whatever an import raises is what is wrong with it
-        return Check(name, BROKEN, f"{found}, which does not import: {error}", f"{mend}.")
+        return Check(name, BROKEN, f"{found}, which does not import: {_cause(error)}", f"{mend}.")
     if _release(found) < least:
         return Check(name, BROKEN, found, f"{needed} or later is needed; {mend}.")
     return Check(name, FINE, found)

@@ -1,8 +1,11 @@
 """`plan`, `doctor` and `bench` as a user calls them."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,13 +106,41 @@ def test_doctor_reports_an_operation_that_does_not_run(monkeypatch):
 
 
 def test_doctor_says_what_to_install(monkeypatch):
-    check = doctor._package("no-such-package", (1, 2), "nothing")
+    check = doctor._package("no-such-package", (1, 2), "nothing", "Part")
     assert (check.status, check.found) == (doctor.BROKEN, "not installed")
     assert "pip install --upgrade 'no-such-package>=1.2'" in check.advice
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.5.1+cu121")
-    check = doctor._package("torch", (2, 6), "everything")
+    check = doctor._package("torch", (2, 6), "everything", "Tensor")
     assert (check.status, check.found) == (doctor.BROKEN, "2.5.1+cu121")
     assert "2.6 or later is needed" in check.advice
+
+
+def test_doctor_finds_what_keeps_diffusers_from_importing(tmp_path):
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    # In a process of its own: others have imported diffusers.
+    run = subprocess.run(
+        [sys.executable, "-m", "vsa_diffusers", "doctor", "--json"], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
+    )  # fmt: skip
+    assert run.returncode == 1, run.stderr
+    result = json.loads(run.stdout)
+    broken = {check["name"]: check["found"] for check in result["checks"] if check["status"] == doctor.BROKEN}
+    assert broken["torchvision"] == "it does not import: operator torchvision::nms does not exist"
+    assert any("torchvision: install the one that belongs to torch" in sentence for sentence in result["advice"])
+
+
+def test_doctor_says_what_an_error_began_with():
+    first = RuntimeError("first\nmore")
+    wrapped = ImportError("second")
+    wrapped.__cause__ = first
+    hidden = ImportError("third")
+    hidden.__context__, hidden.__suppress_context__ = wrapped, True
+    assert [doctor._cause(error) for error in (first, wrapped, hidden)] == ["first", "first", "third"]
+    assert doctor._cause(KeyError()) == "KeyError"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")
