@@ -9,7 +9,8 @@ The transformer alone is sampled from, as its pipeline would with its own schedu
 `enable_vsa` has it: merge, without training. Every pair is a prompt with a seed of its own: of the tiny Wan model a
 held-out caption, of which a detector sees whether all is right, of the clips model one of its clips. PSNR and SSIM
 compare a video with the dense one of the same pair. The share of tiles kept is what the processors kept, dense steps
-included. Gain is the PSNR over that of constant ratios, of the same pair and interpolated at the same share kept.
+included. Gain is the PSNR over that of constant ratios, of the same pair and interpolated at the same share kept; over
+front is the same for a budget spent at the front.
 
 The second table has the loss on held-out videos by noise level, at the levels of a run's steps: how much each ratio
 adds to the dense loss, and how far its prediction is from the dense one, both relative. With --json all that is done is
@@ -49,7 +50,9 @@ MODEL = Path(__file__).parents[1] / "tiny_wan"
 LEAST_MSE = 1e-10  # of videos that are the same, so that their PSNR is a number
 LEVELS = 8
 MEANS = (0.125, 0.2, 0.3, 0.4, 0.5)
-MEASURES = ("psnr", "ssim", "gain", "right")
+GAINS = {"gain": "constant", "over_front": "front"}
+"""Each over the family that it is told over."""
+MEASURES = ("psnr", "ssim", *GAINS, "right")
 Row = dict[str, Any]
 
 
@@ -242,18 +245,23 @@ def measure_losses(
 
 
 def with_gains(rows: list[Row]) -> list[Row]:
-    """The same rows with `gain`, in dB, `None` where no two constant ratios of the pair enclose the share kept."""
-    curves: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+    """The same rows with those of `GAINS`, in dB; `None` where no two ratios of the pair enclose the share kept."""
+    curves: dict[tuple[str, int, int, str], list[tuple[float, float]]] = {}
     for row in rows:
-        if row["family"] == "constant":
-            curves.setdefault((row["grid"], row["steps"], row["pair"]), []).append((row["kept"], row["psnr"]))
+        if row["family"] in GAINS.values():
+            curves.setdefault((*_pair(row), row["family"]), []).append((row["kept"], row["psnr"]))
     return [
-        row | {"gain": _gain(row, sorted(curves.get((row["grid"], row["steps"], row["pair"]), [])))} for row in rows
+        row | {gain: _gain(row, sorted(curves.get((*_pair(row), base), [])), base) for gain, base in GAINS.items()}
+        for row in rows
     ]
 
 
-def _gain(row: Row, curve: list[tuple[float, float]]) -> float | None:
-    if row["family"] in ("dense", "constant"):
+def _pair(row: Row) -> tuple[str, int, int]:
+    return row["grid"], row["steps"], row["pair"]
+
+
+def _gain(row: Row, curve: list[tuple[float, float]], base: str) -> float | None:
+    if row["family"] in ("dense", base):
         return None
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x0 <= row["kept"] <= x1 and x0 < x1:
@@ -316,12 +324,22 @@ def print_tables(found: list[Row], losses: list[Row]) -> None:
         table = Table(title=f"{grid} tokens, {steps} steps, {own[0]['pairs']} pairs of prompt and seed: mean ± "
                             "standard error")  # fmt: skip
         judged = any("right" in row for row in own)
-        for column in ("schedule", "", "kept", "PSNR, dB", "SSIM", "gain, dB", *["captions right"] * judged):
+        for column in (
+            "schedule",
+            "",
+            "kept",
+            "PSNR, dB",
+            "SSIM",
+            "gain, dB",
+            "over front, dB",
+            *["captions right"] * judged,
+        ):
             table.add_column(column)
         for row in own:
-            cells = [_cell(row, "psnr", 2), _cell(row, "ssim", 4), _cell(row, "gain", 2, signed=True)]
+            cells = [_cell(row, "psnr", 2), _cell(row, "ssim", 4)]
+            cells += [_cell(row, gain, 2, signed=True) for gain in GAINS]
             if row["family"] == "dense":
-                cells = ["", "", ""]
+                cells = [""] * len(cells)
             cells += [_cell(row, "right", 2)] * judged
             table.add_row(row["family"], row["name"], f"{row['kept']:.3f}", *cells)
         console.print(table)

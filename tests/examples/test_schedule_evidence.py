@@ -217,6 +217,17 @@ def test_gain_is_over_constant_ratios_of_the_same_pair_at_the_share_kept():
     assert "right" not in found["a"]
 
 
+def test_what_beats_the_front_is_told_at_the_share_kept():
+    rows = rows_of("front", "a", 0.2, (20.0, 30.0)) + rows_of("front", "b", 0.4, (24.0, 36.0))
+    rows += rows_of("ramp", "c", 0.25, (22.0, 31.0)) + rows_of("ramp", "d", 0.5, (40.0, 40.0))
+    found = {row["name"]: row for row in summary(rows)}
+    assert (found["c"]["over_front"], found["c"]["over_front_standard_error"]) == (
+        pytest.approx(0.25),
+        pytest.approx(0.75),
+    )
+    assert not any("over_front" in found[name] for name in "abd")
+
+
 def test_added_loss_is_relative_to_the_dense_mean():
     about = {"grid": "g", "share": 0.1, "sigma": 0.9, "distance": 0.0}
     losses = [about | {"ratio": 1.0, "video": video, "loss": loss} for video, loss in enumerate((1.0, 3.0))]
