@@ -48,7 +48,7 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where everything is written.")] = Path(
         "tune_evidence"
     ),
-    psnr: Annotated[str, typer.Option(help="Targets, dB.")] = "24,30",
+    psnr: Annotated[str, typer.Option(help="Targets, dB.")] = "22,30",
     tuned_by: Annotated[int, typer.Option(help="Captions of the training split that are tuned by.")] = 3,
     captions: Annotated[int, typer.Option(help="Held-out captions.")] = 6,
     seeds: Annotated[int, typer.Option(help="Seeds of each of them.")] = 2,

@@ -35,7 +35,7 @@ def test_layers_share_a_budget_nearly_as_well_as_can_be(budget):
 @pytest.mark.parametrize("shape", ["constant", "ramp", "front", "steep"])
 def test_layers_alike_meet_any_budget_nearly(shape):
     probe = made_up([0.3, 0.05], tiles=400, total=20)
-    search = Search(probe, Cost.of_probe(probe), SHAPES[shape]).even()
+    search = Search(probe, Cost.of_probe(probe), SHAPES[shape], even=True)
     for budget in (0.1, 0.33, 0.6, 0.8):
         found = search.at(budget)
         assert len(set(found.levels)) == 1

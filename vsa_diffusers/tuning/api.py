@@ -146,7 +146,7 @@ def tune(
                 recorded.calls()  # what is compiled would be recorded wrongly
             compile_blocks(pipe)
         confirm = _Confirm(target, probed, cost, videos, error_by)
-        confirm.settle([Search(probed, cost, SHAPES[name]) for name in schedules], rounds)
+        confirm.settle([Search(probed, cost, SHAPES[name], even=True) for name in schedules], rounds)
         points = tuple(confirm.points.values())
         settings = confirm.settings()
         if keep_videos:
@@ -218,7 +218,11 @@ class _Confirm:
         self.pending: dict[str, dict[str, Any]] = {}
 
     def settle(self, searches: Sequence[Search], rounds: int) -> None:
-        """Find the budget with one schedule, compare all schedules there, and go on with the best of them."""
+        """Find the budget with one schedule, compare all schedules there, and go on with the best of them.
+
+        The layers keep alike until the last: their ratios are predicted, and where that goes wrong it costs more than
+        schedules differ by.
+        """
         pivot = next((each for each in searches if each.shape.name == PIVOT), searches[0])
         self._add(pivot.at(self._first_budget()))
         self._make()
@@ -232,9 +236,10 @@ class _Confirm:
         self._add_default(budget)
         self._make()
         best = self._best_at(budget, searches)
-        if self._add(best.even().at(budget)):
+        by_layer = best.by_layer()
+        if self._add(by_layer.at(budget)):
             self._make()
-            best = self._best_at(budget, [best, best.even()])
+            best = self._best_at(budget, [best, by_layer])
         for _ in range(rounds):
             if not self._add_next(best):
                 break

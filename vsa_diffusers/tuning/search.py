@@ -206,9 +206,9 @@ class Search:
         """The schedule's, and whether layers are alike."""
         return f"{self.shape.name}, even" if self.is_even else self.shape.name
 
-    def even(self) -> Search:
-        """The same schedule with the same level in all layers."""
-        return Search(self.probe, self.cost, self.shape, even=True)
+    def by_layer(self) -> Search:
+        """The same schedule with a level for each layer."""
+        return Search(self.probe, self.cost, self.shape)
 
     def at(self, budget: float) -> Allocation:
         """The setting of least predicted error that costs at most so much; the cheapest one if all cost more."""
