@@ -23,10 +23,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def missing() -> str | None:
     """What makes these cases run, if they cannot."""
     if importlib.util.find_spec("triton") is None:
-        return "runs with Triton installed"
+        return "runs with Triton: pip install 'triton>=3.6'"
     from vsa_diffusers.kernels.support import is_recent_triton
 
-    return None if is_recent_triton() else "runs with Triton 3.6 or later; with an earlier one the kernels refuse to"
+    return None if is_recent_triton() else "runs with Triton 3.6 or later: pip install 'triton>=3.6'"
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -9,7 +9,7 @@ from checks import Case, check, check_chunk_sync, check_rows_far_below_their_bou
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from vsa_diffusers.kernels.recording import Launcher
 
-gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with a Triton that has Gluon")
+gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with Triton's Gluon: pip install 'triton>=3.6'")
 from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel  # noqa: E402 - needs Gluon, too
 
 # Of 2 x 3 x 3 tiles most are partial, down to two tokens.

@@ -14,7 +14,7 @@ from vsa_diffusers.kernels import forward, launch, trial
 from vsa_diffusers.kernels.recording import Launcher, Replays
 from vsa_diffusers.kernels.support import Device
 
-gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with a Triton that has Gluon")
+gluon_on_cpu = pytest.importorskip("gluon_on_cpu", reason="runs with Triton's Gluon: pip install 'triton>=3.6'")
 from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel  # noqa: E402 - needs Gluon, too
 
 forwarding = importlib.import_module("vsa_diffusers.kernels.forward")  # hidden by the function of its name

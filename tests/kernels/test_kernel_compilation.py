@@ -7,12 +7,12 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
+    pytest.skip("runs with TRITON_INTERPRET unset, and Triton: pip install 'triton>=3.6'", allow_module_level=True)
 
 from vsa_diffusers.kernels.support import is_recent_triton
 
 if not is_recent_triton():
-    pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
+    pytest.skip("runs with Triton 3.6 or later: pip install 'triton>=3.6'", allow_module_level=True)
 
 TARGETS = [80, 86, 90, 100, 120, "gfx942"]
 
@@ -124,7 +124,7 @@ def test_deeper_pipelines_leave_room_for_two_programs(combine, stages):
     from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
 
     if not HAS_DESCRIPTORS:
-        pytest.skip("runs with Triton 3.4 or later")
+        pytest.skip("runs with Triton 3.4 or later: pip install 'triton>=3.6'")
     launch = Launch("descriptor", stages=stages)
     kernel = compile_call(90, combine=combine, launch=launch, only=["sparse forward"])["sparse forward"]
     assert f"memdesc<{stages}x64x128xbf16" in kernel.asm["ttgir"]
@@ -136,7 +136,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
     from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
 
     if not HAS_DESCRIPTORS:
-        pytest.skip("runs with Triton 3.4 or later")
+        pytest.skip("runs with Triton 3.4 or later: pip install 'triton>=3.6'")
     ptx = compile_call(90, ratio=0.2, only=["sparse forward"])["sparse forward"].asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
@@ -163,7 +163,7 @@ def test_the_hopper_kernel_fits_often_enough_and_does_not_spill_in_its_loop(layo
     from vsa_diffusers.kernels.tuning import HOPPER
 
     if "hopper forward" not in KERNELS:
-        pytest.skip("runs with a Triton that has Gluon")
+        pytest.skip("runs with a Triton that has Gluon: pip install 'triton>=3.6'")
     programs, registers, _ = HOPPER[case.get("head_dim", 128)]
     launch = Launch(layout, stages=3, programs=132 * programs)
     kernel = compile_call(90, launch=launch, only=["hopper forward"], **case)["hopper forward"]

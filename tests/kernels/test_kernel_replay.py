@@ -12,12 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("runs with Triton installed and TRITON_INTERPRET unset", allow_module_level=True)
+    pytest.skip("runs with TRITON_INTERPRET unset, and Triton: pip install 'triton>=3.6'", allow_module_level=True)
 
 from vsa_diffusers.kernels.support import is_recent_triton
 
 if not is_recent_triton():
-    pytest.skip("runs with Triton 3.6 or later", allow_module_level=True)
+    pytest.skip("runs with Triton 3.6 or later: pip install 'triton>=3.6'", allow_module_level=True)
 
 from vsa_diffusers import attention, video_sparse_attention
 from vsa_diffusers.kernels import backward, forward, launch, tuning
@@ -88,7 +88,7 @@ def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, comb
 @pytest.mark.usefixtures("workspaces")
 def test_a_second_call_of_the_hopper_kernel_has_its_own_tensors_too(driver, monkeypatch):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
-        pytest.skip("runs with a Triton that has Gluon")
+        pytest.skip("runs with a Triton that has Gluon: pip install 'triton>=3.6'")
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**16)  # in two parts
     grid = TileGrid((8, 8, 12), (4, 4, 4))
     problem = Problem(grid, 3, "gate", 0.1, before=2, after=5)
@@ -113,7 +113,7 @@ def test_a_second_call_of_the_hopper_kernel_has_its_own_tensors_too(driver, monk
 
 def test_a_new_size_compiles_no_other_hopper_kernel(driver):
     if importlib.util.find_spec("triton.experimental.gluon") is None:
-        pytest.skip("runs with a Triton that has Gluon")
+        pytest.skip("runs with a Triton that has Gluon: pip install 'triton>=3.6'")
     from vsa_diffusers.kernels.hopper.forward import hopper_forward_kernel
 
     def call(video_shape, top_k, before, after, sync_chunks):
@@ -138,7 +138,7 @@ def test_a_new_size_compiles_no_other_hopper_kernel(driver):
 )
 def test_all_numbers_that_kernels_are_compiled_anew_for_are_strides(driver, combine, selection, layout, programs):
     if programs and importlib.util.find_spec("triton.experimental.gluon") is None:
-        pytest.skip("runs with a Triton that has Gluon")
+        pytest.skip("runs with a Triton that has Gluon: pip install 'triton>=3.6'")
     from compilation import BACKWARD_KERNELS, KERNELS
 
     kernels = {kernel.fn.__name__: kernel for kernel in (*KERNELS.values(), *BACKWARD_KERNELS.values())}

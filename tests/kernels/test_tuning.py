@@ -6,7 +6,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("runs with Triton installed", allow_module_level=True)
+    pytest.skip("runs with Triton: pip install 'triton>=3.6'", allow_module_level=True)
 
 from vsa_diffusers.kernels.arguments import has_boxes
 from vsa_diffusers.kernels.recording import form_of

@@ -10,7 +10,9 @@ import torch._dynamo.testing
 from vsa_diffusers import operators, video_sparse_attention
 
 SHAPE = (4, 8, 8)
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="runs with Triton installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="runs with Triton: pip install 'triton>=3.6'"
+)
 
 
 def attend(dtype=torch.bfloat16, head_dim=8, shape=SHAPE, implementation="auto"):

@@ -335,7 +335,8 @@ def counter():
     try:
         run(model, WAN, GRID)
     except torch._dynamo.exc.Unsupported as error:
-        pytest.skip(f"runs with a torch and diffusers that compile the dense model: {str(error).splitlines()[0]}")
+        why = str(error).splitlines()[0]
+        pytest.skip(f"runs with a torch and diffusers that compile the dense model, as in constraints.txt: {why}")
     torch._dynamo.reset()
     return torch._dynamo.testing.CompileCounter()
 
