@@ -76,8 +76,12 @@ def test_blocks_are_compiled_in_the_dense_and_the_sparse_model(monkeypatch):
     assert [(row["compile"], row["block_size"]) for row in rows] == 2 * [("default", ["4", "4", "4"])]
 
 
-def test_compiled_blocks_are_as_before_afterwards():
-    model = FULL_SIZES["wan1.3b-480p"].build("cpu", torch.float32, tiny=True)
+@pytest.mark.parametrize(
+    ("name", "stack"), [("wan1.3b-480p", "blocks"), ("cogvideox5b-480p", "transformer_blocks")]
+)  # of the second diffusers does not say which blocks are repeated
+def test_compiled_blocks_are_as_before_afterwards(name, stack):
+    model = FULL_SIZES[name].build("cpu", torch.float32, tiny=True)
     with blocks_compiled(model, "default"):
-        assert all(block._compiled_call_impl is not None for block in model.blocks)
-    assert all(block._compiled_call_impl is None for block in model.blocks)
+        assert all(block._compiled_call_impl is not None for block in getattr(model, stack))
+        assert model._compiled_call_impl is None
+    assert all(block._compiled_call_impl is None for block in getattr(model, stack))

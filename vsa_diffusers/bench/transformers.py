@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import VSAConfig, add_gate_compress, enable_vsa
 from ..cli.blocks import block_of
+from ..generation.loading import compile_repeated
 from . import report
 from .full_size import FULL_SIZES, FullSize
 
@@ -141,7 +142,7 @@ def shallow(model: torch.nn.Module) -> Iterator[None]:
 def blocks_compiled(model: torch.nn.Module, mode: str) -> Iterator[None]:
     """The model's repeated blocks compiled, each into one graph; compiled anew however often they were before."""
     torch._dynamo.reset()
-    model.compile_repeated_blocks(fullgraph=True, mode=mode)
+    compile_repeated(model, fullgraph=True, mode=mode)
     try:
         yield
     finally:

@@ -152,10 +152,22 @@ def _first_sentence(error: BaseException) -> str:
 def compile_blocks(pipe: DiffusionPipeline) -> None:
     """Compile the blocks of every video transformer; call it last, after `enable_vsa` and `place`."""
     for transformer in supported_parts(pipe).values():
-        if getattr(transformer, "_repeated_blocks", None):
-            transformer.compile_repeated_blocks()
-        else:
-            transformer.compile()
+        compile_repeated(transformer)
+
+
+def compile_repeated(transformer: torch.nn.Module, **options: Any) -> None:
+    """Compile a transformer's repeated blocks, also where diffusers does not say which they are (CogVideoX, Mochi).
+
+    Args:
+        transformer: of diffusers.
+        options: of `torch.compile`.
+    """
+    if getattr(transformer, "_repeated_blocks", None):
+        transformer.compile_repeated_blocks(**options)
+        return
+    for stack in transformer.children():
+        for block in stack if isinstance(stack, torch.nn.ModuleList) else ():
+            block.compile(**options)
 
 
 def is_compiled(pipe: DiffusionPipeline) -> bool:
