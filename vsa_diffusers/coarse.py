@@ -62,29 +62,35 @@ def _counts(extents: Sequence[int], blocks: Sequence[int]) -> list[int]:
 
 def _means(x: torch.Tensor, extents: Sequence[int], blocks: Sequence[int]) -> torch.Tensor:
     """Means of the tiles of `[batch, rows, heads, head_dim]`: `[batch, tiles, heads, head_dim]`."""
-    counts, axes = _counts(extents, blocks), len(extents)
-    lacking = [count * block - extent for count, block, extent in zip(counts, blocks, extents, strict=True)]
-    padding = [side for lack in reversed(lacking) for side in (0, lack)]
-    cells = [side for pair in zip(counts, blocks, strict=True) for side in pair]
-    padded = F.pad(x.unflatten(1, tuple(extents)), (0, 0, 0, 0, *padding))
+    axes = len(extents)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = padded.reshape(x.shape[0], *cells, *x.shape[2:]).sum([2 * axis + 2 for axis in range(axes)], dtype=dtype)
+    sums = x.unflatten(1, tuple(extents))
+    for axis in range(axes):
+        sums = _sums(sums, 1 + axis, blocks[axis], dtype)
     sizes = torch.ones((), dtype=dtype, device=x.device)
-    for extent, block, count in zip(extents, blocks, counts, strict=True):
+    for extent, block, count in zip(extents, blocks, _counts(extents, blocks), strict=True):
         own = (extent - block * torch.arange(count, device=x.device)).clamp_max(block)
         sizes = sizes[..., None] * own
     return (sums / sizes[..., None, None]).flatten(1, axes)
 
 
+def _sums(x: torch.Tensor, axis: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sums of runs of `block` along an axis, the last one shorter."""
+    extent = x.shape[axis]
+    count = extent // block
+    runs = x.narrow(axis, 0, count * block).unflatten(axis, (count, block)).sum(axis + 1, dtype=dtype)
+    rest = x.narrow(axis, count * block, extent - count * block).sum(axis, keepdim=True, dtype=dtype)
+    # No question about sizes, which compiled code would ask again for every length of a prompt.
+    return torch.cat([runs, rest], axis).narrow(axis, 0, -(-extent // block))
+
+
 def _spread(coarse: torch.Tensor, extents: Sequence[int], blocks: Sequence[int]) -> torch.Tensor:
     """Every row's own: `[batch, tiles, heads, head_dim]` to `[batch, rows, heads, head_dim]`."""
-    counts = _counts(extents, blocks)
-    batch, _, *rest = coarse.shape
-    single = [side for count in counts for side in (count, 1)]
-    cells = [side for pair in zip(counts, blocks, strict=True) for side in pair]
-    # Repeated by expanding and not by indices, whose gradient would be a sum in no fixed order.
-    rows = coarse.reshape(batch, *single, *rest).expand(batch, *cells, *rest)
-    rows = rows.reshape(batch, *(count * block for count, block in zip(counts, blocks, strict=True)), *rest)
-    for axis, extent in enumerate(extents):
-        rows = rows.narrow(1 + axis, 0, extent)
-    return rows.flatten(1, len(counts))
+    axes = len(extents)
+    rows = coarse.unflatten(1, _counts(extents, blocks))
+    # Repeated by expanding and not by indices, whose gradient would be a sum in no fixed order; the first axis last, so
+    # that all rows are written once, and cut off where that copies nothing.
+    for axis in reversed(range(1, 1 + axes)):
+        repeats = [-1] * axis + [-1, blocks[axis - 1]] + [-1] * (rows.dim() - axis - 1)
+        rows = rows.unsqueeze(axis + 1).expand(repeats).flatten(axis, axis + 1).narrow(axis, 0, extents[axis - 1])
+    return rows.flatten(1, axes)

@@ -66,7 +66,7 @@ class MiniMaxH3VSAProcessor(FamilyAttnProcessor):
             )
         exact = super()._attend(shape, (query, key, value), text, text_mask, "sparse")
         block = self._tiles()["block_size"]
-        return exact + gate.to(exact.dtype) * packed_coarse(query, key, value, segments, shape, block)
+        return torch.addcmul(exact, gate.to(exact.dtype), packed_coarse(query, key, value, segments, shape, block))
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
