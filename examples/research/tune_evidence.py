@@ -1,13 +1,15 @@
 """What tuning gains on videos that it was not tuned on: tuned settings of the tiny Wan model against the default.
 
     PYTHONPATH=examples/training python examples/research/tune_evidence.py --output runs/tune
+    PYTHONPATH=examples/training python examples/research/tune_evidence.py --found tuning/results.json --more ""
 
 Tunes for each target by a few captions of the training split and one seed. Then held-out captions, with seeds of their
 own, are made dense, with each tuned setting, and with `enable_vsa(pipe, top_k_ratio=...)`, all else by default, where
 that keeps at least as many tiles; and with the tuned setting's schedule, block and selection in all layers alike, where
 that keeps at least as many, which tells what the layers' ratios add. Last, the default at higher ratios says what share
 of the tiles it needs for the tuned setting's PSNR. All gains are differences within pairs of caption and seed, with
-their spread. What is done is printed after each seed.
+their spread. What is done is printed after each seed. With --found nothing is tuned: what `tune` wrote elsewhere, for
+the same model, size and steps, is judged.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import json
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from procedural_video import descriptions
 from rich.console import Console
@@ -32,16 +36,71 @@ from vsa_diffusers.cli.script import run_script
 from vsa_diffusers.comparison import Comparison, Setting
 from vsa_diffusers.comparison.api import measure_settings
 from vsa_diffusers.comparison.store import Store
-from vsa_diffusers.files import replaced_file
+from vsa_diffusers.files import read_json, replaced_file
 from vsa_diffusers.generation.loading import load_pipeline, place, recommended_call
 from vsa_diffusers.tuning import Tuning, tune
+from vsa_diffusers.tuning.probe import Probe, Tiling
 from vsa_diffusers.tuning.report import verdict
-from vsa_diffusers.tuning.search import Search
+from vsa_diffusers.tuning.search import SHAPES, Cost, Search, Shape
 
 MODEL = Path(__file__).parents[1] / "tiny_wan"
-MORE = (1.25, 1.6, 2.0, 2.6)
-"""Times the tuned setting's share of the tiles, at which the default is made to find the one of equal PSNR."""
 FIRST_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuning found.
+
+    Args:
+        target: PSNR, dB.
+        name: of its best setting.
+        config: of that, as `enable_vsa` takes it.
+        kept: share of the tiles that it keeps.
+        shape: its schedule; `None` if that is the default.
+        is_met: whether it reaches the target on what it was tuned by.
+        probe: what was measured of the layers.
+        prompts: what it was tuned by.
+    """
+
+    target: float
+    name: str
+    config: Any
+    kept: float
+    shape: Shape | None
+    is_met: bool
+    probe: Probe
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tuning: Tuning) -> Tuned:
+        best = tuning.best
+        shape = None if best.allocation is None else best.allocation.shape
+        return cls(tuning.target.value, best.name, best.config, best.kept, shape, tuning.is_met, tuning.probe,
+                   tuple(tuning.comparison.prompts))  # fmt: skip
+
+    @classmethod
+    def read(cls, path: Path, call: dict[str, Any]) -> Tuned:
+        """From a tuning's results.json.
+
+        Raises:
+            ValueError: it was tuned for something else than a PSNR, or with other arguments of the call.
+        """
+        results = read_json(path)
+        if results["target"].keys() != {"psnr"} or results["arguments"] != call:
+            raise ValueError(
+                f"{path} was tuned for {results['target']} with {results['arguments']}; this judges PSNR, with {call}."
+            )
+        best = next(point for point in results["points"] if point["name"] == results["best"])
+        seen = results["probe"]
+        block = seen["block_size"]
+        probe = Probe(
+            tuple(seen["layers"]), tuple(seen["steps"]), seen["total"], seen["tiles"], seen["default_tiles"],
+            Tiling(block if isinstance(block, str) else tuple(block), seen["selection"], math.nan, math.nan),
+            np.array(seen["errors"]), np.array(seen["gains"]), {}, 0.0, 0.0,
+        )  # fmt: skip
+        shape = SHAPES.get(best["schedule"].removesuffix(", even"))
+        return cls(results["target"]["psnr"], best["name"], best["config"], best["kept"], shape, results["met"], probe,
+                   tuple(results["prompts"]))  # fmt: skip
 
 
 def main(
@@ -57,6 +116,10 @@ def main(
     height: Annotated[int, typer.Option(help="Of each video.")] = 256,
     width: Annotated[int, typer.Option(help="Of each video.")] = 256,
     rounds: Annotated[int, typer.Option(help="As in tune.")] = 3,
+    more: Annotated[
+        str, typer.Option(help="Times the tuned setting's share of the tiles, at which the default is made, too.")
+    ] = "1.25,1.6,2.0,2.6",
+    found: Annotated[str, typer.Option(help="Judge these instead: results.json files that tune wrote.")] = "",
     model: Annotated[Path, typer.Option(help="Directory of the tiny Wan model.", exists=True, file_okay=False)] = MODEL,
 ) -> None:
     """Print a table, and write evidence.json."""
@@ -68,20 +131,19 @@ def main(
     place(pipe)
     train, held_out = descriptions("train"), [each.caption for each in held_out_captions(captions)]
     prompts = [train[(2 * index + 1) * len(train) // (2 * tuned_by)].caption for index in range(tuned_by)]
-    targets = [float(target) for target in psnr.split(",")]
+    tunings = [Tuned.read(Path(path), call) for path in found.split(",") if path]
+    targets = [] if tunings else [float(target) for target in psnr.split(",")]
     output.mkdir(parents=True, exist_ok=True)
     with progress_bars() as progress:
-        tunings = []
         for target in targets:
-            tunings.append(
-                tune(
-                    pipe, prompts, output / "tuning", psnr=target, arguments=call, rounds=rounds, keep_videos=False,
-                    progress=progress,
-                )
+            tuning = tune(
+                pipe, prompts, output / "tuning", psnr=target, arguments=call, rounds=rounds, keep_videos=False,
+                progress=progress,
             )  # fmt: skip
-            tell(tunings[-1], begin)
-        facts = {"tuned_by": prompts, "held_out": held_out, "seconds_of_tuning": time.perf_counter() - begin}
-        settings = settings_of(tunings)
+            tell(tuning, begin)
+            tunings.append(Tuned.of(tuning))
+        facts = {"held_out": held_out, "seconds_of_tuning": time.perf_counter() - begin if targets else None}
+        settings = settings_of(tunings, [float(factor) for factor in more.split(",") if factor])
         comparisons = []
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             comparisons.append(
@@ -90,11 +152,11 @@ def main(
                     seed=seed, progress=progress,
                 )
             )  # fmt: skip
-            found = [summary(tuning, settings, comparisons) for tuning in tunings]
+            judged = [summary(tuning, settings, comparisons) for tuning in tunings]
             known = comparisons[0].facts
             everything = {
                 **{name: known[name] for name in ("hardware", "dtype", "versions")}, "call": call, **facts,
-                "seeds": list(range(FIRST_SEED, seed + 1)), "seconds": time.perf_counter() - begin, "targets": found,
+                "seeds": list(range(FIRST_SEED, seed + 1)), "seconds": time.perf_counter() - begin, "targets": judged,
             }  # fmt: skip
             with replaced_file(output / "evidence.json") as partial:
                 partial.write_text(json.dumps(everything, indent=1) + "\n")
@@ -106,37 +168,36 @@ def tell(tuning: Tuning, begin: float) -> None:
     Console(width=120).print(tuning.table(), verdict(tuning), f"after {time.perf_counter() - begin:.0f} s")
 
 
-def settings_of(tunings: list[Tuning]) -> list[tuple[Setting, dict[str, Any]]]:
+def settings_of(tunings: list[Tuned], more: list[float]) -> list[tuple[Setting, dict[str, Any]]]:
     """What is made of the held-out captions, and what it is: for which target, of what kind, and what it keeps."""
     settings: list[tuple[Setting, dict[str, Any]]] = []
     for tuning in tunings:
-        best, tiles = tuning.best, tuning.probe.default_tiles
-        target = tuning.target.value
+        probe, tiles = tuning.probe, tuning.probe.default_tiles
 
-        def add(kind: str, config: Any, kept: float, target: float = target) -> None:
+        def add(kind: str, config: Any, kept: float, target: float = tuning.target) -> None:
             name = f"{kind} {target:g} at {kept:.4f}"
             settings.append((Setting(name, config), {"target": target, "kind": kind, "kept": kept}))
 
-        add("tuned", best.config, best.kept)
-        share = math.ceil(best.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
+        add("tuned", tuning.config, tuning.kept)
+        share = math.ceil(tuning.kept * tiles - 1e-6) / tiles  # so that the default keeps no less
         add("default", VSAConfig(share), share)
-        if best.allocation is not None and best.allocation.shape.name != "constant":
-            alike = Search(tuning.probe, tuning.cost, best.allocation.shape, even=True).walk
-            alone = next(each for each in alike if each.kept >= best.kept)
-            add("schedule alone", alone.config(tuning.probe), alone.kept)
-        counts = {math.ceil(factor * best.kept * tiles) for factor in MORE}
+        if tuning.shape is not None and tuning.shape.name != "constant":
+            alike = Search(probe, Cost.of_probe(probe), tuning.shape, even=True).walk
+            alone = next(each for each in alike if each.kept >= tuning.kept)
+            add("schedule alone", alone.config(probe), alone.kept)
+        counts = {math.ceil(factor * tuning.kept * tiles) for factor in more}
         for count in sorted(count for count in counts if share * tiles < count < tiles):
             add("default, more", VSAConfig(count / tiles), count / tiles)
     return settings
 
 
 def summary(
-    tuning: Tuning, settings: list[tuple[Setting, dict[str, Any]]], comparisons: list[Comparison]
+    tuning: Tuned, settings: list[tuple[Setting, dict[str, Any]]], comparisons: list[Comparison]
 ) -> dict[str, Any]:
     """Of one target: each setting over all pairs, and the tuned one less the others."""
     rows, of_kind = [], {}
     for index, (setting, what) in enumerate(settings, start=1):
-        if what["target"] != tuning.target.value:
+        if what["target"] != tuning.target:
             continue
         close = [each for comparison in comparisons for each in comparison.results[index].close]
         dense = [each.denoising for comparison in comparisons for each in comparison.results[0].made]
@@ -154,8 +215,8 @@ def summary(
             differences[kind] = statistics_of([ours - theirs for ours, theirs in pairs])
     equal = share_for(statistics.fmean(tuned["psnr"]), [row for row in rows if row["kind"].startswith("default")])
     return {
-        "target": tuning.target.value, "met_in_tuning": tuning.is_met, "best": tuning.best.name,
-        "config": tuning.best.config, "rows": rows, "psnr_gained_over": differences,
+        "target": tuning.target, "tuned_by": tuning.prompts, "met_in_tuning": tuning.is_met, "best": tuning.name,
+        "config": tuning.config, "rows": rows, "psnr_gained_over": differences,
         "default_share_of_equal_psnr": equal,
         "times_fewer_tiles_at_equal_psnr": None if equal is None else equal / tuned["kept"],
     }  # fmt: skip
@@ -205,9 +266,10 @@ def print_table(everything: dict[str, Any]) -> None:
                 f"equal PSNR: the default keeps {found['default_share_of_equal_psnr']:.3f} of the tiles, "
                 f"{found['times_fewer_tiles_at_equal_psnr']:.2f} times as many"
             )
+    tuning = everything["seconds_of_tuning"]
     console.print(
-        f"{everything['hardware']}, {everything['dtype']}: {everything['seconds_of_tuning']:.0f} s of tuning, "
-        f"{everything['seconds']:.0f} s in all"
+        f"{everything['hardware']}, {everything['dtype']}: "
+        f"{'' if tuning is None else f'{tuning:.0f} s of tuning, '}{everything['seconds']:.0f} s in all"
     )
 
 

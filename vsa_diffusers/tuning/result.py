@@ -133,7 +133,8 @@ class Tuning:
             "points": [each.to_dict() for each in self.points],
             "frontier": [each.name for each in self.frontier],
             "probe": {
-                "layers": list(probe.layers), "steps": list(probe.steps), "tiles": probe.tiles,
+                "layers": list(probe.layers), "steps": list(probe.steps), "total": probe.total, "tiles": probe.tiles,
+                "default_tiles": probe.default_tiles,
                 "block_size": probe.tiling.block, "selection": probe.tiling.selection,
                 "errors": probe.errors.tolist(), "gains": probe.gains.tolist(),
             },
