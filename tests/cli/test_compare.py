@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vsa_diffusers import VSAConfig, enable_vsa
 from vsa_diffusers.cli import app, script
 from vsa_diffusers.comparison import Setting, api, compare, quality
 from vsa_diffusers.comparison.measure import _steps_to_warm_up
+from vsa_diffusers.comparison.report import write_report
 from vsa_diffusers.comparison.settings import read_setting
 from vsa_diffusers.comparison.store import fingerprint
 from vsa_diffusers.pipeline import enabled_config
@@ -190,6 +192,15 @@ def test_with_the_same_settings_nothing_is_made_and_with_another_seed_everything
         assert "it was made again" in printed.err
 
 
+def timed(comparison, seconds):
+    """The comparison, as if denoising had taken so long with each setting."""
+    results = [
+        replace(result, made=tuple(replace(made, denoising=each) for made in result.made))
+        for result, each in zip(comparison.results, seconds, strict=True)
+    ]
+    return replace(comparison, results=tuple(results))
+
+
 def test_in_python_it_shows_a_table_and_leaves_the_pipeline_as_it_was(tmp_path):
     pipe = WanPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
@@ -204,6 +215,13 @@ def test_in_python_it_shows_a_table_and_leaves_the_pipeline_as_it_was(tmp_path):
         "contact_sheet.png", "dense.mp4", "fast.mp4", "report.html", "results.json",
     ]  # fmt: skip
     assert made.results[1].made[0].video.frames.shape == (9, 64, 64, 3)
+    slow = timed(made, [2.0, 2.0])
+    assert "Nothing is faster than dense here" in slow.hint
+    write_report(tmp_path / "slow.html", slow)
+    assert slow.hint in (tmp_path / "slow.html").read_text()
+    assert timed(made, [2.0, 1.9]).hint is None
+    write_report(tmp_path / "fast.html", timed(made, [2.0, 1.9]))
+    assert slow.hint not in (tmp_path / "fast.html").read_text()
     before = fingerprint(pipe)
     next(pipe.transformer.parameters()).data.mul_(1.5)
     assert fingerprint(pipe) != before

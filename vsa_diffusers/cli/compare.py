@@ -114,6 +114,8 @@ def compare(
         print_json(comparison.to_dict())
         return
     answers.print(comparison.table())
+    if comparison.hint is not None:
+        answers.print(comparison.hint, highlight=False, markup=False)
     if comparison.no_distance is not None:
         answers.print(f"No LPIPS: {comparison.no_distance}.", highlight=False, markup=False)
     answers.print(f"Open {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

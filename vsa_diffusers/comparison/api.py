@@ -97,6 +97,16 @@ class Comparison:
         """How many times as fast as dense a setting denoised."""
         return (self.results[0].mean("denoising") or math.nan) / (result.mean("denoising") or math.nan)
 
+    @property
+    def hint(self) -> str | None:
+        """What to do if no setting denoised faster than dense; `None` if one did."""
+        if any(not self.speedup(result) <= 1 for result in self.results[1:]):
+            return None
+        return (
+            "Nothing is faster than dense here: where attention is short, choosing tiles takes longer than it saves. "
+            "vsa-diffusers plan says what to expect of a model and a size."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
         shown = {name: _plain(value) for name, value in self.arguments.items()}

@@ -63,6 +63,7 @@ def write_report(path: PathLike, comparison: Comparison) -> None:
         "comparison/report.html.jinja",
         model=comparison.facts["model"],
         verdicts=[_verdict(comparison, result) for result in comparison.results[1:]],
+        hint=comparison.hint,
         **_table(comparison),
         several=len(prompts) > 1,
         no_distance=comparison.no_distance,

@@ -111,7 +111,7 @@ def draw_curve(tuning: Tuning) -> Figure:
         colour = "#6b7280" if is_default else _COLOURS[tuned.index(schedule) % len(_COLOURS)]
         axis.plot(
             [each.cost for each in own], [each.value(name) for each in own], "x" if is_default else "o", color=colour,
-            label="default, constant in all layers" if is_default else schedule,
+            label="default" if is_default else schedule,
         )  # fmt: skip
     if math.isfinite(tuning.best.value(name)):
         axis.plot(tuning.best.cost, tuning.best.value(name), "o", ms=14, mfc="none", color="black")
