@@ -17,8 +17,16 @@ VIDEOS = {
     "wan14b-720p": ("Wan 2.1 14B, 720x1280, 81 frames", 75_600),
     "hunyuan-720p": ("HunyuanVideo, 720x1280, 129 frames", 118_800),
 }
+MODELS = {
+    "ltx2-512p": ("LTX-2", "512x768, 121 frames"),
+    "wan1.3b-480p": ("Wan 2.1 1.3B", "480x832, 81 frames"),
+    "cogvideox5b-480p": ("CogVideoX-5B, batch 2", "480x720, 49 frames"),
+    "ltx2-1080p": ("LTX-2", "1088x1920, 121 frames"),
+    "wan14b-720p": ("Wan 2.1 14B", "720x1280, 81 frames"),
+    "hunyuan-720p": ("HunyuanVideo", "720x1280, 129 frames"),
+}
 # Files of the present kernels; a star marks the rows of the others.
-PRESENT = ("h200-forward", "h200-quarters", "h200-quarters-auto")
+PRESENT = ("h200-forward", "h200-quarters", "h200-quarters-auto", "h200-backward")
 RATIOS = (0.5, 0.2, 0.1)
 
 
@@ -46,11 +54,25 @@ def quarters() -> Iterator[str]:
 
 
 def training() -> Iterator[str]:
-    """One layer forward and backward, with a gate."""
+    """One layer forward and backward: dense milliseconds, and times as fast with a gate and in merge."""
     for shape, (video, _) in VIDEOS.items():
-        if rows("h100-backward", shape):
-            speedups = [speedup("h100-backward", shape, "triton gate", ratio) for ratio in RATIOS]
-            yield line(starred("h100-backward", video), dense("h100-backward", shape), *speedups)
+        if rows("h200-backward", shape):
+            speedups = [
+                speedup("h200-backward", shape, f"triton {combine}", ratio)
+                for combine in ("gate", "merge")
+                for ratio in RATIOS
+            ]
+            yield line(starred("h200-backward", video), dense("h200-backward", shape), *speedups)
+
+
+def models(name: str, mode: str | None = None) -> Iterator[str]:
+    """Whole transformers: seconds dense and at 0.2 as `enable_vsa` gives it, and times as fast."""
+    content = json.loads((MEASUREMENTS / f"{name}.json").read_text())["rows"]
+    found = {(row["model"], row["what"].split()[0]): row for row in content if row["compile"] == mode}
+    for model, (title, video) in MODELS.items():
+        if (model, "dense") in found:
+            before, after = (found[model, what] for what in ("dense", "merge"))
+            yield line(title, video, *(seconds(row) for row in (before, after)), f"{after['speedup']:.2f}")
 
 
 def rows(name: str, shape: str) -> list[dict]:
@@ -62,6 +84,11 @@ def dense(name: str, shape: str) -> str:
     """Milliseconds of the faster dense backend."""
     fastest = min(row["ms"] for row in rows(name, shape) if row["what"].startswith("dense"))
     return f"{fastest:.3g}" if fastest < 1000 else f"{fastest:.0f}"
+
+
+def seconds(row: dict) -> str:
+    """To three figures."""
+    return f"{row['seconds']:.3f}" if row["seconds"] < 1 else f"{row['seconds']:.3g}"
 
 
 def speedup(name: str, shape: str, what: str, ratio: float) -> str:
@@ -81,4 +108,5 @@ def line(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    print(*layer(), "", *quarters(), "", *training(), sep="\n")
+    compiled, eager = models("h200-compiled", "default"), models("h200-transformers")
+    print(*layer(), "", *quarters(), "", *compiled, "", *eager, "", *training(), sep="\n")
