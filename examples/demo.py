@@ -121,6 +121,8 @@ def main(
     with replaced_file(output / "results.json") as partial:
         partial.write_text(json.dumps(numbers, indent=2) + "\n")
     console.print(table_of(results, grid))
+    if comparison.hint is not None:  # on a GPU, for which this video is tiny, too
+        console.print(comparison.hint)
     if tuned is not None:
         console.print("The dense video is by the weights as they are; fine-tuned ones need not repeat it.")
     console.print(f"Left to right in {output / 'side_by_side.mp4'}: {'; '.join(result.label for result in results)}.")
