@@ -54,9 +54,10 @@ def shares() -> Iterator[str]:
     """The share of attention by FLOPs beside the measured one, for every whole transformer that was measured."""
     for row in measured()["models"]:
         time = row["attention_dense_s"] / row["dense_s"]
-        off = measured()["rest"]["left_out"][row["model"]]
+        off = measured()["rest"][row["gpu"]]["left_out"][row["model"]]
         yield line(
-            row["model"], f"{row['attention_share_of_flops']:.0%}".replace("%", " %"), f"{time:.0%}".replace("%", " %"),
+            row["gpu"], row["model"], f"{row['attention_share_of_flops']:.0%}".replace("%", " %"),
+            f"{time:.0%}".replace("%", " %"),
             f"{row['dense_s'] / row['sparse_s']:.2f}x", f"{off:+.1%}".replace("%", " %"),
         )  # fmt: skip
 

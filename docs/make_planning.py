@@ -29,7 +29,14 @@ LAYERS = {
     "h200-quarters-auto": ("H200", "2026-11-29", "adf6ecb", True, "quarters"),
     "h200-forward": ("H200", "2026-11-29", "adf6ecb", False, "mean"),
 }
-MODELS = ("h100-transformers", "H100", "2026-11-25", "8027e27")
+# By file: GPU, date and commit; the files whose layers these models have, the best last; what was measured.
+MODELS = {
+    "h100-transformers": ("H100", "2026-11-25", "8027e27", ("h100-forward", "h100-output-box"),
+                          "merge 0.2 by means, blocks of (4, 4, 4)"),
+    # Of ltx2-1080p there is no layer by quarters; the one by means stands in.
+    "h200-transformers": ("H200", "2026-11-29", "ab343e1", ("h200-forward", "h200-quarters", "h200-quarters-auto"),
+                          "merge 0.2 by quarters, the block that fits"),
+}  # fmt: skip
 LAYER_OF_MODEL = {"cogvideox5b-480p": "cogvideox-480p"}
 TEXT_TOKENS = {"wan1.3b-480p": 512, "wan14b-720p": 512, "ltx2-512p": 1024, "ltx2-1080p": 1024, "hunyuan-720p": 256,
                "cogvideox5b-480p": 226}  # fmt: skip
@@ -42,8 +49,12 @@ def distilled() -> dict:
     kept = {}
     for row in layers:
         kept.setdefault((row["gpu"], row["shape"], row["combine"], row["selection"], row["fitted"]), row)
-    models = list(model_rows())
-    return {"layers": list(kept.values()), "models": models, "rest": rest(models)}
+    models = {gpu: list(model_rows(name)) for name, (gpu, *_) in MODELS.items()}
+    return {
+        "layers": list(kept.values()),
+        "models": [row for rows in models.values() for row in rows],
+        "rest": {gpu: rest(rows) for gpu, rows in models.items()},
+    }
 
 
 def layer_rows(name: str):
@@ -81,12 +92,11 @@ def layer_rows(name: str):
             }
 
 
-def model_rows():
-    """One row for each whole transformer, with its counted costs."""
-    name, gpu, date, commit = MODELS
+def model_rows(name: str):
+    """One row for each whole transformer of a file, with its counted costs."""
+    gpu, date, commit, files, what = MODELS[name]
     rows = json.loads((MEASUREMENTS / f"{name}.json").read_text())["rows"]
-    layers = {row["shape"]: row for row in (*layer_rows("h100-forward"), *layer_rows("h100-output-box"))
-              if row["combine"] == "merge"}  # fmt: skip
+    layers = {row["shape"]: row for file in files for row in layer_rows(file) if row["combine"] == "merge"}
     for size in FULL_SIZES.values():
         costs = count(size.build("meta", torch.bfloat16))
         grid, text = size.video_shape(), TEXT_TOKENS[size.name]
@@ -106,7 +116,7 @@ def model_rows():
             "video": size.video,
             "video_shape": grid,
             "batch": size.batch,
-            "what": "merge 0.2 by means, blocks of (4, 4, 4)",
+            "what": what,
             "dense_s": round(dense, 4),
             "sparse_s": round(sparse, 4),
             "attention_dense_s": round(attention, 4),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from rich.console import Console
 from vsa_diffusers.models import known_families
 from vsa_diffusers.planning import plan
 from vsa_diffusers.planning.advice import EXCELLENT, MARGINAL, TOO_SMALL, grid_of, verdict
+from vsa_diffusers.planning.measuring import Timed
 from vsa_diffusers.planning.models import family_names, published_ids, resolve
 from vsa_diffusers.planning.published import PUBLISHED
 from vsa_diffusers.recipes import NAMES, size_class, usual_size_class
@@ -198,9 +200,18 @@ def test_an_option_that_is_wrong_is_named(options, message):
         plan(str(TINY_WAN), 256, 256, 61, **options)
 
 
-def test_an_h200_has_layers_of_its_own_and_the_rest_of_the_other_gpu():
+def test_an_h200_has_layers_and_whole_models_of_its_own():
     result = plan("wan", ratios=[0.2], gpu="H200")
     assert result.reach == "measured"
     assert "h200-quarters-auto.json" in result.origin
-    assert any("as long as on the H100" in note for note in result.notes)
-    assert not any("as long as on the H100" in note for note in plan("wan", ratios=[0.2]).notes)
+    assert result.speeds[0].model == pytest.approx(1.67, rel=0.03)
+    assert any("Measured on one H200: the whole transformer is 1.67 times as fast" in note for note in result.notes)
+
+
+def test_what_is_timed_here_has_the_rest_of_this_gpu(monkeypatch):
+    def speedup_on(gpu):
+        timed = Timed(f"NVIDIA {gpu}", 10.0, {0.1: 1.0, 0.2: 2.0, 0.3: 3.0}, 12)
+        monkeypatch.setattr(sys.modules[plan.__module__], "time_layer", lambda *_: timed)
+        return plan("wan", ratios=[0.2], gpu="H100", measure=True).speeds[0].model
+
+    assert speedup_on("H200 NVL") > speedup_on("H100 80GB HBM3")

@@ -52,11 +52,12 @@ def test_a_shape_between_others_comes_out_within_a_tenth(row, monkeypatch):
         assert layer.speedup(ratio) == pytest.approx(row["speedups"][f"{ratio:g}"], rel=0.1)
 
 
-def test_a_whole_model_left_out_comes_out_within_two_percent_but_for_masked_text():
-    errors = dict(speed.measured()["rest"]["left_out"])
-    assert -0.25 < errors.pop("hunyuan-720p") < -0.15
+@pytest.mark.parametrize(("gpu", "most"), [("H100", 0.02), ("H200", 0.035)])
+def test_a_whole_model_left_out_comes_out_nearly_but_for_masked_text(gpu, most):
+    errors = dict(speed.measured()["rest"][gpu]["left_out"])
+    assert -0.26 < errors.pop("hunyuan-720p") < -0.15
     assert len(errors) == 5
-    assert max(map(abs, errors.values())) < 0.02
+    assert max(map(abs, errors.values())) < most
 
 
 def layer_of(video_shape, head_dim=128, heads=24, ratios=RATIOS):

@@ -176,7 +176,7 @@ def plan(
     recipes = _recipes(known, grid.num_tokens)
     wanted = list(dict.fromkeys([*ratios, *(recipe.top_k_ratio for _, recipe, _ in recipes)]))
     estimate = expected_layer(gpu, costs, known.batch, grid, fitted, combine, wanted)
-    other = other_seconds(costs, shape, known.batch, text)
+    other = other_seconds(gpu, costs, shape, known.batch, text)
     device, dense_ms, sparse_ms, origin, reach = f"NVIDIA {gpu}", *_times(estimate)
     notes = _notes(known, estimate, gpu, shape)
     if measure:
@@ -184,7 +184,9 @@ def plan(
         device, dense_ms, sparse_ms = timed.device, timed.dense_ms, timed.sparse_ms
         origin, reach = _how_timed(timed, costs.heads), "measured"
         notes = _unsure(known)
-        if not any(name in device for name in GPUS):
+        if (here := next((name for name in GPUS if name in device), None)) is not None:
+            other = other_seconds(here, costs, shape, known.batch, text)
+        else:
             other = layers * dense_ms / 1e3 * (1 - flops) / flops
             notes.append("The rest of the model is taken to run at attention's own FLOPs a second: an estimate.")
 
@@ -247,7 +249,7 @@ def _unsure(model: Model) -> list[str]:
 
 def _notes(model: Model, layer: Layer, gpu: str, shape: Grid) -> list[str]:
     notes = _unsure(model)
-    errors = measured()["rest"]["left_out"]
+    errors = measured()["rest"][gpu]["left_out"]
     masked = max(errors, key=lambda name: abs(errors[name]))
     others = max(abs(error) for name, error in errors.items() if name != masked)
     notes.append(
@@ -255,14 +257,9 @@ def _notes(model: Model, layer: Layer, gpu: str, shape: Grid) -> list[str]:
         f"come out within {others:.1%}, and {masked}, whose padded text slows dense attention, {-errors[masked]:.0%} "
         "too low."
     )
-    other = measured()["models"][0]["gpu"]
-    if gpu != other:
-        notes.append(
-            f"What is not attention is taken to last as long as on the {other}, whose whole models were measured."
-        )
     if any(abs(ms - layer.host_ms) < 1e-9 for ms in layer.sparse_ms.values()):
         notes.append(f"A sparse call takes the host {layer.host_ms:.2f} ms; layers as short as here wait for it.")
-    row = measured_model(model.name, shape)
+    row = measured_model(gpu, model.name, shape)
     if row is not None:
         notes.insert(0, (
             f"Measured on one {row['gpu']}: the whole transformer is {row['dense_s'] / row['sparse_s']:.2f} times as "

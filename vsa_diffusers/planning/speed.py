@@ -94,20 +94,20 @@ def expected_layer(
     return Layer(dense_ms, sparse, host, _origin(rows, costs, grid), _reach(rows, costs, grid), exact is not None)
 
 
-def other_seconds(costs: Costs, video_shape: tuple[int, int, int], batch: int, text_tokens: int) -> float:
+def other_seconds(gpu: str, costs: Costs, video_shape: tuple[int, int, int], batch: int, text_tokens: int) -> float:
     """What everything but video self-attention is expected to take in one forward, without `torch.compile`."""
-    rest = measured()["rest"]
+    rest = measured()["rest"][gpu]
     flops = costs.other_flops(video_shape, batch, text_tokens)
     return rest["seconds_per_flop"] * flops + rest["seconds_per_element"] * costs.elements(video_shape, batch)
 
 
-def measured_model(checkpoint: str, video_shape: tuple[int, int, int]) -> Mapping[str, Any] | None:
-    """The row of this whole transformer on this grid, if it was measured."""
+def measured_model(gpu: str, checkpoint: str, video_shape: tuple[int, int, int]) -> Mapping[str, Any] | None:
+    """The row of this whole transformer on this grid, if it was measured on `gpu`."""
     return next(
         (
             row
             for row in measured()["models"]
-            if (row["checkpoint"], tuple(row["video_shape"])) == (checkpoint, video_shape)
+            if (row["gpu"], row["checkpoint"], tuple(row["video_shape"])) == (gpu, checkpoint, video_shape)
         ),
         None,
     )
