@@ -108,7 +108,7 @@ def main(
         "tune_evidence"
     ),
     psnr: Annotated[str, typer.Option(help="Targets, dB.")] = "22,30",
-    tuned_by: Annotated[int, typer.Option(help="Captions of the training split that are tuned by.")] = 3,
+    tuned_by: Annotated[int, typer.Option(help="Captions of the training split that are tuned by.")] = 12,
     captions: Annotated[int, typer.Option(help="Held-out captions.")] = 6,
     seeds: Annotated[int, typer.Option(help="Seeds of each of them.")] = 2,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,

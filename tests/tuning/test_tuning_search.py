@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from made_up_tuning import made_up, point
 
 from vsa_diffusers.tiles import num_selected_tiles
 from vsa_diffusers.tuning import Target, Tuning, api
-from vsa_diffusers.tuning.api import next_budget
+from vsa_diffusers.tuning.api import _Confirm, next_budget
 from vsa_diffusers.tuning.probe import RATIOS, Probe
+from vsa_diffusers.tuning.result import DEFAULT, best_of, is_beyond_chance
 from vsa_diffusers.tuning.search import LEVELS, SHAPES, Cost, Search, default_at
 from vsa_diffusers.tuning.state import State
 
@@ -152,3 +155,54 @@ def test_a_state_goes_on_and_refuses_another_tuning(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"state.json is no state of a tuning; .*--anew"):
             State(path, {"seed": 1})
+
+
+def comparison_of(quality):
+    """What `_Confirm` asks of a comparison: PSNR and SSIM by prompt, as `quality` gives them for a setting's name."""
+
+    def result(setting):
+        close = [SimpleNamespace(psnr=each, ssim=0.9) for each in quality(setting.name)]
+        means = {"psnr": fmean(each.psnr for each in close), "ssim": 0.9}
+        return SimpleNamespace(close=close, mean=means.__getitem__)
+
+    def videos(settings):
+        return SimpleNamespace(results=[None, *map(result, settings)], speedup=lambda result: 1.2)
+
+    return videos
+
+
+LUCK = [12.0, -4.0, 3.0, -5.0]  # 1.5 dB in the mean, and less than chance may give
+SKILL = [1.6, 1.4, 1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("gains", "chosen"),
+    [(LUCK, "front, even"), (SKILL, "steep, even"), (LUCK[:1], "front, even"), ([9.0], "front, even")],
+)
+def test_another_schedule_is_chosen_where_it_wins_by_more_than_chance(gains, chosen):
+    def quality(name):
+        base = [30 + 20 * math.log(float(name.split()[-1]) / 0.3) + place for place in range(len(gains))]
+        extra = gains if name.startswith("steep, even") else [0.0 if "even" in name else -1.0] * len(gains)
+        return [one + other for one, other in zip(base, extra, strict=True)]
+
+    probed = made_up([0.3, 0.05], total=20, tiles=1000)
+    cost = Cost.of_probe(probed)
+    confirm = _Confirm(Target("psnr", 30.0), probed, cost, comparison_of(quality), lambda setting: None)
+    confirm.settle([Search(probed, cost, SHAPES[name], even=True) for name in ("constant", "front", "steep")], rounds=3)
+    points = list(confirm.points.values())
+    best = best_of(points, Target("psnr", 30.0))
+    assert best.schedule == chosen or (chosen.startswith("front") and best.schedule == DEFAULT)
+    steep = [each for each in points if each.schedule == "steep, even"]
+    assert steep
+    assert all(each.proven == (chosen == "steep, even") for each in steep)
+
+
+def test_a_mean_is_beyond_chance_by_student_s_quantiles():
+    assert is_beyond_chance(SKILL)
+    assert not is_beyond_chance(LUCK)
+    assert not is_beyond_chance([9.0])
+    assert not is_beyond_chance([-1.0, -1.1, -0.9])
+    # Mean 1, deviation 1: with three 2.92 / 3 ** 0.5 is more than 1, with five 2.13 / 5 ** 0.5 is less.
+    three, five = [0.0, 1.0, 2.0], [1 + each for each in (-1.2649, -0.6325, 0.0, 0.6325, 1.2649)]
+    assert not is_beyond_chance(three)
+    assert is_beyond_chance(five)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -27,7 +29,7 @@ from ..selection import SELECTIONS
 from ..tiles import whole
 from .probe import STEPS, Block, Probe, check_without_gates, probe
 from .replay import Call, error_of, record
-from .result import DEFAULT, Point, Tuning, best_of
+from .result import DEFAULT, Point, Tuning, best_of, is_beyond_chance
 from .search import SHAPES, Allocation, Cost, Search, default_at
 from .state import State
 from .target import TOLERANCES, Target
@@ -42,6 +44,8 @@ NEAR = 5
 LEAST_BUDGET, MOST_BUDGET = 0.03, 0.95
 FACTOR = 1.6
 """Between two budgets while the target lies beyond all that were tried."""
+MOST_PSNR = 100.0
+"""Of videos that are the same, so that differences are numbers."""
 ALIKE = 1.1
 """Schedules are compared by points that cost at most so many times the budget."""
 PROBED_PROMPTS = 2
@@ -215,13 +219,15 @@ class _Confirm:
         self.target, self.probed, self.cost = target, probed, cost
         self.videos, self.error = videos, error
         self.points: dict[str, Point] = {}
+        self.quality: dict[str, list[float]] = {}  # of a point, by prompt
         self.pending: dict[str, dict[str, Any]] = {}
 
     def settle(self, searches: Sequence[Search], rounds: int) -> None:
         """Find the budget with one schedule, compare all schedules there, and go on with the best of them.
 
-        The layers keep alike until the last: their ratios are predicted, and where that goes wrong it costs more than
-        schedules differ by.
+        A schedule takes the first one's place only if it beats it by more than chance, since a few videos differ by
+        more than schedules do. The layers keep alike until the last: their ratios are predicted, and where that goes
+        wrong it costs more than schedules differ by.
         """
         pivot = next((each for each in searches if each.shape.name == PIVOT), searches[0])
         self._add(pivot.at(self._first_budget()))
@@ -235,15 +241,18 @@ class _Confirm:
             self._add(search.at(budget))
         self._add_default(budget)
         self._make()
-        best = self._best_at(budget, searches)
+        best = alike = self._best_at(budget, pivot, searches)
         by_layer = best.by_layer()
         if self._add(by_layer.at(budget)):
             self._make()
-            best = self._best_at(budget, [best, by_layer])
+            best = self._best_at(budget, best, [by_layer])
         for _ in range(rounds):
             if not self._add_next(best):
                 break
             self._make()
+        proven = {DEFAULT, pivot.name, alike.name, best.name}
+        for name, each in self.points.items():
+            self.points[name] = replace(each, proven=each.schedule in proven)
         found = best_of(list(self.points.values()), self.target)
         if found.allocation is not None and self._add_default(found.cost):
             self._make()
@@ -258,12 +267,16 @@ class _Confirm:
         """How far the search's nearest point is from the target."""
         return min(map(self._distance, self._of(search)))
 
-    def _best_at(self, budget: float, searches: Sequence[Search]) -> Search:
-        """The search whose setting at this budget has the best videos, of those that keep to it."""
-        points = {search.name: self.points[_name(search.at(budget))] for search in searches}
-        comparable = [name for name, each in points.items() if each.cost <= budget * ALIKE] or list(points)
-        chosen = max(comparable, key=lambda name: points[name].value(self.target.chooses_by))
-        return next(each for each in searches if each.name == chosen)
+    def _best_at(self, budget: float, first: Search, others: Sequence[Search]) -> Search:
+        """Of the searches whose settings at this budget keep to it and beat the first's, the best; else the first."""
+        chosen, most = first, 0.0
+        base = self.quality[_name(first.at(budget))]
+        for search in others:
+            name = _name(search.at(budget))
+            gains = [own - other for own, other in zip(self.quality[name], base, strict=True)]
+            if self.points[name].cost <= budget * ALIKE and is_beyond_chance(gains) and fmean(gains) > most:
+                chosen, most = search, fmean(gains)
+        return chosen
 
     def _add_next(self, search: Search) -> bool:
         """Whether there is another budget that is worth a video."""
@@ -305,6 +318,8 @@ class _Confirm:
         comparison = self.videos(settings)
         for setting, result in zip(settings, comparison.results[1:], strict=True):
             seen = {name: result.mean(name) for name in ("psnr", "ssim")} | {"speedup": comparison.speedup(result)}
+            by_prompt = [getattr(each, self.target.chooses_by) for each in result.close]
+            self.quality[setting.name] = [min(each, MOST_PSNR) for each in by_prompt]
             numbers = self.pending[setting.name] | seen | {"error": self.error(setting)}
             self.points[setting.name] = Point(setting.name, **numbers)
         self.pending.clear()

@@ -60,6 +60,11 @@ def verdict(tuning: Tuning) -> str:
             f" The default at top_k_ratio={default.kept:.3g}, of cost {default.cost:.3f}, has a PSNR of "
             f"{_psnr(default)} dB."
         )
+    if not all(each.proven for each in tuning.points):
+        count = len(tuning.comparison.prompts)
+        text += (
+            f" What else was tried does not beat it by more than chance on {count} prompt{'s' if count > 1 else ''}."
+        )
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class Point:
         speedup: times as fast as dense in denoising.
         error: of the transformer's output; `None` where it was not measured.
         allocation: its schedule and levels; `None` for the default.
+        proven: whether it may be chosen: it is the default, the schedule of that, or one that beats it by more than
+            chance on these prompts.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Point:
     speedup: float
     error: float | None
     allocation: Allocation | None = None
+    proven: bool = True
 
     def value(self, name: str) -> float:
         """The number that a target of this name is about."""
@@ -87,7 +91,7 @@ class Tuning:
     @property
     def is_met(self) -> bool:
         """Whether a setting reaches the target."""
-        return any(self.target.beyond(each.value(self.target.name)) >= 0 for each in self.points)
+        return self.target.beyond(self.best.value(self.target.name)) >= 0
 
     @property
     def best(self) -> Point:
@@ -147,8 +151,22 @@ class Tuning:
         return table(self)
 
 
+_STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
+"""The 95 % quantiles of Student's distribution by degrees of freedom, from 1 on; the last one holds for more."""
+
+
+def is_beyond_chance(gains: Sequence[float]) -> bool:
+    """Whether the mean of paired differences is above 0 at a level of 5 %, one-sided; one difference tells nothing."""
+    count = len(gains)
+    if count < 2:
+        return False
+    error = statistics.stdev(gains) / math.sqrt(count)
+    return statistics.fmean(gains) > _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
+
+
 def best_of(points: Sequence[Point], target: Target) -> Point:
     """Of the settings that reach the target the cheapest, or for a speed the best; if none does, the nearest."""
+    points = [each for each in points if each.proven]
     beyond = {each.name: target.beyond(each.value(target.name)) for each in points}
     met = [each for each in points if beyond[each.name] >= 0]
     if not met:
