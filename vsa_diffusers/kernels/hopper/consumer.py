@@ -32,16 +32,28 @@ from .common import (
     rows_layout,
     valid_context,
 )
-from .renamed import reinterpret, store_box
+from .renamed import OPERANDS_APART, reinterpret, store_box
 
 
 @gluon.jit
-def _step(q, buffers, barriers, count, state, scale, bias, FENCE: gl.constexpr, BOUNDED: gl.constexpr):
-    """One step of the softmax in base 2. The product with the values is left running; the next step waits for it.
+def _step(
+    q,
+    buffers,
+    barriers,
+    count,
+    state,
+    scale,
+    bias,
+    FENCE: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    LEAVE: gl.constexpr = True,
+):
+    """One step of the softmax in base 2.
 
     Args:
         state: highest logit (or the fixed offset), sums and outputs so far, and the weights that may still be read.
         FENCE: the buffers were filled by threads, not by the copy engine.
+        LEAVE: the product with the values is left running, and the next step waits for it.
     """
     keys, values = buffers
     STAGES: gl.constexpr = keys.shape[0]
@@ -79,6 +91,8 @@ def _step(q, buffers, barriers, count, state, scale, bias, FENCE: gl.constexpr, 
     if FENCE:
         fence_async_shared()
     acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+    if not LEAVE:
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     return row_max, row_sum, acc, p
 
 
@@ -136,6 +150,8 @@ def consumer(
     dtype: gl.constexpr = q_buffer.dtype
     ROWS_LAYOUT: gl.constexpr = rows_layout(DIM)
     OUTPUT: gl.constexpr = output_layout(DIM)
+    # Else, but for a gate's kernel, registers run out and all products wait. In the main loop they never do.
+    LEAVE: gl.constexpr = DIM == 128 or coarse is not None or not OPERANDS_APART
     column = gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
     whole = gl.where(column < TILE, 0.0, float("-inf")) if TILE != ROWS else None
     offsets_in_full = block_offset(gl.arange(0, ROWS, gl.SliceLayout(1, ROWS_LAYOUT)), video_h, video_w, BLOCK)
@@ -203,6 +219,7 @@ def consumer(
                                 bias,
                                 not TILED,
                                 attempt == 0,
+                                LEAVE,
                             )
                         count += gl.cdiv(listed_keys, ROWS)
                     if pooled_kv is not None:
@@ -211,7 +228,9 @@ def consumer(
                             word = gl.where(column < 32, gl.load(words), gl.load(words + 1))
                             pooled = (first + column < num_tiles) & (((word >> (column % 32)) & 1) == 0)
                             bias = gl.where(pooled, gl.load(log_size + first + column), float("-inf"))
-                            state = _step(q_buffer, buffers, barriers, count, state, scale, bias, False, attempt == 0)
+                            state = _step(
+                                q_buffer, buffers, barriers, count, state, scale, bias, False, attempt == 0, LEAVE
+                            )
                             count += 1
                     video_sum = state[1]
                     if context_key is not None:  # online, since nothing bounds its logits
@@ -220,7 +239,7 @@ def consumer(
                                 context_mask, task // num_tiles // heads, first + column, context_tokens
                             )
                             bias = gl.where(there, 0.0, float("-inf"))
-                            state = _step(q_buffer, buffers, barriers, count, state, scale, bias, True, False)
+                            state = _step(q_buffer, buffers, barriers, count, state, scale, bias, True, False, LEAVE)
                             count += 1
                     if coarse is not None:
                         dim = gl.arange(0, DIM, gl.SliceLayout(0, OUTPUT))

@@ -1,4 +1,4 @@
-"""What Gluon calls otherwise from one release of Triton to another."""
+"""What Gluon calls or compiles otherwise from one release of Triton to another."""
 
 from __future__ import annotations
 
@@ -14,3 +14,5 @@ store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_s
 load_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 _buffer = gl.shared_memory_descriptor
 reinterpret = _buffer.reinterpret if hasattr(_buffer, "reinterpret") else _buffer._reinterpret
+# From Triton 3.8 on products left running in several loops may get registers for their operands loop by loop.
+OPERANDS_APART = gl.constexpr(hasattr(tma, "async_load"))
