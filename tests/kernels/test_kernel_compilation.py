@@ -153,6 +153,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
         ("descriptor", {"combine": "merge", "context": (3, 100), "masked": True}),
         ("descriptor", {"combine": "gate", "head_dim": 64}),
         ("descriptor", {"combine": "merge", "head_dim": 64, "context": (3, 100), "masked": True}),
+        ("descriptor", {"combine": "sparse", "head_dim": 64, "context": (3, 100), "masked": True}),
         ("direct", {"combine": "merge", "head_dim": 64}),
     ],
     ids=str,

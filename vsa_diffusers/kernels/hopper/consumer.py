@@ -150,7 +150,8 @@ def consumer(
     dtype: gl.constexpr = q_buffer.dtype
     ROWS_LAYOUT: gl.constexpr = rows_layout(DIM)
     OUTPUT: gl.constexpr = output_layout(DIM)
-    # Else, but for a gate's kernel, registers run out and all products wait. In the main loop they never do.
+    # Whether short loops may leave a product running, as the main loop always does. Where operands lie apart there are
+    # too few registers for it at head_dim 64 without a gate, and the assembler would make every product wait.
     LEAVE: gl.constexpr = DIM == 128 or coarse is not None or not OPERANDS_APART
     column = gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
     whole = gl.where(column < TILE, 0.0, float("-inf")) if TILE != ROWS else None
