@@ -6,7 +6,9 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 
 from oracle import SCORES, attention, relative_error
@@ -276,3 +278,8 @@ def check_rows_far_below_their_bound(combine: str, device: str = "cpu", **change
     assert float(right_lse.max()) / math.log(2) < 90 - bound  # weights of at most 2**(logit - (bound - 90)) < 2**-126
     assert relative_error(output, right) < TOLERANCES[case.dtype]
     assert relative_error(lse, right_lse) < TOLERANCES[case.dtype] / 10
+
+
+def half(cases: Sequence[Case]) -> list[Any]:
+    """As parameters, every second one slow: the interpreter takes seconds for each, and `make test-all` runs all."""
+    return [pytest.param(case, marks=pytest.mark.slow if place % 2 else ()) for place, case in enumerate(cases)]

@@ -46,7 +46,10 @@ class InterpretedFile(pytest.File):
             pytest.skip(reason, allow_module_level=True)
         module = pytest.Module.from_parent(self.parent, path=self.path)
         for item in self.session.genitems(module):
-            yield InterpretedCase.from_parent(self, name=item.nodeid.split("::", 1)[1])
+            case = InterpretedCase.from_parent(self, name=item.nodeid.split("::", 1)[1])
+            if item.get_closest_marker("slow"):
+                case.add_marker("slow")
+            yield case
 
     def outcome(self, name: str) -> ElementTree.Element | None:
         """What the report says of a case; nothing if its process ended before."""
@@ -61,7 +64,8 @@ class InterpretedFile(pytest.File):
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             names = [f"{self.path}::{name}" for name in selected]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *names]
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
+            command += [f"--junitxml={report}", *names]
             told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             self.output = told.stdout + told.stderr
             cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()

@@ -16,6 +16,7 @@ from checks import (
     STRIDE_CASES,
     Case,
     check_gradients,
+    half,
 )
 from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
@@ -36,12 +37,12 @@ SPREADS = [replace(JOINT, spread=spread, tolerance=tolerance, batch=1) for sprea
 SPREADS += [Case(combine="gate", spread=16.0, tolerance=1e-3)]
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", half(SMALL), ids=str)
 def test_gradients_of_every_mode_and_shape_match_fp64(case):
     check_gradients(case)
 
 
-@pytest.mark.parametrize("case", [*WIDTHS, *SPREADS], ids=str)
+@pytest.mark.parametrize("case", half([*WIDTHS, *SPREADS]), ids=str)
 def test_gradients_of_every_head_dimension_dtype_and_scale_match_fp64(case):
     check_gradients(case)
 

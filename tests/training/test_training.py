@@ -257,8 +257,8 @@ on_processors = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("sharded", "rank", "optimizer"),
     [
-        (False, 0, "adamw"),
-        pytest.param(True, 0, "muon", marks=on_processors),
+        pytest.param(False, 0, "adamw", marks=pytest.mark.slow),
+        pytest.param(True, 0, "muon", marks=[on_processors, pytest.mark.slow]),
         pytest.param(True, 4, "muon", marks=on_processors),
     ],
 )
