@@ -77,7 +77,7 @@ def test_gradients_of_small_cases_match_fp64(case):
 def test_gradients_of_every_layout_match_fp64(layout, combine, head_dim, dtype):
     case = replace(MEDIUM, layout=layout, combine=combine, head_dim=head_dim, dtype=dtype)
     if layout == "descriptor" and not support.can_describe(randn(1, head_dim), support.device_of(0)):
-        pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
+        pytest.skip("runs on a GPU of compute capability 9.0 or later with: pip install 'triton>=3.6'")
     check_gradients(case, "cuda")
 
 
@@ -126,7 +126,7 @@ def test_offsets_beyond_31_bits(layout):
     query, key, value, grad = (randn(batch, 200_000, heads, dim) for _ in range(4))
     assert query.numel() > 2**31
     if layout == "descriptor" and not support.can_describe(query, support.device_of(0)):
-        pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
+        pytest.skip("runs on a GPU of compute capability 9.0 or later with: pip install 'triton>=3.6'")
     grid = TileGrid(video_shape, (4, 4, 4))
     problem = Problem(grid, 40, "sparse", dim**-0.5)
     launch = tuning.backward_launch(form_of(query), problem, support.device_of(0), key.stride(1))

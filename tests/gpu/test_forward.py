@@ -74,7 +74,7 @@ def test_quarters_of_many_tiles_match_fp64(layout, combine):
 def test_every_layout_matches_fp64(layout, combine, head_dim, dtype):
     case = replace(MEDIUM, layout=layout, combine=combine, head_dim=head_dim, dtype=dtype)
     if layout == "descriptor" and not support.can_describe(randn(1, head_dim), support.device_of(0)):
-        pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
+        pytest.skip("runs on a GPU of compute capability 9.0 or later with: pip install 'triton>=3.6'")
     check(case, "cuda")
 
 
@@ -222,7 +222,7 @@ def test_offsets_beyond_31_bits(combine, layout):
     forms = [form_of(x) for x in (query, key, value)]
     launch = replace(tuning.plan(*forms, problem, support.device_of(0)).sparse, layout=layout)
     if layout == "descriptor" and not support.can_describe(query, support.device_of(0)):
-        pytest.skip("runs on a GPU of compute capability 9.0 or later, with Triton 3.4 or later")
+        pytest.skip("runs on a GPU of compute capability 9.0 or later with: pip install 'triton>=3.6'")
     given = gate if combine == "gate" else None
     output, indices, _ = forward(query, key, value, given, None, problem, launch)
     assert output.isfinite().all()

@@ -42,7 +42,7 @@ def test_every_mode_and_shape_matches_fp64(case):
     check(case)
 
 
-@pytest.mark.skipif(not HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later: pip install 'triton>=3.6'")
+@pytest.mark.skipif(not HAS_DESCRIPTORS, reason="runs with Triton 3.6 or later: pip install 'triton>=3.6'")
 @pytest.mark.parametrize("case", DESCRIPTOR_CASES, ids=str)
 def test_tensor_descriptors_match_fp64(case):
     check(case)

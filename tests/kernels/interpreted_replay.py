@@ -57,7 +57,7 @@ def test_the_output_alone_is_the_same(case, monkeypatch, replays):
     assert len(replays.known) == 2
 
 
-@pytest.mark.skipif(not support.HAS_DESCRIPTORS, reason="runs with Triton 3.4 or later: pip install 'triton>=3.6'")
+@pytest.mark.skipif(not support.HAS_DESCRIPTORS, reason="runs with Triton 3.6 or later: pip install 'triton>=3.6'")
 def test_descriptors_are_moved_to_the_new_workspace():
     check(DESCRIPTOR_CASES[1])
     check_gradients(DESCRIPTOR_CASES[1])

@@ -124,7 +124,7 @@ def test_deeper_pipelines_leave_room_for_two_programs(combine, stages):
     from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
 
     if not HAS_DESCRIPTORS:
-        pytest.skip("runs with Triton 3.4 or later: pip install 'triton>=3.6'")
+        pytest.skip("runs with Triton 3.6 or later: pip install 'triton>=3.6'")
     launch = Launch("descriptor", stages=stages)
     kernel = compile_call(90, combine=combine, launch=launch, only=["sparse forward"])["sparse forward"]
     assert f"memdesc<{stages}x64x128xbf16" in kernel.asm["ttgir"]
@@ -136,7 +136,7 @@ def test_long_sequences_on_hopper_use_the_matrix_unit_and_the_copy_engine():
     from vsa_diffusers.kernels.support import HAS_DESCRIPTORS
 
     if not HAS_DESCRIPTORS:
-        pytest.skip("runs with Triton 3.4 or later: pip install 'triton>=3.6'")
+        pytest.skip("runs with Triton 3.6 or later: pip install 'triton>=3.6'")
     ptx = compile_call(90, ratio=0.2, only=["sparse forward"])["sparse forward"].asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
