@@ -6,7 +6,7 @@ count text, which every rank has whole, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,18 +100,17 @@ class Exchange:
         _, length, heads, _ = tensors[0].shape
         # Text comes from the ranks at both ends, so that it arrives in its place.
         begin, end = (0 if self.rank == 0 else before), (length if self.rank == self.ranks - 1 else length - after)
+        rows = [tensor[:, begin:end].to(tensors[0].dtype) for tensor in tensors]
         share = -(-heads // self.ranks)
-        parts = []
-        for tensor in tensors:
-            rows = tensor[:, begin:end].to(tensors[0].dtype)
-            if share * self.ranks > heads:
-                rows = F.pad(rows, (0, 0, 0, share * self.ranks - heads))
-            parts.append(rows.unflatten(2, (self.ranks, share)).permute(2, 1, 0, 3, 4))
-        sent = torch.stack(parts, 3).flatten(0, 1)
         counts = [videos * size for size in sizes]
         counts[0] += before
         counts[-1] += after
-        received = self._all_to_all(sent, counts, [end - begin] * self.ranks)
+        if _is_recorded(rows):
+            filled = [F.pad(each, (0, 0, 0, share * self.ranks - heads)) for each in rows]
+            parts = [each.unflatten(2, (self.ranks, share)).permute(2, 1, 0, 3, 4) for each in filled]
+            received = self._all_to_all(torch.stack(parts, 3).flatten(0, 1), counts, [end - begin] * self.ranks)
+        else:
+            received = self._heads_now(rows, share, counts)
         if videos > 1:
             pieces = received.split([size for size in sizes for _ in range(videos)])
             received = torch.cat([piece for video in range(videos) for piece in pieces[video::videos]])
@@ -136,17 +135,73 @@ class Exchange:
             after: text tokens after it.
             videos: as in `to_heads`.
         """
-        rows = output.transpose(0, 1)
-        if before or after:
-            text_before, video, text_after = rows.split([before, sum(sizes), after])
-            rows = torch.cat([part for own in video.split(list(sizes)) for part in (text_before, own, text_after)])
-        elif videos > 1:
-            pieces = rows.split(list(sizes) * videos)
-            rows = torch.cat([piece for rank in range(self.ranks) for piece in pieces[rank :: self.ranks]])
+        first, *pieces, last = output.transpose(0, 1).split([before, *list(sizes) * videos, after])
+        of_ranks = [[first, *pieces[rank :: self.ranks], last] for rank in range(self.ranks)]
         own = before + videos * sizes[self.rank] + after
-        received = self._all_to_all(rows, [own] * self.ranks, [before + videos * size + after for size in sizes])
-        joined = received.unflatten(0, (self.ranks, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
-        return joined[:, :, :heads]
+        if _is_recorded([output]):
+            rows = torch.cat([piece for of_rank in of_ranks for piece in of_rank])
+            counts = [before + videos * size + after for size in sizes]
+            received = self._all_to_all(rows, [own] * self.ranks, counts)
+            joined = received.unflatten(0, (self.ranks, own)).permute(2, 1, 0, 3, 4)
+        else:
+            joined = self._tokens_now(of_ranks, own)
+        return joined.flatten(2, 3)[:, :, :heads]
+
+    def _heads_now(self, rows: Sequence[torch.Tensor], share: int, counts: Sequence[int]) -> torch.Tensor:
+        """Rows of all ranks, `[tokens, batch, tensors, share, head_dim]`, from `[batch, tokens, heads, head_dim]`."""
+        batch, tokens, heads, head_dim = rows[0].shape
+        form = (batch, len(rows), share, head_dim)
+        received = rows[0].new_empty(sum(counts), *form)
+        parts = received.split(list(counts))
+
+        def fill(part: torch.Tensor, rank: int) -> torch.Tensor:
+            begin, end = (min(heads, share * each) for each in (rank, rank + 1))
+            for index, each in enumerate(rows):
+                _copy(part[:, :, index, : end - begin], each[:, :, begin:end].transpose(0, 1))
+            part[:, :, :, end - begin :] = 0
+            return part
+
+        sent = {rank: fill(rows[0].new_empty(tokens, *form), rank) for rank in self._others}
+        self._swap(sent, {rank: parts[rank] for rank in sent}, lambda: fill(parts[self.rank], self.rank))
+        return received
+
+    def _tokens_now(self, of_ranks: Sequence[Sequence[torch.Tensor]], own: int) -> torch.Tensor:
+        """`[batch, own, ranks, share, head_dim]` from the pieces of each rank, `[tokens, batch, share, head_dim]`."""
+        form = of_ranks[0][0].shape[1:]
+        joined = of_ranks[0][0].new_empty(form[0], own, self.ranks, *form[1:])
+
+        def rows_of(rank: int) -> torch.Tensor:
+            pieces = [piece for piece in of_ranks[rank] if len(piece)]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        def place(rank: int, rows: torch.Tensor) -> None:
+            _copy(joined[:, :, rank], rows.transpose(0, 1))
+
+        sent = {rank: rows_of(rank).contiguous() for rank in self._others}
+        received = {rank: joined.new_empty(own, *form) for rank in sent}
+        self._swap(sent, received, lambda: place(self.rank, rows_of(self.rank)))
+        for rank, rows in received.items():
+            place(rank, rows)
+        return joined
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.ranks) if rank != self.rank]
+
+    def _swap(
+        self, sent: Mapping[int, torch.Tensor], received: Mapping[int, torch.Tensor], meanwhile: Callable[[], object]
+    ) -> None:
+        """Send to other ranks and receive from them, and do what needs neither meanwhile."""
+        transfers = []
+        for function, tensors in ((dist.isend, sent), (dist.irecv, received)):
+            for rank, tensor in tensors.items():
+                if tensor.numel():
+                    peer = dist.get_global_rank(self.group, rank)
+                    transfers.append(dist.P2POp(function, tensor, peer, self.group))
+        works = dist.batch_isend_irecv(transfers) if transfers else []
+        meanwhile()
+        for work in works:
+            work.wait()
 
     def gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The parts of all ranks joined along `dim`; a gradient returns as the sum of what all ranks' copies got."""
@@ -161,6 +216,30 @@ class Exchange:
         function = funcol.all_to_all_single_autograd if needs_gradient else funcol.all_to_all_single
         result = function(rows, received, sent, self.group)
         return result.wait() if isinstance(result, funcol.AsyncCollectiveTensor) else result
+
+
+def _is_recorded(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients or a compiler have to see what is done."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+
+
+_WIDEST = 16  # bytes
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """`target.copy_(source)` by 16 bytes at a time where that fits; PyTorch copies strided tensors by elements."""
+    size = source.element_size()
+    wide = _WIDEST // size
+    if all(
+        each.stride(-1) == 1
+        and each.shape[-1] % wide == 0
+        and each.storage_offset() % wide == 0
+        and each.data_ptr() % _WIDEST == 0
+        and all(stride % wide == 0 for stride in each.stride()[:-1])
+        for each in (target, source)
+    ):
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.copy_(source)
 
 
 def exchange_of(config: Any) -> Exchange | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,8 +52,8 @@ class Parts:
 def timed_parts(model: torch.nn.Module, device: str) -> Iterator[Parts]:
     """While inside, the calls of attention and of the exchange are timed, waiting for other ranks included.
 
-    Attention includes its exchange. Of a model with diffusers' own processors it is `scaled_dot_product_attention` of
-    as many queries as keys.
+    Attention includes its exchange, and that what a rank copies for itself meanwhile. Of a model with diffusers' own
+    processors attention is `scaled_dot_product_attention` of as many queries as keys.
     """
     parts = Parts()
     undo: list[Callable[[], None]] = []
@@ -83,15 +83,14 @@ def timed_parts(model: torch.nn.Module, device: str) -> Iterator[Parts]:
     if exchange is not None:
         parts.sent_bytes = 0
 
-        def count_bytes(rows: torch.Tensor, received: list[int], sent: list[int]) -> bool:
-            to_others = sum(sent) - sent[exchange.rank]
+        def count_bytes(sent: Mapping[int, torch.Tensor], *_: Any) -> bool:
             assert parts.sent_bytes is not None
-            parts.sent_bytes += to_others * rows[:1].numel() * rows.element_size()
+            parts.sent_bytes += sum(rows.nbytes for rows in sent.values())
             return True
 
         time_calls(exchange, "to_heads", "to_heads")
         time_calls(exchange, "to_tokens", "to_tokens")
-        time_calls(exchange, "_all_to_all", "exchange", count_bytes)
+        time_calls(exchange, "_swap", "exchange", count_bytes)
     try:
         yield parts
     finally:
