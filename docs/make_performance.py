@@ -25,6 +25,14 @@ MODELS = {
     "wan14b-720p": ("Wan 2.1 14B", "720x1280, 81 frames"),
     "hunyuan-720p": ("HunyuanVideo", "720x1280, 129 frames"),
 }
+PEERS = {
+    "triton gate": "vsa_diffusers, gate",
+    "triton merge": "vsa_diffusers, merge",
+    "attn-gym": "attn-gym 0.0.17, VSA on FlexAttention",
+    "attn-gym-compiled": "the same, all of it compiled",
+    "comfy-kitchen-sol": "comfy-kitchen 0.2.40, Sol (int8)",
+    "comfy-kitchen-vsa": "comfy-kitchen 0.2.40, VSA by its kernels",
+}
 # Files of the present kernels; a star marks the rows of the others.
 PRESENT = ("h200-forward", "h200-quarters", "h200-quarters-auto", "h200-backward")
 RATIOS = (0.5, 0.2, 0.1)
@@ -75,6 +83,12 @@ def models(name: str, mode: str | None = None) -> Iterator[str]:
             yield line(title, video, *(seconds(row) for row in (before, after)), f"{after['speedup']:.2f}")
 
 
+def beside_peers() -> Iterator[str]:
+    """The shortest video, other packages in the same run: times as fast as dense."""
+    for what, title in PEERS.items():
+        yield line(title, *(speedup("h200-peers", "ltx2-512p", what, ratio) for ratio in RATIOS))
+
+
 def rows(name: str, shape: str) -> list[dict]:
     """What one file has of one shape."""
     return [row for row in json.loads((MEASUREMENTS / f"{name}.json").read_text())["rows"] if row["shape"] == shape]
@@ -109,4 +123,4 @@ def line(*cells: str) -> str:
 
 if __name__ == "__main__":
     compiled, eager = models("h200-compiled", "default"), models("h200-transformers")
-    print(*layer(), "", *quarters(), "", *compiled, "", *eager, "", *training(), sep="\n")
+    print(*layer(), "", *quarters(), "", *compiled, "", *eager, "", *beside_peers(), "", *training(), sep="\n")

@@ -38,7 +38,7 @@ def main() -> None:
     """Print the rows."""
     measured = {
         (row["model"], row["gpus"]): row
-        for file in sorted(MEASUREMENTS.glob("h200-x*.json"))
+        for file in sorted(MEASUREMENTS.glob("h200-x*p.json"))
         for row in json.loads(file.read_text())["rows"]
         if row["what"] == "merge 0.2" and row.get("way", "Ulysses") == "Ulysses" and is_whole(row)
     }
