@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from vsa_diffusers.cli import app
+from vsa_diffusers.cli.progress import progress_bars
 from vsa_diffusers.cli.script import REFUSED
 from vsa_diffusers.version import __version__
 
@@ -39,3 +40,14 @@ def test_a_traceback_can_be_asked_for(capsys):
 def test_help_needs_no_torch():
     code = "import sys, vsa_diffusers.cli.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_where_there_is_no_terminal_progress_is_told_in_lines(capsys):
+    with progress_bars() as progress:
+        progress.begin("dense, prompt 1 of 2", 4)
+        progress.step()
+        progress.begin("0.2 [bold], prompt 1 of 2", None)
+    assert capsys.readouterr().err == "0:00:00 dense, prompt 1 of 2\n0:00:00 0.2 [bold], prompt 1 of 2\n"
+    with progress_bars(show=False) as progress:
+        progress.begin("dense", 4)
+    assert capsys.readouterr().err == ""

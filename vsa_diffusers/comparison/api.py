@@ -215,13 +215,14 @@ def measure_settings(
     calls = calls_by_prompt(pipe, prompts, shared, fps)
     directory = check_destination(directory, directory=True)
     work = _Work(store, facts_of(pipe), calls, seed, fps, progress or Progress())
-    distance, no_distance = learned_distance(work.facts["device"])
+    device = work.facts["device"]
+    distance, no_distance = learned_distance(device)
     results: list[Result] = []
     for setting in everything:
         made, reused = work.videos(pipe if setting.pipe is None else setting.pipe, setting)
         files = tuple(_file(setting, index, len(prompts)) for index in range(len(prompts)))
         pairs = zip(made, results[0].made, strict=True) if results else ()
-        close = [closeness(one.video.frames, dense.video.frames, distance) for one, dense in pairs]
+        close = [closeness(one.video.frames, dense.video.frames, distance, device) for one, dense in pairs]
         results.append(Result(setting, tuple(made), tuple(close), files, tuple(reused)))
     return Comparison(tuple(results), prompts, shared, seed, work.facts, no_distance, directory, command)
 

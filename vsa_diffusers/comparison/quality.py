@@ -33,8 +33,19 @@ class Closeness:
     distance: float | None = None
 
 
-def closeness(frames: np.ndarray, reference: np.ndarray, distance: Distance | None = None) -> Closeness:
+def closeness(
+    frames: np.ndarray,
+    reference: np.ndarray,
+    distance: Distance | None = None,
+    device: str | torch.device = "cpu",
+) -> Closeness:
     """Compare a video with a reference, both `[frames, height, width, 3]`, uint8, as files hold them.
+
+    Args:
+        frames: the video.
+        reference: what it is compared with.
+        distance: computes the learned distance, as `learned_distance` gives it.
+        device: where PSNR and SSIM are computed, in fp32.
 
     Raises:
         ValueError: they are of different sizes.
@@ -47,8 +58,11 @@ def closeness(frames: np.ndarray, reference: np.ndarray, distance: Distance | No
     check_installed("torchmetrics")
     from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-    psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
-    for ours, theirs in _chunks(frames, reference):
+    psnr, ssim = (
+        metric(data_range=1.0).to(device) for metric in (PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure)
+    )
+    for chunks in _chunks(frames, reference):
+        ours, theirs = (chunk.to(device) for chunk in chunks)
         psnr.update(ours, theirs)
         ssim.update(ours, theirs)
     learned = None if distance is None else distance(frames, reference)
