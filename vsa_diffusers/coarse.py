@@ -1,4 +1,4 @@
-"""The coarse branch over more than the video: tiles of every segment of a packed sequence, in PyTorch.
+"""The coarse branch over more than the video: tiles of every segment of a packed sequence.
 
 FastH3 (https://github.com/hao-ai-lab/FastVideo) trains gates whose coarse branch covers text, keyframes and audio with
 the video. Its definition is the sparse branch plus gate times this.
@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from .operators import NO_GPU, why_not_kernels
+from .problem import Problem
+from .tiles import TileGrid
 
 Extents = tuple[Sequence[int], Sequence[int]]
 """A grid's extents and its tiles', along one axis for a segment, or three for the video."""
@@ -53,6 +57,69 @@ def packed_coarse(
     coarse = F.scaled_dot_product_attention(*means, scale=scale).transpose(1, 2).to(query.dtype)
     tiles = [math.prod(_counts(*grid)) for grid in grids]
     return torch.cat([_spread(part, *grid) for part, grid in zip(coarse.split(tiles, 1), grids, strict=True)], 1)
+
+
+def add_packed_coarse(
+    exact: torch.Tensor,
+    gate: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Sequence[int],
+    video_shape: Sequence[int],
+    block_size: Sequence[int],
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """`exact + gate * packed_coarse(query, key, value, ...)`, on a GPU by kernels unless gradients are recorded.
+
+    Args:
+        exact: `[batch, sequence, heads, head_dim]`, the sparse branch.
+        gate: likewise, taken to its dtype.
+        query, key, value, segments, video_shape, block_size: as in `packed_coarse`.
+        implementation: `"auto"`, `"triton"` or `"torch"`, as in `video_sparse_attention`.
+
+    Returns:
+        Of the shape and dtype of `exact`.
+    """
+    tensors = (exact, gate.to(exact.dtype), query, key, value)
+    sizes = (list(segments), list(video_shape), list(block_size))
+    is_recorded = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    if is_recorded or query.device.type in NO_GPU or implementation == "torch":
+        return _add_in_torch(*tensors, *sizes)
+    if torch.compiler.is_compiling():
+        return add_packed_coarse_op(*tensors, *sizes, implementation)
+    return _add(*tensors, *sizes, implementation)
+
+
+def _add_in_torch(exact, gate, query, key, value, segments, video_shape, block_size) -> torch.Tensor:
+    return torch.addcmul(exact, gate, packed_coarse(query, key, value, segments, video_shape, block_size))
+
+
+def _add(exact, gate, query, key, value, segments, video_shape, block_size, implementation) -> torch.Tensor:
+    """By the kernels where they run; where they do not, the sparse branch has said why."""
+    (T, H, W), (t, h, w) = video_shape, block_size
+    problem = Problem(TileGrid((T, H, W), (t, h, w)), 1, "sparse", query.shape[-1] ** -0.5)
+    if why_not_kernels(implementation, query, problem) is not None:
+        return _add_in_torch(exact, gate, query, key, value, segments, video_shape, block_size)
+    from .kernels import packed
+
+    return packed.add_packed_coarse(exact, gate, query, key, value, segments, video_shape, block_size)
+
+
+@torch.library.custom_op(
+    "vsa_diffusers::add_packed_coarse",
+    mutates_args=(),
+    schema="(Tensor exact, Tensor gate, Tensor query, Tensor key, Tensor value, SymInt[] segments, "
+    "SymInt[] video_shape, SymInt[] block_size, str implementation) -> Tensor",
+)
+def add_packed_coarse_op(exact, gate, query, key, value, segments, video_shape, block_size, implementation):
+    """`add_packed_coarse` as an operator that a compiler need not look into."""
+    return _add(exact, gate, query, key, value, segments, video_shape, block_size, implementation)
+
+
+@add_packed_coarse_op.register_fake
+def _(exact, *_):
+    return torch.empty_like(exact, memory_format=torch.contiguous_format)
 
 
 def _counts(extents: Sequence[int], blocks: Sequence[int]) -> list[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
-from vsa_diffusers.kernels import backward, forward, support
+from vsa_diffusers.kernels import backward, forward, packed, support
 from vsa_diffusers.kernels.plans import BackwardLaunch, Launch
 from vsa_diffusers.kernels.select import coarse, pool, quarter_scores, top_k, transpose_lists
 from vsa_diffusers.kernels.sparse import backward_key, backward_pooled, backward_preprocess, backward_query
@@ -58,6 +59,8 @@ BACKWARD_KERNELS = {
     "pooled dkdv": backward_pooled.pooled_dkdv_kernel,
     "dkdv": backward_key.dkdv_kernel,
 }
+PACKED_KERNELS = {"tile means": packed.tile_means_kernel, "add gated": packed.add_gated_kernel}
+ALL_KERNELS = KERNELS | BACKWARD_KERNELS | PACKED_KERNELS
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
     triton.runtime.driver.set_active(_Driver(target_of(name)))
     support.device_of = lambda index: target_device(name)
     try:
-        for label, kernel in {**KERNELS, **BACKWARD_KERNELS}.items():
+        for label, kernel in ALL_KERNELS.items():
 
             def compile_only(*args, grid, warmup, label=label, kernel=kernel, **options):
                 if only is None or label in only:
@@ -125,7 +128,7 @@ def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
             kernel.run = compile_only
         yield
     finally:
-        for kernel in {**KERNELS, **BACKWARD_KERNELS}.values():
+        for kernel in ALL_KERNELS.values():
             del kernel.run
         vars(saved[0]).update(saved[1])
         support.device_of = saved[2]
@@ -164,6 +167,17 @@ def compile_call(
             backward(query, query, key, value, gate, mask, indices, lse, query, problem, launch)
         else:
             forward(query, key, value, gate, mask, problem, launch)
+    return compiled
+
+
+def compile_packed(name: int | str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> dict[str, object]:
+    """The compiled kernels of the coarse branch of a packed sequence, by name."""
+    segments, video_shape, block_size = (300, 414), (37, 24, 42), (4, 4, 4)
+    shape = (1, sum(segments) + math.prod(video_shape), 56, head_dim)
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(5)]
+    compiled: dict[str, object] = {}
+    with _compiling_for(name, compiled, None):
+        packed.add_packed_coarse(*tensors, segments, video_shape, block_size)
     return compiled
 
 

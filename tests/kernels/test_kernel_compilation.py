@@ -48,6 +48,18 @@ def test_shipped_configurations_compile_without_spills(target, head_dim):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_coarse_branch_of_a_packed_sequence_compiles_without_spills(target, dtype):
+    from compilation import SHARED_LIMIT, compile_packed, report
+
+    kernels = compile_packed(target, dtype)
+    assert set(kernels) == {"tile means", "add gated"}
+    for name, kernel in kernels.items():
+        assert kernel.metadata.shared <= SHARED_LIMIT[target], name
+        assert not report(name, target, kernel).spills, name
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_quarter_scores_compile_without_spills(target, head_dim):
     kernels = ["pool", "coarse", "quarter scores"]  # the others are those of means

@@ -18,7 +18,7 @@ LAYERS = [
     {"select", "sparse", "hopper"},
     {"support"},
     {"tuning", "launch", "trial"},
-    {"forward", "backward"},
+    {"forward", "backward", "packed"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,7 @@ import torch
 
 from oracle import fasth3, relative_error
 from vsa_diffusers import video_sparse_attention
-from vsa_diffusers.coarse import packed_coarse
+from vsa_diffusers.coarse import add_packed_coarse, add_packed_coarse_op, packed_coarse
 
 SEGMENTS, GRID, TOP_K = (5, 70), (5, 4, 6), 2
 ROWS = (0, 4, 74, 75, 194)
@@ -121,6 +121,20 @@ def test_sums_of_sixteen_bit_rows_are_kept_in_fp32():
     exact = packed_coarse(*(x.bfloat16().double() for x in (q, k, v)), SEGMENTS, GRID, (4, 4, 4))
     assert coarse.dtype == torch.bfloat16
     torch.testing.assert_close(coarse, exact.bfloat16(), atol=0, rtol=2**-7)
+
+
+def test_gate_times_coarse_is_added_to_the_sparse_branch():
+    q, k, v, gate = random()
+    exact = sparse(q, k, v)
+    found = add_packed_coarse(exact, gate.float(), q, k, v, SEGMENTS, GRID, (4, 4, 4))
+    assert relative_error(found, exact + gate.float() * packed_coarse(q, k, v, SEGMENTS, GRID, (4, 4, 4))) < 1e-13
+
+
+def test_the_operator_tells_a_compiler_what_it_returns():
+    q, k, v, gate = (x.float() for x in random())
+    arguments = (torch.randn_like(q), gate, q, k, v, list(SEGMENTS), list(GRID), [4, 4, 4], "auto")
+    torch.library.opcheck(add_packed_coarse_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert add_packed_coarse_op(*arguments).equal(add_packed_coarse(*arguments))
 
 
 @pytest.mark.slow

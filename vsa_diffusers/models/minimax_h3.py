@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers import transformer_minimax_h3
 
-from ..coarse import packed_coarse
+from ..coarse import add_packed_coarse
 from ..processor import FamilyAttnProcessor
 from .family import NORMED, Family, Grid
 
@@ -66,7 +66,8 @@ class MiniMaxH3VSAProcessor(FamilyAttnProcessor):
             )
         exact = super()._attend(shape, (query, key, value), text, text_mask, "sparse")
         block = self._tiles()["block_size"]
-        return torch.addcmul(exact, gate.to(exact.dtype), packed_coarse(query, key, value, segments, shape, block))
+        tensors = (exact, gate, query, key, value)
+        return add_packed_coarse(*tensors, segments, shape, block, self.config.implementation)
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
