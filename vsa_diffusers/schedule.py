@@ -18,8 +18,7 @@ NAMED = ("constant", "front")
 AUTO = "front"
 """What `schedule="auto"` means with merge, by `docs/lab/schedule.md`; gates, trained for one ratio, are constant."""
 FRONT_POWER = 2.0
-FRONT_END = 0.25  # the last step's share of the mean, in runs of many steps
-MANY_STEPS = 8  # in shorter runs every step settles much, so that the last ones keep more
+FRONT_END = 0.25  # the last step's share of the mean
 DENSE = 1 - 1e-9
 
 
@@ -113,14 +112,13 @@ def check_schedule(schedule: Any) -> Schedule:
 def front_loaded(mean: float, total: int) -> RatioSchedule:
     """The curve that spends a budget at the front: its mean over the steps of a run of `total` is `mean`.
 
-    It falls with the square to a quarter of the mean; in runs of fewer than `MANY_STEPS` to more. Where the first step
-    would keep more than all tiles it keeps all, and the last one what the mean then leaves.
+    It falls with the square to a quarter of the mean. Where the first step would keep more than all tiles it keeps all,
+    and the last one what the mean then leaves.
     """
     if total <= 1:
         return RatioSchedule.ramp(mean, mean)
     weight = math.fsum(((total - 1 - step) / (total - 1)) ** FRONT_POWER for step in range(total)) / total
-    fewness = max(0.0, (MANY_STEPS - total) / (MANY_STEPS - 1))
-    last = mean * (FRONT_END + (1 - FRONT_END) * fewness)
+    last = mean * FRONT_END
     first = last + (mean - last) / weight
     if first > 1:
         first, last = 1.0, (mean - weight) / (1 - weight)
