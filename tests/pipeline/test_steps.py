@@ -219,7 +219,8 @@ def test_shares_of_the_steps_are_rounded_up(steps, total, expected):
 
 
 def test_patterns_may_have_dense_steps_of_their_own_and_beside_them():
-    pipe = enable_vsa(build(), config={"blocks.0.attn1": dict(top_k_ratio=0.3, dense_steps=1), "blocks.1.attn1": {}})
+    own = dict(top_k_ratio=0.3)
+    pipe = enable_vsa(build(), config={"blocks.0.attn1": own | dict(dense_steps=1), "blocks.1.attn1": own})
     attn = [block.attn1 for block in pipe.transformer.blocks[:2]]
     seen = [[], []]
     for each, list_ in zip(attn, seen, strict=True):
