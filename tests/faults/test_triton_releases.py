@@ -20,6 +20,7 @@ CALLS = {
     "forward": ["--targets", *TARGETS],
     "quarters": ["--targets", *TARGETS, "--combines", "merge", "--selection", "quarters"],
     "backward": ["--targets", *TARGETS, "--backward"],
+    "packed": ["--targets", *TARGETS, "--packed"],
 } | {
     f"hopper, {layout}, {dim}": [
         "--targets",
@@ -38,6 +39,7 @@ CALLS = {
 KERNELS = {
     "forward": ["pool", "coarse", "top_k", "sparse forward"],
     "quarters": ["quarter scores"],
+    "packed": ["tile means", "add gated"],
     "backward": ["coarse gradient", "backward preprocess", "rebuild lists", "transpose lists", "order lists", "dq",
                  "pooled dkdv", "dkdv"],
 }  # fmt: skip

@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--selection", choices=["mean", "quarters"], default="mean")
     parser.add_argument("--video-shape", type=int, nargs=3, default=(21, 30, 52), metavar=("T", "H", "W"))
     parser.add_argument("--backward", action="store_true", help="the kernels of the backward pass")
+    parser.add_argument("--packed", action="store_true", help="the kernels of a packed sequence's coarse branch")
     parser.add_argument("--only", help="print nothing but this kernel")
     parser.add_argument("--layout", choices=["direct", "tiled", "descriptor"])
     parser.add_argument("--warps", type=int, default=4)
@@ -269,6 +270,10 @@ def main() -> None:
     for target in args.targets:
         name = int(target[3:]) if target.startswith("sm_") else target
         for head_dim in args.head_dims:
+            if args.packed:
+                for label, kernel in compile_packed(name, head_dim=head_dim).items():
+                    print(head_dim, report(label, name, kernel), flush=True)
+                continue
             for combine in args.combines:
                 case = {"head_dim": head_dim, "combine": combine, "launch": launch, "gradients": args.backward}
                 case |= {"selection": args.selection, "video_shape": tuple(args.video_shape)}
