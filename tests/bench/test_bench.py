@@ -10,7 +10,8 @@ from vsa_diffusers.bench.shapes import CPU_SHAPE, SHAPES, parse
 
 SMALL = "1x1x4x8x8x16"
 on_cpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="runs on a machine without a GPU: with one, other things are measured"
+    torch.cuda.is_available(),
+    reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest): with one, other things are measured",
 )
 
 

@@ -10,7 +10,10 @@ from vsa_diffusers.bench.transformers import blocks_compiled, cells, main, shall
 from vsa_diffusers.models import find_family
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU, where it takes seconds")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest), where it takes seconds",
+)
 def test_it_measures_every_transformer_and_writes_json(tmp_path, capsys, caplog):
     path = tmp_path / "transformers.json"
     with caplog.at_level(logging.INFO, "vsa_diffusers"):
@@ -32,7 +35,7 @@ def test_memory_is_in_billions_of_bytes_as_the_headings_say():
     assert cells(row | {"peak_bytes": None, "weights_bytes": 1})[-3:] == ["", "", ""]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest)")
 def test_full_sizes_need_a_gpu():
     with pytest.raises(SystemExit, match="pass --tiny"):
         main([])
@@ -63,7 +66,10 @@ def test_a_full_size_has_its_checkpoint_s_parameters_and_accepts_its_inputs(name
         assert model(**inputs, return_dict=False)[0].shape == inputs["hidden_states"].shape
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU, where it takes seconds")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest), where it takes seconds",
+)
 def test_blocks_are_compiled_in_the_dense_and_the_sparse_model(monkeypatch):
     compiled = []
     monkeypatch.setattr(

@@ -15,7 +15,8 @@ from vsa_diffusers.cli.bench import Peer as PeerOption
 
 PARTIAL = "2x2x6x7x9x64"  # tiles with fewer tokens on every axis
 on_cpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="runs on a machine without a GPU: with one, other things are measured"
+    torch.cuda.is_available(),
+    reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest): with one, other things are measured",
 )
 
 

@@ -143,7 +143,7 @@ def test_doctor_says_what_an_error_began_with():
     assert doctor._cause(KeyError()) == "KeyError"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest)")
 def test_bench_prints_a_table_with_a_verdict_and_writes_json(capsys, tmp_path):
     path = tmp_path / "bench.json"
     argv = ("bench", "--shapes", "1x1x4x8x8x16", "--ratios", "0.5", "0.25", "--combines", "merge", "--json", str(path))
@@ -160,7 +160,7 @@ def test_bench_prints_a_table_with_a_verdict_and_writes_json(capsys, tmp_path):
     assert len(json.loads(printed.out)["rows"]) == 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs where torch sees no GPU (CUDA_VISIBLE_DEVICES= pytest)")
 def test_a_sweep_needs_a_gpu(capsys):
     code, printed = run(capsys, "bench", "--sweep", "here")
     assert code == script.REFUSED
