@@ -70,6 +70,7 @@ def test_every_kernel_compiles(folder, name):
     command = [sys.executable, str(COMPILATION), *CALLS[name]]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-4000:]
+    assert "Warning" not in told.stderr, told.stderr
     for kernel in KERNELS.get(name, ["hopper forward"]):
         for target in CALLS[name][1 : 1 + len(TARGETS)] if name in KERNELS else ["sm_90"]:
             assert f"kernel='{kernel}', target='{target}'" in told.stdout, (kernel, target)

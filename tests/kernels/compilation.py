@@ -122,6 +122,7 @@ def _compiling_for(name: int | str, compiled: dict, only: Sequence[str] | None):
         for label, kernel in ALL_KERNELS.items():
 
             def compile_only(*args, grid, warmup, label=label, kernel=kernel, **options):
+                assert "enable_fp_fusion" in options, f"{label} leaves the fusing of products and sums to Triton"
                 if only is None or label in only:
                     compiled[label] = JITFunction.run(kernel, *args, grid=grid, warmup=True, **options)
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ..tiles import TileGrid
 from .arguments import power_of_two
+from .recording import STATED
 
 ROWS = 16  # of a program that adds; head_dim makes each 256 bytes
 
@@ -122,7 +123,7 @@ def tile_means(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     form = dict(CAPACITY=capacity, BLOCK_C=power_of_two(capacity), HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim))
     with torch.cuda.device_of(x):
         tile_means_kernel[(count * batch * heads,)](
-            x, tiles, means, *x.stride()[:3], batch * heads, heads, **form, num_warps=4
+            x, tiles, means, *x.stride()[:3], batch * heads, heads, **form, num_warps=4, **STATED
         )
     return means.permute(1, 2, 0, 3)
 
@@ -150,6 +151,7 @@ def add_gated(exact: torch.Tensor, gate: torch.Tensor, coarse: torch.Tensor, til
             HEAD_DIM=head_dim,
             BLOCK_D=power_of_two(head_dim),
             num_warps=4,
+            **STATED,
         )
     return out
 

@@ -19,6 +19,9 @@ import triton
 from torch.overrides import TorchFunctionMode
 
 ALIGNMENT = 512  # bytes, as PyTorch's allocator for CUDA devices aligns
+STATED = {"enable_fp_fusion": True}
+"""What no launch leaves to Triton's default: 3.9 warns where this is left open, and 3.10 is to take the other way."""
+
 Tensors = Sequence[Any]  # those of a call, `None` for an optional one that was not given
 
 
@@ -79,7 +82,7 @@ class Launcher:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         """`kernel[grid](*arguments, **options)`."""
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, **(STATED | options))
 
 
 # These two are plain classes: unpacking named tuples takes several times as long, and a replay must be quick.
@@ -223,7 +226,7 @@ class Recorder(Launcher):
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         with torch._C.DisableTorchFunction():  # Triton may ask what it likes
-            compiled = kernel[grid](*arguments, **options)
+            compiled = kernel[grid](*arguments, **(STATED | options))
         names = kernel.arg_names
         named = dict(zip(names, arguments, strict=False)) | options
         ordered = [named[name] for name in names]
