@@ -33,6 +33,8 @@ LEVELS = _levels(18)
 """Means that a layer may keep; the last one is dense attention."""
 EVEN_LEVELS = _levels(120)
 """The same where all layers keep alike, so that any budget is met nearly."""
+TAIL = 0.05
+"""What the steepest schedule keeps in the last step."""
 STABLE = 0.1
 """Largest interquartile range of a layer's times, over their median, at which times are what is counted."""
 
@@ -61,13 +63,20 @@ def _ramp(times: float, power: float) -> Callable[[float], dict[str, Any]]:
     return fields
 
 
+def _from_dense(mean: float) -> dict[str, Any]:
+    """From all tiles to `TAIL` of them, or a quarter of a small mean, by the power that gives this mean."""
+    last = min(TAIL, mean / 4)
+    power = (1 - mean) / (mean - last)
+    return {"schedule": {"points": [[0.0, 1.0], [1.0, round(last, 4)]], "power": round(power, 4)}}
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("constant", lambda mean: {"top_k_ratio": mean, "schedule": "constant"}),
         Shape("ramp", _ramp(1.75, 1.0)),
         Shape("front", lambda mean: {"top_k_ratio": mean, "schedule": "front"}),
-        Shape("steep", _ramp(4.2, 4.0)),
+        Shape("steep", _from_dense),
         Shape("dense start", lambda mean: {"top_k_ratio": mean, "schedule": "constant", "dense_steps": 0.2}),
     )
 }
