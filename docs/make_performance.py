@@ -32,6 +32,7 @@ PEERS = {
     "attn-gym-compiled": "the same, all of it compiled",
     "comfy-kitchen-sol": "comfy-kitchen 0.2.40, Sol (int8)",
     "comfy-kitchen-vsa": "comfy-kitchen 0.2.40, VSA by its kernels",
+    "fastvideo-kernel": "fastvideo-kernel 0.3.5, VSA of its authors",
 }
 # Files of the present kernels; a star marks the rows of the others.
 PRESENT = ("h200-forward", "h200-quarters", "h200-quarters-auto", "h200-backward")
@@ -84,9 +85,20 @@ def models(name: str, mode: str | None = None) -> Iterator[str]:
 
 
 def beside_peers() -> Iterator[str]:
-    """The shortest video, other packages in the same run: times as fast as dense."""
+    """Two videos, other packages in the same run: times as fast as dense."""
     for what, title in PEERS.items():
-        yield line(title, *(speedup("h200-peers", "ltx2-512p", what, ratio) for ratio in RATIOS))
+        first = "h200-peers" if has("h200-peers", "ltx2-512p", what) else "h200-peers-wan"
+        cells = [
+            speedup(name, shape, what, ratio) if has(name, shape, what) else ""
+            for name, shape in ((first, "ltx2-512p"), ("h200-peers-wan", "wan1.3b-480p"))
+            for ratio in RATIOS
+        ]
+        yield line(title, *cells)
+
+
+def has(name: str, shape: str, what: str) -> bool:
+    """Whether one file has a row of this."""
+    return any(row["what"] == what for row in rows(name, shape))
 
 
 def rows(name: str, shape: str) -> list[dict]:
