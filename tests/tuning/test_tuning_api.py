@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -28,6 +29,7 @@ from vsa_diffusers.tuning import api, tune
 from vsa_diffusers.tuning import probe as probing
 from vsa_diffusers.tuning.probe import RATIOS, REFERENCE
 from vsa_diffusers.tuning.replay import error_of, record, replay
+from vsa_diffusers.tuning.report import columns, verdict
 from vsa_diffusers.tuning.search import SHAPES, Cost, Search
 
 PROMPT = "a red ring"
@@ -188,6 +190,17 @@ def test_it_writes_what_enable_vsa_takes_and_leaves_the_pipeline_as_it_was(pipe,
     assert tuning.cost.reason in page
     assert page.count("data:image/png") == 3
     assert not re.search(r'(?:src|href)="(?!data:)', page)
+
+
+def test_costs_have_a_column_only_where_they_are_times(tuning):
+    timed = replace(tuning, cost=Cost({0.0: 2.0, 0.25: 1.0, 0.5: 1.5}, 0.0, 2, "time of the layers"))
+    for found, heading, words in ((tuning, (), "of the tiles,"), (timed, ("cost",), "of dense attention's time,")):
+        headings, rows = columns(found)
+        assert headings == ("setting", *heading, "tiles kept", "times dense", "PSNR, dB", "SSIM", "")
+        assert {len(row) for row in rows} == {len(headings)}
+        assert [row[0] for row in rows if row[-1]] == [found.best.name]
+        assert words in verdict(found)
+        assert [column.header for column in found.table().columns] == list(headings)
 
 
 def test_another_target_makes_only_what_is_new_and_a_missed_one_leaves_no_config(pipe, directory, tuning, monkeypatch):

@@ -24,42 +24,47 @@ _WIDTH = 6.4
 _ROW_INCHES = 0.26
 
 
-def rows(tuning: Tuning) -> list[tuple[str, ...]]:
-    """Cells under `HEADINGS`, cheapest first; the best setting says so in the last one."""
-    return [
+def columns(tuning: Tuning) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows, cheapest first, without columns that would be empty or say the same as another.
+
+    The best setting says so in the last column.
+    """
+    cost = "{:.3f}" if tuning.cost.is_time else ""
+    cells = [
         (
-            each.name, f"{each.cost:.3f}", f"{each.kept:.3f}", f"{each.speedup:.2f}x", _psnr(each), f"{each.ssim:.3f}",
-            "" if each.error is None else f"{each.error:.3f}",
+            each.name, cost.format(each.cost), f"{each.kept:.3f}", f"{each.speedup:.2f}x", _psnr(each),
+            f"{each.ssim:.3f}", "" if each.error is None else f"{each.error:.3f}",
             ("best" if tuning.is_met else "nearest") if each.name == tuning.best.name else "",
         )
         for each in by_cost(tuning.points)
     ]  # fmt: skip
+    last = len(HEADINGS) - 1
+    shown = [place for place in range(last + 1) if place in (0, last) or any(row[place] for row in cells)]
+    return tuple(HEADINGS[place] for place in shown), [tuple(row[place] for place in shown) for row in cells]
 
 
 def table(tuning: Tuning) -> Table:
     """For a terminal."""
-    shown, cells = Table(), rows(tuning)
-    for place, heading in enumerate(HEADINGS):
-        if place in (0, len(HEADINGS) - 1) or any(row[place] for row in cells):
-            shown.add_column(heading, justify="left" if not place else "right")
-    kept = [place for place, heading in enumerate(HEADINGS) if not heading or any(row[place] for row in cells)]
-    for row in cells:
-        shown.add_row(*(row[place] for place in kept))
+    headings, rows = columns(tuning)
+    shown = Table()
+    for place, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if not place else "right", no_wrap=not place)
+    for row in rows:
+        shown.add_row(*row)
     return shown
 
 
 def verdict(tuning: Tuning) -> str:
     """In a sentence or two, what was found."""
     best, default = tuning.best, tuning.default
-    reached = f"cost {best.cost:.3f} of dense, {best.speedup:.2f} times as fast, PSNR {_psnr(best)} dB"
+    spent = f"{best.cost:.3f} of dense attention's time" if tuning.cost.is_time else f"{best.kept:.3f} of the tiles"
+    reached = f"{spent}, {best.speedup:.2f} times as fast, PSNR {_psnr(best)} dB"
     if not tuning.is_met:
         return f"No setting that was tried reaches {tuning.target}; the nearest is {best.name}: {reached}."
     text = f"{best.name} reaches {tuning.target}: {reached}."
     if default is not None and default is not best and math.isfinite(best.psnr) and math.isfinite(default.psnr):
-        text += (
-            f" The default at top_k_ratio={default.kept:.3g}, of cost {default.cost:.3f}, has a PSNR of "
-            f"{_psnr(default)} dB."
-        )
+        cost = f", of cost {default.cost:.3f}," if tuning.cost.is_time else ""
+        text += f" The default at top_k_ratio={default.kept:.3g}{cost} has a PSNR of {_psnr(default)} dB."
     if not all(each.proven for each in tuning.points):
         count = len(tuning.comparison.prompts)
         text += (
@@ -72,7 +77,7 @@ def write_report(path: PathLike, tuning: Tuning, *, has_videos: bool) -> None:
     """Write the page, whole or not at all; it says where the videos are if there are some."""
     numbers = tuning.to_dict()
     best = tuning.best
-    cells = rows(tuning)
+    headings, rows = columns(tuning)
     write_page(
         path,
         "tuning/report.html.jinja",
@@ -84,9 +89,8 @@ def write_report(path: PathLike, tuning: Tuning, *, has_videos: bool) -> None:
         best=best,
         psnr=_psnr(best),
         speed=f"{best.speedup:.2f}",
-        headings=HEADINGS,
-        rows=cells,
-        has_error=any(row[6] for row in cells),
+        headings=headings,
+        rows=rows,
         has_videos=has_videos,
         cost=tuning.cost.reason,
         curve=data_uri(png(draw_curve(tuning)), "image/png"),
