@@ -1,6 +1,7 @@
 """`vsa-diffusers inspect`: its numbers, its pictures and its page."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_the_page_refers_to_nothing_outside_of_itself_and_names_what_it_shows(nu
     text = " ".join(page.text)
     assert page.references
     assert all(reference.startswith("data:") for reference in page.references)
-    assert "http" not in html.replace("data:,", "")
+    assert "http" not in re.sub(r'"data:[^"]*"', "", html)  # letters of a picture may spell anything
     assert len(page.pictures) == len(PICTURES)
     assert all(len(picture["alt"]) > 10 for picture in page.pictures)
     assert "a <red> circle" in text

@@ -45,7 +45,7 @@ def closeness(
         frames: the video.
         reference: what it is compared with.
         distance: computes the learned distance, as `learned_distance` gives it.
-        device: where PSNR and SSIM are computed, in fp32.
+        device: where PSNR and SSIM are computed.
 
     Raises:
         ValueError: they are of different sizes.
@@ -58,13 +58,12 @@ def closeness(
     check_installed("torchmetrics")
     from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-    psnr, ssim = (
-        metric(data_range=1.0).to(device) for metric in (PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure)
-    )
+    psnr = PeakSignalNoiseRatio(data_range=255.0).to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
     for chunks in _chunks(frames, reference):
         ours, theirs = (chunk.to(device) for chunk in chunks)
-        psnr.update(ours, theirs)
-        ssim.update(ours, theirs)
+        psnr.update(ours.int(), theirs.int())  # whole numbers, whose sum is the same in any order
+        ssim.update(ours / 255, theirs / 255)
     learned = None if distance is None else distance(frames, reference)
     return Closeness(psnr.compute().item(), torch.as_tensor(ssim.compute()).item(), learned)
 
@@ -86,15 +85,16 @@ def learned_distance(device: str | torch.device = "cpu") -> tuple[Distance | Non
     def distance(frames: np.ndarray, reference: np.ndarray) -> float:
         network.reset()
         for ours, theirs in _chunks(frames, reference):
-            network.update(_large_enough(ours).to(device), _large_enough(theirs).to(device))
+            network.update(*(_large_enough(chunk.to(device) / 255) for chunk in (ours, theirs)))
         return float(network.compute())
 
     return distance, None
 
 
 def _chunks(*videos: np.ndarray) -> Iterator[list[torch.Tensor]]:
+    """Some frames of each video at a time, `[frames, 3, height, width]`, uint8."""
     for first in range(0, len(videos[0]), _CHUNK):
-        yield [torch.from_numpy(video[first : first + _CHUNK]).permute(0, 3, 1, 2) / 255 for video in videos]
+        yield [torch.from_numpy(video[first : first + _CHUNK]).permute(0, 3, 1, 2) for video in videos]
 
 
 def _large_enough(frames: torch.Tensor) -> torch.Tensor:
