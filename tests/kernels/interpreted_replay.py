@@ -29,7 +29,7 @@ CASES = [
     Case(combine="sum", video_shape=(4, 8, 8), top_k=2),
     Case(combine="sparse", video_shape=(3, 2, 2), top_k=1),
     replace(JOINT, video_shape=(4, 5, 6), top_k=2, layout="tiled", heads=2, batch=1),
-    replace(STRIDE_CASES[0], video_shape=(4, 5, 5), top_k=2),
+    replace(STRIDE_CASES[0], video_shape=(4, 5, 5), top_k=2, batch=1),
 ]
 
 

@@ -286,6 +286,7 @@ def test_two_processes_distil_as_one_does(material, tmp_path, sharded, rank):
     assert metrics(tmp_path / "two") == [pytest.approx(line, rel=1e-3) for line in metrics(tmp_path / "one")]
 
 
+@pytest.mark.slow
 @on_processors
 def test_a_sharded_training_goes_on_as_if_nothing_had_happened(material, tmp_path):
     options = training_options(material, tmp_path / "run", train_batch_size=1, use_ema=True, optimizer="muon")
