@@ -13,6 +13,8 @@ from ..primitives.geometry import tile_box
 ROWS = gl.constexpr(64)
 # How the products lay out logits.
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+# The bits of a logit's column that depend on the thread; the others are known when compiling.
+THREAD_BITS = gl.constexpr(6)
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 BOX = gl.constexpr(gl.NVMMASharedLayout(128, 16, 5))
 # The 128-byte swizzle stores panels of 64 columns, so a buffer of head_dim 128 is two panels of all its rows.

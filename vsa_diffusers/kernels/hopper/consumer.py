@@ -23,6 +23,7 @@ from .common import (
     BOX,
     LOGITS,
     ROWS,
+    THREAD_BITS,
     first_token,
     load_task,
     output_layout,
@@ -33,6 +34,29 @@ from .common import (
     valid_context,
 )
 from .renamed import OPERANDS_APART, reinterpret, store_box
+
+
+@gluon.jit
+def _column_before(column, end):
+    """Whether a column of the logits lies before `end`.
+
+    The columns of a thread follow from its first one and from what is known when compiling. With the latter at the side
+    of `end`, a loop keeps one number in a register, and not one for each column.
+    """
+    return (column & THREAD_BITS) < end - (column & ~THREAD_BITS)
+
+
+@gluon.jit
+def _column_bit(word, column):
+    """Bit `column % 32` of a word, in two shifts for the same reason."""
+    return ((word >> (column & THREAD_BITS)) >> (column & (31 & ~THREAD_BITS))) & 1
+
+
+@gluon.jit
+def _not_before_here(number):
+    """The same number, not known to be, so that nothing is worked out from it further up. From Triton 3.8 on the second
+    product's addresses would be, between the instructions of the first."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -90,7 +114,7 @@ def _step(
     mbarrier.wait(value_full.index(stage), phase)
     if FENCE:
         fence_async_shared()
-    acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+    acc = warpgroup_mma(p, values.index(_not_before_here(stage)), acc, is_async=True)
     if not LEAVE:
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     return row_max, row_sum, acc, p
@@ -204,12 +228,12 @@ def consumer(
                     if partial_groups is not None:
                         for first in range(0, listed_keys, ROWS):
                             first_group = partial_groups + row * partial_width + first // GROUP
-                            held = gl.zeros_like(column)  # rows of the group that a column belongs to
+                            end = gl.zeros_like(column)  # of the rows that the group of a column holds
                             for group in gl.static_range(ROWS // GROUP):
                                 listed = first + group * GROUP < listed_keys
                                 start, shape = unpack(gl.load(first_group + group, listed, other=0))
-                                held = gl.where(column // GROUP == group, shape & 255, held)
-                            bias = gl.where(column % GROUP < held, 0.0, float("-inf"))
+                                end = gl.where(column // GROUP == group, group * GROUP + (shape & 255), end)
+                            bias = gl.where(_column_before(column, end), 0.0, float("-inf"))
                             state = _step(
                                 q_buffer,
                                 buffers,
@@ -227,7 +251,7 @@ def consumer(
                         for first in range(0, num_tiles, ROWS):
                             words = selected_bits + row * bits_width + first // 32
                             word = gl.where(column < 32, gl.load(words), gl.load(words + 1))
-                            pooled = (first + column < num_tiles) & (((word >> (column % 32)) & 1) == 0)
+                            pooled = _column_before(column, num_tiles - first) & (_column_bit(word, column) == 0)
                             bias = gl.where(pooled, gl.load(log_size + first + column), float("-inf"))
                             state = _step(
                                 q_buffer, buffers, barriers, count, state, scale, bias, False, attempt == 0, LEAVE
