@@ -252,6 +252,14 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_made(capsys, tmp_
     assert not (tmp_path / "new").exists()
 
 
+def test_psnr_is_exact_however_many_pixels_there_are():
+    random = np.random.default_rng(0)
+    frames, reference = (random.integers(0, 256, (17, 48, 64, 3), np.uint8) for _ in range(2))
+    squares = sum((int(a) - int(b)) ** 2 for a, b in zip(frames.flat, reference.flat, strict=True))
+    exact = 10 * math.log10(255**2 * frames.size / squares)
+    assert quality.closeness(frames, reference).psnr == pytest.approx(exact, rel=1e-14)
+
+
 def test_closeness_of_a_video_to_itself_to_noise_and_to_another_size():
     video = np.random.default_rng(0).integers(0, 256, (10, 32, 48, 3), dtype=np.uint8)
     same = quality.closeness(video, video.copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def closeness(
         frames: the video.
         reference: what it is compared with.
         distance: computes the learned distance, as `learned_distance` gives it.
-        device: where PSNR and SSIM are computed.
+        device: where SSIM is computed; PSNR always on the CPU, in fp64, in which its sum is exact.
 
     Raises:
         ValueError: they are of different sizes.
@@ -56,16 +57,18 @@ def closeness(
     if np.array_equal(frames, reference):
         return Closeness(float("inf"), 1.0, None if distance is None else 0.0)
     check_installed("torchmetrics")
-    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+    from torchmetrics.image import StructuralSimilarityIndexMeasure
+    from torchmetrics.regression import MeanSquaredError
 
-    psnr = PeakSignalNoiseRatio(data_range=255.0).to(device)
+    # In fp64, in which sums of whole numbers are exact in any order; torchmetrics' PSNR takes whole numbers to fp32.
+    squared = MeanSquaredError().set_dtype(torch.float64)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
     for chunks in _chunks(frames, reference):
-        ours, theirs = (chunk.to(device) for chunk in chunks)
-        psnr.update(ours.int(), theirs.int())  # whole numbers, whose sum is the same in any order
-        ssim.update(ours / 255, theirs / 255)
+        squared.update(*(chunk.flatten().double() for chunk in chunks))
+        ssim.update(*(chunk.to(device) / 255 for chunk in chunks))
     learned = None if distance is None else distance(frames, reference)
-    return Closeness(psnr.compute().item(), torch.as_tensor(ssim.compute()).item(), learned)
+    psnr = 10 * math.log10(255**2 / squared.compute().item())
+    return Closeness(psnr, torch.as_tensor(ssim.compute()).item(), learned)
 
 
 def learned_distance(device: str | torch.device = "cpu") -> tuple[Distance | None, str | None]:
