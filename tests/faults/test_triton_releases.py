@@ -2,7 +2,7 @@
 
 Each release is downloaded into a folder of its own, which goes before the installed one; nothing is installed. How many
 registers a kernel spills is held to limits with the installed release alone (`tests/kernels`): here it may be more, but
-in the Hopper kernel as long sequences take it.
+in the Hopper kernel and the pool as long sequences take them.
 """
 
 import importlib.util
@@ -18,7 +18,8 @@ COMPILATION = Path(__file__).parents[1] / "kernels" / "compilation.py"
 RELEASES = {"3.6": "triton==3.6.*", "3.7": "triton==3.7.*", "3.8": "triton==3.8.*", "newest": "triton>=3.9"}
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 HOPPER = {"128": ["--programs", "264"], "64": ["--programs", "396"]}
-MOST_SPILLS = 24  # bytes of the Hopper kernel with Triton 3.6; more than that cost 5 to 10 % of its time
+# Bytes, with Triton 3.6; more than that cost 5 to 10 % of the Hopper kernel's time, and a quarter of the pool's.
+MOST_SPILLS = {"hopper forward": 24, "pool": 0}
 CALLS = {
     "forward": ["--targets", *TARGETS],
     "quarters": ["--targets", *TARGETS, "--combines", "merge", "--selection", "quarters"],
@@ -78,6 +79,7 @@ def test_every_kernel_compiles(folder, name):
         for target in CALLS[name][1 : 1 + len(TARGETS)] if name in KERNELS else ["sm_90"]:
             assert f"kernel='{kernel}', target='{target}'" in told.stdout, (kernel, target)
     if "descriptor" in name:
-        told_of = [line for line in told.stdout.splitlines() if "kernel='hopper forward'" in line]
-        assert all("serialized=False" in line for line in told_of), told_of
-        assert max(int(re.search(r"\bspills=(\d+)", line).group(1)) for line in told_of) <= MOST_SPILLS, told_of
+        for kernel, most in MOST_SPILLS.items():
+            told_of = [line for line in told.stdout.splitlines() if f"kernel='{kernel}'" in line]
+            assert all("serialized=False" in line for line in told_of), told_of
+            assert max(int(re.search(r"\bspills=(\d+)", line).group(1)) for line in told_of) <= most, told_of

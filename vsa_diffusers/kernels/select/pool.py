@@ -93,27 +93,44 @@ def _pool_one(
     rows,
     copy,
     max_norm,
-    tokens,
+    first,
     copy_row,
     size,
+    box,
     stride_s,
     SLOTS: tl.constexpr,
+    STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
-    slot = tl.arange(0, SLOTS)
+    """A tile's mean, largest norm and copy, from `STEP` of its rows at a time; returns the last of them `[STEP, D]`."""
+    extent_h, extent_w, video_h, video_w = box
     dim = tl.arange(0, BLOCK_D)
-    mask = (slot[:, None] < size) & (dim[None, :] < HEAD_DIM)
-    x = tl.load(source + tokens.to(tl.int64)[:, None] * stride_s + dim[None, :], mask, other=0.0)  # [SLOTS, BLOCK_D]
-    wide = x.to(tl.float32)
-    average = tl.sum(wide, 0) / size
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    square = 0.0
+    for start in tl.static_range(0, SLOTS, STEP):
+        slot = start + tl.arange(0, STEP)
+        tokens = first + slot_offset(slot, extent_h, extent_w, video_h, video_w)
+        mask = (slot[:, None] < size) & (dim[None, :] < HEAD_DIM)
+        x = tl.load(
+            source + tokens.to(tl.int64)[:, None] * stride_s + dim[None, :], mask, other=0.0, eviction_policy=EVICT
+        )
+        copied = (copy_row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :]
+        if rows is not None and STEP == SLOTS:  # before the sums, for which all rows stay in registers
+            tl.store(rows + copy + copied, x, mask)
+        wide = x.to(tl.float32)
+        total += tl.sum(wide, 0)
+        if max_norm is not None:
+            square = tl.maximum(square, tl.max(tl.sum(wide * wide, 1), 0))
+        if rows is not None and STEP < SLOTS:
+            tl.store(rows + copy + copied, x, mask)
+    average = total / size
     tl.store(mean + dim, average, dim < HEAD_DIM)
     if pooled_kv is not None:
         tl.store(pooled_kv + pooled_offset + dim, average.to(pooled_kv.dtype.element_ty), dim < HEAD_DIM)
     if max_norm is not None:
-        tl.store(max_norm, tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)))
-    if rows is not None:
-        tl.store(rows + copy + (copy_row + slot[:, None]).to(tl.int64) * HEAD_DIM + dim[None, :], x, mask)
+        tl.store(max_norm, tl.sqrt(square))
     return x
 
 
@@ -163,7 +180,12 @@ def pool_kernel(
     size = extent_t * extent_h * extent_w
     slot = tl.arange(0, SLOTS)
     token = (t * video_h + h) * video_w + w
-    tokens = tokens_before + token + slot_offset(slot, extent_h, extent_w, video_h, video_w)
+    first = tokens_before + token
+    box = (extent_h, extent_w, video_h, video_w)
+    # What is copied passes through few registers, so that many programs have loads under way; quarters need all rows.
+    STEP: tl.constexpr = 16 if rows is not None and quarters is None and SLOTS > 16 else SLOTS
+    # What is not copied will be read again, from L2 as far as it is there: the last loads must not drive out the first.
+    EVICT: tl.constexpr = "evict_first" if rows is None else ""
     copy_row = tile_row(t, h, w, extent_t, extent_h, video_h, video_w)
     batch_head = (batch * heads + head).to(tl.int64)
     row = batch_head * num_tiles + tile
@@ -177,7 +199,23 @@ def pool_kernel(
         source = query + batch * query_b + head * query_h
         max_norm += row
         x = _pool_one(
-            source, mean, None, 0, None, 0, max_norm, tokens, copy_row, size, query_s, SLOTS, HEAD_DIM, BLOCK_D
+            source,
+            mean,
+            None,
+            0,
+            None,
+            0,
+            max_norm,
+            first,
+            copy_row,
+            size,
+            box,
+            query_s,
+            SLOTS,
+            STEP,
+            HEAD_DIM,
+            BLOCK_D,
+            EVICT,
         )
         if quarters is not None:
             counts_at = log_counts + 4 * tile
@@ -198,13 +236,16 @@ def pool_kernel(
             rows,
             copy,
             max_norm,
-            tokens,
+            first,
             copy_row,
             size,
+            box,
             key_s,
             SLOTS,
+            STEP,
             HEAD_DIM,
             BLOCK_D,
+            EVICT,
         )
         if quarters is not None:
             to = quarters + 4 * (plane + pooled_offset)
@@ -221,13 +262,16 @@ def pool_kernel(
             rows,
             copy,
             None,
-            tokens,
+            first,
             copy_row,
             size,
+            box,
             value_s,
             SLOTS,
+            STEP,
             HEAD_DIM,
             BLOCK_D,
+            EVICT,
         )
 
 
