@@ -88,6 +88,7 @@ def test_fine_tuned_weights_make_one_more_video_and_change_no_other(model, made,
     assert "VSA 0.5, fine-tuned" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_unchanged_weights_saved_as_fine_tuned_make_the_training_free_video(model, made, tmp_path):
     tuned = save_fine_tuned(tmp_path / "tuned", change=0.0)
     demo.main(**OPTIONS, fine_tuned=tuned, output=tmp_path, model=model)

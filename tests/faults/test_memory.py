@@ -129,15 +129,12 @@ def making_pipelines(model):
     return enable_on_a_new_model
 
 
-# What is done, how often to begin with, and how often then.
+# What is done, how often to begin with, and how often then; the rest for longer alone.
 CASES = {
     "enable and disable": (enabling, 20, 100),
-    "enable again": (enabling_again, 20, 100),
-    "set processors": (setting_processors, 4, 40),
     "changing sizes": (changing_sizes(20), 20, 60),
     "training on changing sizes": (training_on_changing_sizes(10), 10, 20),
     "pipeline runs": (running_a_pipeline, 3, 12),
-    "new models": (making_pipelines, 3, 20),
 }
 # The look-up tables of the package are full after some hundreds of sizes.
 LONG = {

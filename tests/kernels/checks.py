@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -280,6 +280,9 @@ def check_rows_far_below_their_bound(combine: str, device: str = "cpu", **change
     assert relative_error(lse, right_lse) < TOLERANCES[case.dtype] / 10
 
 
-def half(cases: Sequence[Case]) -> list[Any]:
-    """As parameters, every second one slow: the interpreter takes seconds for each, and `make test-all` runs all."""
-    return [pytest.param(case, marks=pytest.mark.slow if place % 2 else ()) for place, case in enumerate(cases)]
+def some(values: Iterable[Any], first: int = 0, every: int = 1) -> list[Any]:
+    """As parameters, all slow but those from `first` on at steps of `every`: each takes seconds, and there are many."""
+    return [
+        value if place >= first and (place - first) % every == 0 else pytest.param(value, marks=pytest.mark.slow)
+        for place, value in enumerate(values)
+    ]

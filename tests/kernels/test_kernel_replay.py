@@ -60,7 +60,10 @@ def comparable(launches, tensors):
     return [(name, grid, {key: named(x) for key, x in arguments.items()}) for name, grid, arguments in launches]
 
 
-@pytest.mark.parametrize(("combine", "video_shape", "heads"), [("gate", (6, 8, 8), 2), ("merge", (32, 16, 18), 3)])
+@pytest.mark.parametrize(
+    ("combine", "video_shape", "heads"),
+    [("gate", (6, 8, 8), 2), pytest.param("merge", (32, 16, 18), 3, marks=pytest.mark.slow)],
+)
 @pytest.mark.usefixtures("workspaces")
 def test_a_second_call_launches_the_same_kernels_on_its_own_tensors(driver, combine, video_shape, heads, monkeypatch):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 2**24)  # the larger shape goes through in two parts
@@ -134,7 +137,11 @@ def test_a_new_size_compiles_no_other_hopper_kernel(driver):
 
 @pytest.mark.parametrize(
     ("combine", "selection", "layout", "programs"),
-    [("gate", "mean", "direct", 0), ("merge", "quarters", "descriptor", 0), ("sum", "quarters", "descriptor", 264)],
+    [
+        ("gate", "mean", "direct", 0),
+        ("merge", "quarters", "descriptor", 0),
+        pytest.param("sum", "quarters", "descriptor", 264, marks=pytest.mark.slow),
+    ],
 )
 def test_all_numbers_that_kernels_are_compiled_anew_for_are_strides(driver, combine, selection, layout, programs):
     if programs and importlib.util.find_spec("triton.experimental.gluon") is None:
