@@ -34,7 +34,7 @@ PEERS = {
     "comfy-kitchen-vsa": "comfy-kitchen 0.2.40, VSA by its kernels",
     "fastvideo-kernel": "fastvideo-kernel 0.3.5, VSA of its authors",
 }
-# Files of the present kernels; a star marks the rows of the others.
+# Files of the present kernels, or of those before changes that the page names; a star marks the rows of the others.
 PRESENT = ("h200-forward", "h200-quarters", "h200-quarters-auto", "h200-backward")
 RATIOS = (0.5, 0.2, 0.1)
 

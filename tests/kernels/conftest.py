@@ -29,6 +29,14 @@ def missing() -> str | None:
     return None if is_recent_triton() else "runs with Triton 3.6 or later: pip install 'triton>=3.6'"
 
 
+@pytest.fixture(autouse=INTERPRETED and missing() is None)
+def _interpreter(monkeypatch):
+    from interpreter import bfloat16_products, without_idle_work
+
+    bfloat16_products(monkeypatch.setattr)
+    without_idle_work(monkeypatch.setattr)
+
+
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     if module_path.name.startswith("interpreted_") and not INTERPRETED:
         return InterpretedFile.from_parent(parent, path=module_path)

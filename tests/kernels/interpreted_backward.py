@@ -18,7 +18,6 @@ from checks import (
     check_gradients,
     some,
 )
-from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers import video_sparse_attention
 from vsa_diffusers.kernels import tuning
@@ -37,12 +36,12 @@ SPREADS = [replace(JOINT, spread=spread, tolerance=tolerance, batch=1) for sprea
 SPREADS += [Case(combine="gate", spread=16.0, tolerance=1e-3)]
 
 
-@pytest.mark.parametrize("case", some(SMALL, every=4), ids=str)
+@pytest.mark.parametrize("case", some(SMALL, every=2), ids=str)
 def test_gradients_of_every_mode_and_shape_match_fp64(case):
     check_gradients(case)
 
 
-@pytest.mark.parametrize("case", some([*WIDTHS, *SPREADS], 1, 3), ids=str)
+@pytest.mark.parametrize("case", some([*WIDTHS, *SPREADS], every=2), ids=str)
 def test_gradients_of_every_head_dimension_dtype_and_scale_match_fp64(case):
     check_gradients(case)
 
@@ -59,7 +58,7 @@ def test_the_pooled_keys_of_a_small_call_are_cut_into_parts(monkeypatch):
     check_gradients(Case(combine="merge", top_k=2))
 
 
-@pytest.mark.parametrize("tiled", some([False, True], every=2))
+@pytest.mark.parametrize("tiled", [False, True])
 def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(tiled):
     grid = TileGrid((5, 10, 14), (2, 4, 3))  # 45 tiles: two words of bits, 29 tiles are partial
     problem = Problem(grid, 9, "sparse", 1.0)
@@ -92,7 +91,7 @@ def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(ti
         assert (lengths[key_lists.order[batch_head]].diff() <= 0).all()
 
 
-@pytest.mark.parametrize("combine", some(MODES, every=3))
+@pytest.mark.parametrize("combine", MODES)
 def test_the_op_sends_gradients_back_through_the_kernels(combine, monkeypatch):
     monkeypatch.setattr("vsa_diffusers.torch_backward.backward", None)
     case = Case(combine=combine, video_shape=(3, 5, 6), top_k=2)

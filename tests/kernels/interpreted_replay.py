@@ -16,7 +16,6 @@ from checks import (
     expected,
     some,
 )
-from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers import attention, video_sparse_attention
 from vsa_diffusers.kernels import forward, launch, support, tuning
@@ -25,11 +24,11 @@ from vsa_diffusers.problem import Problem
 from vsa_diffusers.tiles import TileGrid
 
 CASES = [
-    replace(JOINT, video_shape=(4, 5, 6), top_k=2, layout="tiled", heads=2, batch=1),
-    replace(STRIDE_CASES[0], video_shape=(4, 5, 5), top_k=2, batch=1),
+    Case(combine="gate", video_shape=(4, 5, 6), top_k=2, batch=2, layout="tiled"),
     Case(combine="sum", video_shape=(4, 8, 8), top_k=2),
     Case(combine="sparse", video_shape=(3, 2, 2), top_k=1),
-    Case(combine="gate", video_shape=(4, 5, 6), top_k=2, batch=2, layout="tiled"),
+    replace(JOINT, video_shape=(4, 5, 6), top_k=2, layout="tiled", heads=2, batch=1),
+    replace(STRIDE_CASES[0], video_shape=(4, 5, 5), top_k=2, batch=1),
 ]
 
 
@@ -44,13 +43,13 @@ def replays(monkeypatch):
     assert made
 
 
-@pytest.mark.parametrize("case", some(CASES, 2), ids=str)
+@pytest.mark.parametrize("case", some(CASES, every=2), ids=str)
 def test_a_call_that_repeats_the_launches_of_another_matches_fp64(case):
     check(case)
     check_gradients(case)
 
 
-@pytest.mark.parametrize("case", some([CASES[4], JOINT], every=2), ids=str)
+@pytest.mark.parametrize("case", [CASES[0], JOINT], ids=str)
 def test_the_output_alone_is_the_same(case, monkeypatch, replays):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)  # some heads at a time, each with indices of their own
     check_output_alone(replace(case, video_shape=(4, 5, 6), top_k=2, layout="tiled"))
@@ -63,7 +62,6 @@ def test_descriptors_are_moved_to_the_new_workspace():
     check_gradients(DESCRIPTOR_CASES[1])
 
 
-@pytest.mark.slow
 def test_heads_that_go_through_in_parts_share_the_workspace(monkeypatch, replays):
     monkeypatch.setattr(tuning, "WHOLE_COPY_BYTES", 0)
     monkeypatch.setattr(tuning, "WHOLE_BACKWARD_COPY_BYTES", 0)
@@ -91,7 +89,7 @@ def test_query_key_and_value_of_one_projection_are_told_apart():
     call(*(torch.randn(1, 210, 3, 2, 32)[:, :, index] for index in (2, 0, 1)))
 
 
-@pytest.mark.parametrize("combine", some(["gate", "merge"], every=2))
+@pytest.mark.parametrize("combine", ["gate", "merge"])
 def test_the_operator_repeats_a_call_without_looking_at_its_arguments(combine, monkeypatch):
     looked, check = [], attention.check_video_shape
     monkeypatch.setattr(attention, "_problems", attention._Problems())

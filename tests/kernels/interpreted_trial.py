@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from checks import Case
-from interpreted_forward import _bfloat16_products  # noqa: F401 - a fixture, for every test here
 from oracle import relative_error
 from vsa_diffusers.kernels import forward, launch, trial
 from vsa_diffusers.kernels.recording import Launcher, Replays
