@@ -49,9 +49,10 @@ def main() -> None:
     indices = range(shard, options.cases, shards) if options.only is None else [options.only]
     torch.set_num_threads(1)
     if options.implementation == "interpreter":
-        from interpreter import bfloat16_products, without_idle_work
+        from interpreter import bfloat16_products, boolean_masks, without_idle_work
 
         bfloat16_products()
+        boolean_masks()
         without_idle_work()
     start = time.monotonic()
     report = run(options.seed, indices, options.implementation, gradients=options.gradients)

@@ -31,9 +31,10 @@ def missing() -> str | None:
 
 @pytest.fixture(autouse=INTERPRETED and missing() is None)
 def _interpreter(monkeypatch):
-    from interpreter import bfloat16_products, without_idle_work
+    from interpreter import bfloat16_products, boolean_masks, without_idle_work
 
     bfloat16_products(monkeypatch.setattr)
+    boolean_masks(monkeypatch.setattr)
     without_idle_work(monkeypatch.setattr)
 
 

@@ -1,4 +1,4 @@
-"""What Triton's interpreter needs to be right on bfloat16, and to be faster."""
+"""What Triton's interpreter needs to be right on bfloat16, to take every mask, and to be faster."""
 
 from dataclasses import replace
 
@@ -18,6 +18,24 @@ def bfloat16_products(setattr_=setattr) -> None:
 
     dot = InterpreterBuilder.create_dot
     setattr_(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+
+
+def boolean_masks(setattr_=setattr) -> None:
+    """Let Triton 3.9's interpreter take a mask that a scalar was part of: of that it makes whole numbers."""
+
+    def boolean(mask):
+        return TensorHandle(mask.data.astype(bool), mask.dtype) if isinstance(mask, TensorHandle) else mask
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self, ptrs, mask, *rest, **named):
+        return load(self, ptrs, boolean(mask), *rest, **named)
+
+    def masked_store(self, ptrs, value, mask, *rest, **named):
+        return store(self, ptrs, value, boolean(mask), *rest, **named)
+
+    setattr_(InterpreterBuilder, "create_masked_load", masked_load)
+    setattr_(InterpreterBuilder, "create_masked_store", masked_store)
 
 
 def without_idle_work(setattr_=setattr) -> None:
