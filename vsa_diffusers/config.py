@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention import COMBINES, IMPLEMENTATIONS, check_auto_block_size, check_choice
-from .directories import current_file
+from .directories import current_file, read_unchanged
 from .files import local_directory, read_json, replaced_file
 from .schedule import RatioSchedule, check_schedule
 from .selection import SELECTIONS
@@ -163,10 +163,14 @@ class VSAConfig:
             ValueError: there is no such directory or file, or it holds something else than a `VSAConfig`.
         """
         directory = local_directory(path_or_repo, [CONFIG_NAME, INDEX_NAME])
-        path = current_file(directory, INDEX_NAME, CONFIG_NAME)
-        if not path.exists():
-            raise ValueError(f"{directory} lacks {CONFIG_NAME}; VSAConfig.save_pretrained writes it.")
-        return cls.from_file(path)
+
+        def read() -> VSAConfig:
+            path = current_file(directory, INDEX_NAME, CONFIG_NAME)
+            if not path.exists():
+                raise ValueError(f"{directory} lacks {CONFIG_NAME}; VSAConfig.save_pretrained writes it.")
+            return cls.from_file(path)
+
+        return read_unchanged(directory, INDEX_NAME, read)
 
     @classmethod
     def from_file(cls, path: Path) -> VSAConfig:

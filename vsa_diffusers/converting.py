@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,19 +149,25 @@ def _to_vsa(source: str | os.PathLike[str], target: Path, shard_bytes: int, chan
 def _to_fastvideo(source: Path, target: Path, shard_bytes: int) -> Converted:
     if not (source / INDEX_NAME).is_file():
         raise ValueError(f"source={str(source)!r} lacks {INDEX_NAME}, so save_vsa did not write it.")
-    files, facts, config = read_directory(source, INDEX_NAME, _saved)
-    model = facts["class"]
-
-    def published(key: str) -> str:
-        return re.sub(rf"^((?:vace_)?blocks\.\d+\.)attn1\.({GATE}\.)", r"\1\2", key)
-
-    tensors = _listed(files, published if model.startswith("Wan") else str, str(source))
     with replaced_directory(target, CONVERTED_NAME, {"from": "save_vsa"}) as folder:
-        (folder / "transformer").mkdir()
-        shards = _write_shards(tensors, folder / "transformer", shard_bytes, always_index=True)
-    gates = [each for each in tensors if is_gate(each.name)]
-    said = f"FastVideo takes the sparsity ({1 - config.top_k_ratio:g} here) as an argument"
-    return Converted(str(target), "fastvideo", model, len(tensors), _modules(gates), shards, said)
+
+        def convert(saved: SavedDirectory) -> Converted:
+            files, facts, config = _saved(saved)
+            model = facts["class"]
+            tensors = _listed(files, _published if model.startswith("Wan") else str, str(source))
+            shutil.rmtree(folder / "transformer", ignore_errors=True)  # of an attempt while `source` was replaced
+            (folder / "transformer").mkdir()
+            shards = _write_shards(tensors, folder / "transformer", shard_bytes, always_index=True)
+            gates = [each for each in tensors if is_gate(each.name)]
+            said = f"FastVideo takes the sparsity ({1 - config.top_k_ratio:g} here) as an argument"
+            return Converted(str(target), "fastvideo", model, len(tensors), _modules(gates), shards, said)
+
+        return read_directory(source, INDEX_NAME, convert)
+
+
+def _published(key: str) -> str:
+    """FastVideo's name of one of Wan's weights."""
+    return re.sub(rf"^((?:vace_)?blocks\.\d+\.)attn1\.({GATE}\.)", r"\1\2", key)
 
 
 def _saved(saved: SavedDirectory) -> tuple[list[Path], dict[str, Any], VSAConfig]:

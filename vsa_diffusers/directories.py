@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import PathLike, check_name, check_regular, locked, parse_json, read_json, sync
+from .files import ATTEMPTS, PathLike, check_name, check_regular, identity, locked, parse_json, read_json, sync
 
 Result = TypeVar("Result")
 
 _STAGING = ".saving-"
 _OBSOLETE = "obsolete.json"
 _MANIFEST = "manifest.json"
-_ATTEMPTS = 100
 
 
 @contextmanager
@@ -167,13 +166,29 @@ def read_directory(path: PathLike, manifest: str, read: Callable[[SavedDirectory
             `read` raises.
     """
     path = Path(path)
-    for _ in range(_ATTEMPTS):
+
+    def read_and_check() -> Result:
+        saved = SavedDirectory.read(path, manifest)
+        result = read(saved)
+        saved.check_digests()
+        return result
+
+    return read_unchanged(path, manifest, read_and_check)
+
+
+def read_unchanged(path: Path, manifest: str, read: Callable[[], Result]) -> Result:
+    """What `read` makes of files of a directory that may have such a manifest, if no other process replaced them.
+
+    Otherwise it is called again, also after an error.
+
+    Raises:
+        ValueError: the directory is replaced all the time; and whatever `read` raises.
+    """
+    for _ in range(ATTEMPTS):
         before, problem = _fingerprint(path, manifest), None
         try:
-            saved = SavedDirectory.read(path, manifest)
-            result = read(saved)
-            saved.check_digests()
-        except (OSError, ValueError) as error:
+            result = read()
+        except Exception as error:  # libraries raise what they like where a file was moved away
             problem = error
         if before == _fingerprint(path, manifest):
             if problem:
@@ -183,7 +198,7 @@ def read_directory(path: PathLike, manifest: str, read: Callable[[SavedDirectory
 
 
 def current_file(path: Path, manifest: str, name: str) -> Path:
-    """Where a file is of a directory that may have such a manifest; it need not exist."""
+    """Where a file is of a directory that may have such a manifest; it need not exist. For use in `read_unchanged`."""
     staging = _staging_of(path, manifest)
     staged = staging / "files" / name if staging else path / name
     return staged if staged.exists() else path / name
@@ -262,10 +277,9 @@ def _fingerprint(path: Path, manifest: str) -> Any:
         return str(error)
     places = [saved.place(name) for name in saved.names]
     try:
-        stats = [place.stat() if place.exists() else None for place in places]
+        return saved.staging, places, [identity(place) if place.exists() else None for place in places]
     except FileNotFoundError:
         return object()  # moved just now, so equal to nothing
-    return saved.staging, places, [each and (each.st_ino, each.st_size, each.st_mtime_ns) for each in stats]
 
 
 def _entries(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ PathLike = str | os.PathLike[str]
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of a model in a thousand shards has one
 _PARTIAL = ".partial"
 _SECONDS_TO_LOCK = 10
+ATTEMPTS = 100
 _MEND = "save or download it again"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -94,13 +95,14 @@ def parse_json(content: bytes, path: Path, what: type = dict) -> Any:
 
 @contextmanager
 def opened_tensors(path: PathLike) -> Iterator[Any]:
-    """`safetensors.safe_open`, whose errors name the file.
+    """`safetensors.safe_open`, whose errors name the file, also while other processes replace it.
 
     Raises:
         ValueError: it is not a file, or not a whole safetensors file.
+        FileNotFoundError: there is nothing.
     """
     try:
-        with safe_open(check_regular(Path(path)), framework="pt") as tensors:
+        with _opened_once(Path(path)) as tensors:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); {_MEND}.") from error
@@ -257,6 +259,27 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         yield got
     finally:
         os.close(descriptor)
+
+
+def identity(path: Path) -> tuple[int, ...]:
+    """Equal to another if the file was not replaced in between. Raises `FileNotFoundError` if there is none."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _opened_once(path: Path) -> Any:
+    """`safe_open`, which opens a path twice, once for the header and once for the values, of one and the same file."""
+    for _ in range(ATTEMPTS):
+        before, problem = identity(check_regular(path)), None
+        try:
+            tensors = safe_open(path, framework="pt")
+        except RuntimeError as error:  # the second time, which is PyTorch's, there was no file, or a shorter one
+            problem = error
+        if before == identity(path):
+            if problem:
+                raise problem
+            return tensors
+    raise ValueError(f"{path} is being written to all the time; read it when that has ended.")
 
 
 def _refuse_constant(constant: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from .config import INDEX_NAME
-from .directories import current_file
+from .directories import current_file, read_unchanged
 from .files import check_name, check_values, local_directory, opened_tensors, read_json, replaced_file
 from .gate_state import GATE, is_plain, mark_trained
 from .layouts import plain_name
@@ -19,6 +19,7 @@ from .trained import SOURCE
 from .undo import unchanged_on_error
 
 GATES_NAME = "vsa_gates.safetensors"
+_OWN_FILES = (GATES_NAME, f"transformer/{GATES_NAME}")
 
 Gates = dict[str, dict[str, torch.Tensor]]
 """Weight, and bias where the family's gates have one, by the attention module's name."""
@@ -207,12 +208,18 @@ def _reference(name: str, attn: torch.nn.Module) -> torch.Tensor:
     raise ValueError(f"{name} has no floating-point parameters to take a dtype from; add gates before quantising.")
 
 
-def _read_gates(path_or_repo: str | os.PathLike[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    for file in _files(path_or_repo):
-        with opened_tensors(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                if is_gate(key):
-                    yield key, tensors.get_tensor(key)
+def _read_gates(path_or_repo: str | os.PathLike[str]) -> list[tuple[str, torch.Tensor]]:
+    path = local_directory(path_or_repo, [*_OWN_FILES, "*.safetensors.index.json", INDEX_NAME])
+
+    def read() -> list[tuple[str, torch.Tensor]]:
+        found = []
+        for file in _files(path_or_repo, path):
+            with opened_tensors(file) as tensors:
+                names = [key for key in tensors.keys() if is_gate(key)]  # noqa: SIM118 (safe_open is not a dict)
+                found += [(key, tensors.get_tensor(key)) for key in names]
+        return found
+
+    return read_unchanged(path, INDEX_NAME, read)
 
 
 def is_gate(key: str) -> bool:
@@ -220,13 +227,11 @@ def is_gate(key: str) -> bool:
     return f".{GATE}." in key
 
 
-def _files(path_or_repo: str | os.PathLike[str]) -> list[Path]:
+def _files(path_or_repo: str | os.PathLike[str], path: Path) -> list[Path]:
     """The safetensors files that may hold gates: the gates' own file if there is one, else some of the checkpoint."""
-    owns = (GATES_NAME, f"transformer/{GATES_NAME}")
-    path = local_directory(path_or_repo, [*owns, "*.safetensors.index.json", INDEX_NAME])
     if not path.is_dir():
         return [path]
-    for name in owns:
+    for name in _OWN_FILES:
         file = current_file(path, INDEX_NAME, name)
         if file.exists():
             return [file]
