@@ -1,3 +1,4 @@
+import datetime
 import json
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from vsa_diffusers.bench import layers, report
 from vsa_diffusers.bench.layers import Settings, measure_shape
-from vsa_diffusers.bench.measure import Measurement, measure
+from vsa_diffusers.bench.measure import Measurement, machine, measure
 from vsa_diffusers.bench.shapes import CPU_SHAPE, SHAPES, parse
 
 SMALL = "1x1x4x8x8x16"
@@ -93,3 +94,9 @@ def test_a_shape_is_a_name_or_six_numbers():
     assert parse("2x3x4x5x6x64").video_shape == (4, 5, 6)
     with pytest.raises(ValueError, match="shape 'wan' is neither one of"):
         parse("wan")
+
+
+def test_json_says_on_what_and_when_it_was_measured(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", {"triton": "3.7.1"}.__getitem__)
+    expected = {"device": "cpu", "torch": torch.__version__, "triton": "3.7.1"}
+    assert machine("cpu") == expected | {"date": datetime.date.today().isoformat()}

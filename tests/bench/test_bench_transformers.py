@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vsa_diffusers.bench.full_size import FULL_SIZES
+from vsa_diffusers.bench.measure import machine
 from vsa_diffusers.bench.transformers import blocks_compiled, cells, main, shallow
 from vsa_diffusers.models import find_family
 
@@ -22,7 +23,9 @@ def test_it_measures_every_transformer_and_writes_json(tmp_path, capsys, caplog)
         (name, what) for name in FULL_SIZES for what in ("dense default", "merge 0.2", "gate 0.2")
     ]
     assert all(row["seconds"] > 0 for row in rows)
-    assert len(json.loads(path.read_text())["rows"]) == len(rows)
+    written = json.loads(path.read_text())
+    assert len(written["rows"]) == len(rows)
+    assert written["machine"] == machine("cpu")
     assert "runs dense" not in caplog.text
     printed = capsys.readouterr().out
     assert "cannot run" not in printed

@@ -11,6 +11,9 @@ import pytest
 import torch
 from published_checkpoints import Hub, write_wan
 
+import make_performance
+import measure_performance
+from make_tables import Table
 from tiny_text_pipeline import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -64,10 +67,37 @@ def test_the_floors_in_the_lab_notes_are_current():
 
 
 def test_the_performance_page_shows_what_was_measured():
-    rows = printed_by("make_performance.py")
-    page = (DOCS / "performance.md").read_text()
-    assert len(rows) == 34
-    assert not [row for row in rows if row not in page]
+    tables = make_performance.tables()
+    assert all(table.rows for table in tables)
+    assert [table for table in tables if table.in_page() != table.rows] == []
+
+
+def test_a_table_is_replaced_in_its_page_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("make_tables.ROOT", tmp_path)
+    page = "# A\n\n| a |\n|---|\n| 1 |\n\ntext\n\n| b |\n|---|\n| 2 |\n| 3 |\n\n## B\n\n| c |\n|---|\n| 4 |"
+    (tmp_path / "page.md").write_text(page)
+    Table("page.md", "A", ["| 5 |"], 1).write()
+    Table("page.md", "B", ["| 6 |", "| 7 |"]).write()
+    assert (tmp_path / "page.md").read_text() == page.replace("| 2 |\n| 3 |", "| 5 |").replace("4 |", "6 |\n| 7 |")
+    with pytest.raises(ValueError, match=r"section 'A' of page\.md has no table 2"):
+        Table("page.md", "A", [], 2).in_page()
+
+
+def test_every_table_of_measurements_has_its_command_beside_it():
+    page = " ".join((DOCS / "performance.md").read_text().split())
+    lab = " ".join(" ".join(file.read_text().split()) for file in (DOCS / "lab").glob("*.md"))
+    for name, (command, _) in measure_performance.COMMANDS.items():
+        text = f"python {command}".partition(" --block-size")[0]
+        assert text in page or text in lab, name
+
+
+def test_the_readme_tells_what_whole_models_were_measured_to_take():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = {model: rows for model, *rows in make_performance.pairs("h200-compiled", "default")}
+    for model in ("wan14b-720p", "hunyuan-720p"):
+        before, after = map(make_performance.seconds, found[model])
+        faster = re.escape(f"({found[model][1]['speedup']:.2f}x)")
+        assert re.search(rf"\b{after} s( at 0.2)? instead of {before} {faster}", text)
 
 
 def test_the_page_of_several_gpus_shows_what_was_measured_beside_paper():

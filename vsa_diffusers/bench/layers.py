@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import peers, subjects
-from .measure import Measurement, measure
+from .measure import Measurement, measure, this_device
 from .shapes import CPU_SHAPE, SHAPES, Shape, parse
 
 RATIOS = (0.5, 0.3, 0.2, 0.1)
@@ -50,17 +50,6 @@ class Settings:
     dtype: str = "bfloat16"
     backward: bool = False
     peers: Sequence[str] | None = None
-
-
-def this_device() -> str:
-    """Where measurements run: "cuda" if there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def machine() -> dict[str, str]:
-    """What measurements are of."""
-    name = torch.cuda.get_device_name(0) if this_device() == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__}
 
 
 def chosen_shapes(names: Sequence[str] | None) -> list[Shape]:

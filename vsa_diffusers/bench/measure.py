@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +36,28 @@ class Measurement:
     def spread(self) -> float:
         """From the shortest round to the longest, as a share of `ms`."""
         return (max(self.rounds) - min(self.rounds)) / self.ms if self.rounds else 0.0
+
+
+def this_device() -> str:
+    """Where measurements run: "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine(device: str) -> dict[str, str]:
+    """What measurements on "cuda" or "cpu" are of, and when they were made."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def measure(call: Callable[[], object], device: str, rep_ms: int = 100) -> Measurement:

@@ -36,6 +36,7 @@ from ..cli.blocks import block_of
 from ..models import require_family
 from . import report
 from .full_size import FULL_SIZES, FullSize
+from .measure import machine
 from .parts import counted_tiles, timed_parts
 from .scaling_training import COLUMNS as TRAINING_COLUMNS
 from .scaling_training import cells as training_cells
@@ -75,22 +76,18 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     measure_rows = measure_steps if args.train else measure_model
     columns, to_cells = (TRAINING_COLUMNS, training_cells) if args.train else (COLUMNS, cells)
     rows: list[dict[str, Any]] = []
-    machine = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "ranks": dist.get_world_size(),
-        "torch": torch.__version__,
-    }
+    measured_on = machine(device) | {"ranks": dist.get_world_size()}
     for name in args.models:
         for row in measure_rows(shortened(SIZES[name], args.layers), device, args):
             rows.append(row)
             if dist.get_rank() == 0:
                 print(" | ".join(to_cells(row)), flush=True)
                 if args.json is not None:
-                    args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+                    args.json.write_text(json.dumps({"machine": measured_on, "rows": rows}, indent=1))
         _free(device)
     if dist.get_rank() == 0:
         what = "one step of training" if args.train else "one forward"
-        report.print_lines(columns, [to_cells(row) for row in rows], f"{what} on {machine['device']}", left=2)
+        report.print_lines(columns, [to_cells(row) for row in rows], f"{what} on {measured_on['device']}", left=2)
     if own_group:
         dist.destroy_process_group()
     return rows

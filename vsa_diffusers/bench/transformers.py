@@ -33,6 +33,7 @@ from ..cli.blocks import block_of
 from ..generation.loading import compile_repeated
 from . import report
 from .full_size import FULL_SIZES, FullSize
+from .measure import machine, this_device
 
 COLUMNS = ("model", "what", "runs", "seconds", "x dense", "peak GB", "beyond weights GB", "weights GB")
 CUDNN_FIRST = [
@@ -51,19 +52,19 @@ BACKENDS: dict[str, Backend] = {
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Parse `argv`, measure, print; returns the rows."""
     args = _parser().parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = this_device()
     if device == "cpu" and not args.tiny:
         raise SystemExit("full-size transformers need a GPU, and this machine has none; pass --tiny.")
-    machine = {"device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu", "torch": torch.__version__}
+    measured_on = machine(device)
     rows: list[dict[str, Any]] = []
     for name in args.models:
         torch.manual_seed(0)
         for row in measure_transformer(FULL_SIZES[name], device, args):
             rows.append(row)
             if args.json is not None:
-                args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+                args.json.write_text(json.dumps({"machine": measured_on, "rows": rows}, indent=1))
         _free(device)
-    report.print_lines(COLUMNS, [cells(row) for row in rows], f"one forward on {machine['device']}", left=2)
+    report.print_lines(COLUMNS, [cells(row) for row in rows], f"one forward on {measured_on['device']}", left=2)
     return rows
 
 

@@ -152,10 +152,10 @@ def bench(
 
 def _measure(shapes: list[Any], settings: Any, json: Path | None) -> list[dict[str, Any]]:
     """Measure and print shape by shape, so that what was measured is there if something ends it."""
-    from ..bench import layers, report
+    from ..bench import layers, measure, report
 
     rows: list[dict[str, Any]] = []
-    machine = layers.machine()
+    machine = measure.machine(measure.this_device())
     for shape in shapes:
         title = f"{shape.name}: {shape.tokens} tokens, {shape.batch} x {shape.heads} x {shape.head_dim}"
         mine = []
@@ -191,9 +191,9 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
 
 def _sweep(shapes: list[Any], settings: Any, folder: Path, seconds: float) -> None:
     """Time launches, and print the best."""
-    from ..bench import layers, sweep, sweep_backward
+    from ..bench import measure, sweep, sweep_backward
 
-    if layers.this_device() == "cpu":
+    if measure.this_device() == "cpu":
         raise ValueError(f"--sweep {folder} times launches of the kernels, which need a GPU, and there is none here.")
     run = sweep_backward.sweep if settings.backward else sweep.sweep
     rows = run(shapes, settings.ratios, settings.combines, folder, seconds)
