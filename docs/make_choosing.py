@@ -1,14 +1,17 @@
-"""Print what choosing.md shows of plans and recipes, so that the page says what the code does.
+"""What choosing.md shows of plans and recipes, so that the page says what the code does.
 
-python docs/make_choosing.py
+python docs/make_choosing.py          # prints the tables that are no longer current
+python docs/make_choosing.py --write  # and puts them, and the example, into the page
 """
 
 import functools
 import io
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console
 
+from make_tables import ROOT, Table, line, main, percent, spaced
 from vsa_diffusers.planning import Plan, plan
 from vsa_diffusers.planning.models import family_names
 from vsa_diffusers.planning.speed import measured
@@ -30,6 +33,24 @@ RATIO = 0.2
 EXAMPLE = "wan"
 
 
+def tables() -> list[Table]:
+    """All of them."""
+    page = "docs/choosing.md"
+    return [
+        Table(page, "Is it worth it", list(videos()), 1),
+        Table(page, "Recipes", list(recipes())),
+        Table(page, "Recipes", list(gains()), 1),
+        Table(page, "How far off a plan is", list(shares())),
+    ]
+
+
+def write_example() -> None:
+    """Put what `plan` prints into the page."""
+    page = ROOT / "docs" / "choosing.md"
+    begin, rest = page.read_text().split("```text\n", 1)
+    page.write_text(f"{begin}```text\n{example()}\n{rest[rest.index('```') :]}")
+
+
 def example() -> str:
     """What `vsa-diffusers plan wan` prints on a terminal of 80 columns."""
     console = Console(width=80, file=io.StringIO())
@@ -42,12 +63,12 @@ def videos() -> Iterator[str]:
     for name, arguments in VIDEOS:
         found = plan(*arguments, ratios=[RATIO])
         height, width, frames = found.size
-        yield line(
+        yield line([
             f"{name}, {height}x{width}, {frames} frames", by(found.video_shape), spaced(found.tokens),
             f"{spaced(found.tiles)} of {by(found.block)}", found.kind,
-            f"{found.attention_of_flops:.0%} / {found.attention_of_time:.0%}".replace("%", " %"),
+            f"{percent(found.attention_of_flops)} / {percent(found.attention_of_time)}",
             f"{found.speeds[0].layer:.2f}x", f"{found.speeds[0].model:.2f}x",
-        )  # fmt: skip
+        ])  # fmt: skip
 
 
 def shares() -> Iterator[str]:
@@ -55,11 +76,10 @@ def shares() -> Iterator[str]:
     for row in measured()["models"]:
         time = row["attention_dense_s"] / row["dense_s"]
         off = measured()["rest"][row["gpu"]]["left_out"][row["model"]]
-        yield line(
-            row["gpu"], row["model"], f"{row['attention_share_of_flops']:.0%}".replace("%", " %"),
-            f"{time:.0%}".replace("%", " %"),
-            f"{row['dense_s'] / row['sparse_s']:.2f}x", f"{off:+.1%}".replace("%", " %"),
-        )  # fmt: skip
+        yield line([
+            row["gpu"], row["model"], percent(row["attention_share_of_flops"]), percent(time),
+            f"{row['dense_s'] / row['sparse_s']:.2f}x", percent(off, "+.1f"),
+        ])  # fmt: skip
 
 
 def recipes() -> Iterator[str]:
@@ -69,8 +89,8 @@ def recipes() -> Iterator[str]:
             for name in NAMES:
                 recipe = recipe_of(family, size, name)
                 layers = ", ".join(map(str, recipe.dense_layers))
-                steps = f"first {recipe.dense_steps:.0%}".replace("%", " %")
-                yield line(which, size, f"`{name}`", f"{recipe.top_k_ratio:g}", steps, layers, recipe.source)
+                steps = f"first {percent(recipe.dense_steps)}"
+                yield line([which, size, f"`{name}`", f"{recipe.top_k_ratio:g}", steps, layers, recipe.source])
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,7 +105,7 @@ def gains() -> Iterator[str]:
     for found in usual_plans().values():
         height, width, frames = found.size
         cells = [f"{each.speedup:.2f}x" for each in found.recipes] or ["too small", "", ""]
-        yield line(found.family, f"{height}x{width}, {frames}", spaced(found.tokens), sized(found), *cells)
+        yield line([found.family, f"{height}x{width}, {frames}", spaced(found.tokens), sized(found), *cells])
 
 
 def sized(found: Plan) -> str:
@@ -98,15 +118,7 @@ def by(extents: tuple[int, ...]) -> str:
     return "x".join(map(str, extents))
 
 
-def spaced(number: int) -> str:
-    """6 144."""
-    return f"{number:,}".replace(",", " ")
-
-
-def line(*cells: str) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |".replace("  ", " ")
-
-
 if __name__ == "__main__":
-    print(example(), *videos(), "", *shares(), "", *recipes(), "", *gains(), sep="\n")
+    main(tables())
+    if "--write" in sys.argv[1:]:
+        write_example()

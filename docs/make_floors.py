@@ -1,18 +1,30 @@
-"""Print the tables of floors, of wasted work and of gradients in `docs/lab/floors.md`: pure arithmetic, no GPU.
+"""The tables of floors, of wasted work and of gradients in `docs/lab/floors.md`: pure arithmetic, no GPU.
 
-python docs/make_floors.py
+python docs/make_floors.py          # prints those that are no longer current
+python docs/make_floors.py --write  # and puts them into the page
 """
 
 import math
 
 import torch
 
+from make_tables import Table, line, main, spaced
 from vsa_diffusers.bench.shapes import SHAPES
 from vsa_diffusers.tiles import TileGrid, fitting_block_size
 
 MATRIX_FLOPS = 790e12
 COPY_BYTES = 4.3e12
 RATIOS = (0.5, 0.3, 0.2, 0.1)
+
+
+def tables() -> list[Table]:
+    """All three."""
+    page = "docs/lab/floors.md"
+    return [
+        Table(page, "Forward", floors()),
+        Table(page, "Forward", waste(), 1),
+        Table(page, "Backward", gradients()),
+    ]
 
 
 def floors() -> list[str]:
@@ -22,7 +34,7 @@ def floors() -> list[str]:
         dense = shape.dense_flops / MATRIX_FLOPS * 1e3
         moved = 5 * 2 * shape.batch * shape.heads * shape.head_dim * shape.tokens / COPY_BYTES * 1e3
         cells = [f"{dense:.3f}", *(f"{dense * ratio:.3f}" for ratio in RATIOS), f"{moved:.3f}"]
-        lines.append(f"| {name} | {_spaced(shape.tokens)} | {' | '.join(cells)} |")
+        lines.append(line([name, spaced(shape.tokens), *cells]))
     return lines
 
 
@@ -35,7 +47,7 @@ def waste() -> list[str]:
         block = fitting_block_size(shape.video_shape)
         automatic = math.prod(_excess(TileGrid(shape.video_shape, block)))
         cells = (f"{rows:.2f}", f"{keys:.2f}", f"{rows * keys:.2f}", str(block), f"{automatic:.2f}")
-        lines.append(f"| {name} | {_spaced(grid.num_tiles)} | {' | '.join(cells)} |")
+        lines.append(line([name, spaced(grid.num_tiles), *cells]))
     return lines
 
 
@@ -49,7 +61,7 @@ def gradients() -> list[str]:
         dense = shape.dense_flops / MATRIX_FLOPS * 1e3
         moved = 10 * 2 * shape.batch * shape.heads * shape.head_dim * shape.tokens / COPY_BYTES * 1e3
         cells = [f"{dense * ratio * 2.5:.2f} / {dense * ratio * 3.5:.2f}" for ratio in RATIOS]
-        lines.append(f"| {name} | {dense * 2.5:.2f} | {' | '.join(cells)} | {moved:.2f} |")
+        lines.append(line([name, f"{dense * 2.5:.2f}", *cells, f"{moved:.2f}"]))
     return lines
 
 
@@ -60,9 +72,5 @@ def _excess(grid: TileGrid) -> tuple[float, float]:
     return rows / grid.num_tokens, keys / grid.num_tokens
 
 
-def _spaced(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
-
-
 if __name__ == "__main__":
-    print(*floors(), "", *waste(), "", *gradients(), sep="\n")
+    main(tables())

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from make_choosing import RATIO, by, line, spaced, usual_plans
+from make_choosing import RATIO, by, usual_plans
+from make_tables import line, spaced
 from vsa_diffusers.models import REFUSED, Family, known_families
 from vsa_diffusers.planning import Plan
 from vsa_diffusers.planning.published import DEFAULTS
@@ -106,7 +107,7 @@ def page() -> str:
     """The whole page."""
     plans = {found.family: (name, found) for name, found in usual_plans().items()}
     families = sorted(known_families(), key=lambda family: family.name.lower())
-    overview = [line(*columns) for columns in (("Family", "Usual video", "Tokens", "Gain"), ("---",) * 4)]
+    overview = [line(columns) for columns in (("Family", "Usual video", "Tokens", "Gain"), ("---",) * 4)]
     overview += [overview_row(plans[family.name][1]) for family in families]
     sections = [section(family, *plans[family.name]) for family in families]
     refused = [f"`{name}`\n:   {reason}.\n" for name, reason in sorted(REFUSED.items())]
@@ -117,10 +118,8 @@ def overview_row(found: Plan) -> str:
     """Where a family's section is, and whether it pays."""
     height, width, frames = found.size
     tokens = spaced(found.tokens).replace(" ", UNBROKEN)
-    return line(
-        f"[{found.family}](#{anchor(found.family)})", f"{height}x{width}, {frames}{UNBROKEN}frames", tokens,
-        f"{found.speeds[0].model:.2f}x",
-    )  # fmt: skip
+    video = f"{height}x{width}, {frames}{UNBROKEN}frames"
+    return line([f"[{found.family}](#{anchor(found.family)})", video, tokens, f"{found.speeds[0].model:.2f}x"])
 
 
 def anchor(heading: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from make_tables import Table, line, main
+from make_tables import Table, line, main, spaced
 from vsa_diffusers.bench.full_size import FULL_SIZES
 from vsa_diffusers.bench.shapes import SHAPES
 
@@ -73,14 +73,15 @@ def tables() -> list[Table]:
 def layers() -> Iterator[str]:
     """One layer, by means: dense milliseconds, and times as fast with a gate and in merge."""
     for shape, video in VIDEOS.items():
-        yield line([video, tokens(shape), dense("h200-forward", shape), *speedups("h200-forward", shape)])
+        faster = speedups("h200-forward", shape)
+        yield line([video, spaced(SHAPES[shape].tokens), dense("h200-forward", shape), *faster])
 
 
 def layers_in_readme() -> Iterator[str]:
     """Some of these, in merge."""
     for shape in IN_README:
         faster = [f"{cell}x" for cell in speedups("h200-forward", shape, ("merge",))]
-        yield line([VIDEOS[shape], tokens(shape), f"{dense('h200-forward', shape)} ms", *faster])
+        yield line([VIDEOS[shape], spaced(SHAPES[shape].tokens), f"{dense('h200-forward', shape)} ms", *faster])
 
 
 def layers_in_lab() -> Iterator[str]:
@@ -286,11 +287,6 @@ def named(model: str) -> tuple[str, str]:
     size = FULL_SIZES[model]
     frames, height, width = size.video
     return f"{size.checkpoint}, batch {size.batch}", f"{height}x{width}x{frames}"
-
-
-def tokens(shape: str) -> str:
-    """With spaces between thousands."""
-    return f"{SHAPES[shape].tokens:,}".replace(",", " ")
 
 
 def seconds(row: Row) -> str:

@@ -1,12 +1,15 @@
-"""Print the rows of scaling.md that put what several GPUs were measured to take beside what it was on paper.
+"""The table of scaling.md that puts what several GPUs were measured to take beside what it was on paper.
 
-python docs/make_scaling.py
+python docs/make_scaling.py          # prints it if it is no longer what was measured
+python docs/make_scaling.py --write  # and puts it into the page
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from make_tables import Table, line, main, percent
 
 MEASUREMENTS = Path(__file__).parent / "measurements"
 NOT_MEASURED = "not measured"
@@ -34,8 +37,13 @@ ON_PAPER = {
 MODELS = {"wan14b-720p": ("Wan 14B 720p", 40), "hunyuan-720p": ("HunyuanVideo 720p", 60)}
 
 
-def main() -> None:
-    """Print the rows."""
+def tables() -> list[Table]:
+    """The one there is."""
+    return [Table("docs/scaling.md", "Beside what it was on paper", list(rows()))]
+
+
+def rows() -> Iterator[str]:
+    """Each model on 2, 4 and 8 GPUs."""
     measured = {
         (row["model"], row["gpus"]): row
         for file in sorted(MEASUREMENTS.glob("h200-x*p.json"))
@@ -44,8 +52,7 @@ def main() -> None:
     }
     for (model, gpus), paper in ON_PAPER.items():
         name, layers = MODELS[model]
-        line = [name, str(gpus), *cells(measured.get((model, gpus)), paper, gpus, layers)]
-        print("| " + " | ".join(line) + " |")
+        yield line([name, str(gpus), *cells(measured.get((model, gpus)), paper, gpus, layers)])
 
 
 def is_whole(row: dict) -> bool:
@@ -71,10 +78,5 @@ def cells(row: dict | None, paper: OnPaper, gpus: int, layers: int) -> Iterator[
         yield from pair
 
 
-def percent(share: float) -> str:
-    """As the page writes it."""
-    return f"{100 * share:.0f} %"
-
-
 if __name__ == "__main__":
-    main()
+    main(tables())

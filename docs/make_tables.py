@@ -53,8 +53,18 @@ def line(cells: Iterable[str]) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
+def spaced(number: int) -> str:
+    """6 144."""
+    return f"{number:,}".replace(",", " ")
+
+
+def percent(share: float, form: str = ".0f") -> str:
+    """29 %."""
+    return f"{100 * share:{form}} %"
+
+
 def main(tables: list[Table]) -> None:
-    """Print what differs from the pages, or with `--write` put it there."""
+    """Print what differs from the pages, and with `--write` put it there."""
     for table in tables:
         if table.in_page() == table.rows:
             continue
