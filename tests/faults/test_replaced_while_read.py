@@ -104,7 +104,7 @@ def test_a_directory_that_changes_at_any_moment_is_read_as_one_save(
             seen.add(reader(folder, models))
             happened = at.happened
         operation += 1
-    print(f"{operation} moments of {reader.__name__} of {kind}")
+    print(f"{operation - 1} moments of {reader.__name__} of {kind}")
     assert operation > 10
     assert seen == ({0} if change == "moved" else {0, 1})
 
