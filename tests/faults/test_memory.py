@@ -131,10 +131,10 @@ def making_pipelines(model):
 
 # What is done, how often to begin with, and how often then; the rest for longer alone.
 CASES = {
-    "enable and disable": (enabling, 20, 100),
-    "changing sizes": (changing_sizes(20), 20, 60),
-    "training on changing sizes": (training_on_changing_sizes(10), 10, 20),
-    "pipeline runs": (running_a_pipeline, 3, 12),
+    "enable and disable": (enabling, 10, 50),
+    "changing sizes": (changing_sizes(10), 10, 30),
+    "training on changing sizes": (training_on_changing_sizes(5), 5, 10),
+    "pipeline runs": (running_a_pipeline, 2, 8),
 }
 # The look-up tables of the package are full after some hundreds of sizes.
 LONG = {

@@ -43,7 +43,7 @@ def replays(monkeypatch):
     assert made
 
 
-@pytest.mark.parametrize("case", some(CASES, every=2), ids=str)
+@pytest.mark.parametrize("case", some(CASES, every=4), ids=str)
 def test_a_call_that_repeats_the_launches_of_another_matches_fp64(case):
     check(case)
     check_gradients(case)

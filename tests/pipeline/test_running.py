@@ -378,8 +378,10 @@ GATES_LATER = {
 
 
 @pytest.mark.parametrize("later", GATES_LATER)
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(
+    ("by_hand", "compiled"),
+    [(False, False), (False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+)
 def test_gates_that_come_after_enabling_are_used(later, compiled, by_hand, tmp_path, caplog):
     expected = run(enable_vsa(trained(gated()), 0.3), WAN, GRID)
     model = gated()

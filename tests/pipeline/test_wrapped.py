@@ -41,7 +41,10 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "DDP of a compiled" else ()) for name in WRAPPERS],
+)
 def test_a_wrapped_transformer_is_served(name, one_process):
     torch._dynamo.reset()
     wrapped = WRAPPERS[name](WAN.build())
