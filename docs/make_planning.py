@@ -25,16 +25,15 @@ LAYERS = {
     "h100-quarters-auto": ("H100", "2026-11-25", "2765f74", True, "quarters"),
     "h100-output-box": ("H100", "2026-11-25", "12cad22", False, "mean"),
     "h100-forward": ("H100", "2026-11-25", "2765f74", False, "mean"),
-    "h200-quarters": ("H200", "2026-11-29", "adf6ecb", False, "quarters"),
-    "h200-quarters-auto": ("H200", "2026-11-29", "adf6ecb", True, "quarters"),
-    "h200-forward": ("H200", "2026-11-29", "adf6ecb", False, "mean"),
+    "h200-quarters": ("H200", "2026-11-30", "cf63129", False, "quarters"),
+    "h200-quarters-auto": ("H200", "2026-11-30", "cf63129", True, "quarters"),
+    "h200-forward": ("H200", "2026-11-30", "cf63129", False, "mean"),
 }
 # By file: GPU, date and commit; the files whose layers these models have, the best last; what was measured.
 MODELS = {
     "h100-transformers": ("H100", "2026-11-25", "8027e27", ("h100-forward", "h100-output-box"),
                           "merge 0.2 by means, blocks of (4, 4, 4)"),
-    # Of ltx2-1080p there is no layer by quarters; the one by means stands in.
-    "h200-transformers": ("H200", "2026-11-29", "ab343e1", ("h200-forward", "h200-quarters", "h200-quarters-auto"),
+    "h200-transformers": ("H200", "2026-11-30", "cf63129", ("h200-quarters", "h200-quarters-auto"),
                           "merge 0.2 by quarters, the block that fits"),
 }  # fmt: skip
 LAYER_OF_MODEL = {"cogvideox5b-480p": "cogvideox-480p"}

@@ -24,6 +24,7 @@ def commands(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (79.5e9, 80e9))
     return found
 
 
@@ -44,7 +45,7 @@ def test_everything_is_measured_once_under_the_name_of_the_gpu(commands, monkeyp
 def test_what_would_end_too_late_is_left(commands, monkeypatch, capsys):
     call(monkeypatch, "--seconds", "100", "--only", "forward", "dense-gate")
     assert commands == [measure_performance.COMMANDS["dense-gate"][0]]
-    assert "h100-forward.json is left: it takes about 240 s" in capsys.readouterr().out
+    assert "h100-forward.json is left: it takes about 131 s" in capsys.readouterr().out
 
 
 def test_what_failed_is_not_taken_for_measured(commands, monkeypatch, tmp_path):
@@ -52,6 +53,13 @@ def test_what_failed_is_not_taken_for_measured(commands, monkeypatch, tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
         call(monkeypatch, "--only", "forward")
     assert not list((tmp_path / "measured").glob("*.json"))
+
+
+def test_nothing_is_measured_beside_another_process(commands, monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (73.5e9, 80e9))
+    with pytest.raises(SystemExit, match=r"6.5 GB of this GPU are held, so another process is on it"):
+        call(monkeypatch)
+    assert not commands
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

@@ -52,7 +52,7 @@ def test_a_shape_between_others_comes_out_within_a_tenth(row, monkeypatch):
         assert layer.speedup(ratio) == pytest.approx(row["speedups"][f"{ratio:g}"], rel=0.1)
 
 
-@pytest.mark.parametrize(("gpu", "most"), [("H100", 0.02), ("H200", 0.035)])
+@pytest.mark.parametrize(("gpu", "most"), [("H100", 0.02), ("H200", 0.04)])
 def test_a_whole_model_left_out_comes_out_nearly_but_for_masked_text(gpu, most):
     errors = dict(speed.measured()["rest"][gpu]["left_out"])
     assert -0.26 < errors.pop("hunyuan-720p") < -0.15
