@@ -25,6 +25,11 @@ def state_of_process() -> dict[str, Any]:
     }
 
 
+def seed() -> None:
+    """Seed all generators; without a GPU the one there is, since PyTorch notes the stack for each of the others."""
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
+
+
 def native_attention():
     """What `set_attention_backend` sets on one model, diffusers keeps for every later model of the process."""
     if "diffusers" not in sys.modules:  # as where kernels alone are tested, in many processes
@@ -36,7 +41,7 @@ def native_attention():
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    torch.manual_seed(0)
+    seed()
     before = state_of_process()
     with native_attention():
         yield

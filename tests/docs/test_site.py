@@ -44,7 +44,10 @@ def test_every_page_is_in_the_navigation_once_and_what_is_for_maintainers_is_lef
     assert len(pages) == len(set(pages))
     notebooks = {f"notebooks/{path.name}" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
     assert set(pages) == there | notebooks | {"changelog.md"}
-    assert all(excluded(DOCS / name) for name in ("lab", "measurements", "make_choosing.py", "changelog_in_site.py"))
+    assert all(
+        excluded(DOCS / name)
+        for name in ("lab", "measurements", "make_choosing.py", "changelog_in_site.py", "__pycache__")
+    )
 
 
 def test_no_page_of_the_site_tells_how_it_is_made():

@@ -61,21 +61,21 @@ def converted(folder, models):
 
 
 CASES = [
-    (came_back, "lora", "moved"),
-    (converted, "full", "replaced"),
+    (came_back, "gates", "moved"),
+    (converted, "full", "moved"),
     *((reader, "gates", change) for reader in (gates_that_came_back, config_that_came_back) for change in CHANGES),
     *(
         pytest.param(reader, kind, change, marks=pytest.mark.slow)
         for reader, kinds in (
-            (came_back, ("full", "shards", "gates")),
+            (came_back, ("full", "shards", "lora")),
             (gates_that_came_back, ("lora",)),
             (converted, ("shards",)),
         )
         for kind in kinds
         for change in CHANGES
     ),
-    pytest.param(came_back, "lora", "replaced", marks=pytest.mark.slow),
-    pytest.param(converted, "full", "moved", marks=pytest.mark.slow),
+    pytest.param(came_back, "gates", "replaced", marks=pytest.mark.slow),
+    pytest.param(converted, "full", "replaced", marks=pytest.mark.slow),
 ]
 
 

@@ -1,10 +1,12 @@
 """The coarse branch of a packed sequence by its kernels against fp64, in a process of its own (`conftest.py`)."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
+from checks import some
 from oracle import relative_error
 from vsa_diffusers.coarse import add_packed_coarse, packed_coarse
 from vsa_diffusers.kernels import packed
@@ -42,9 +44,9 @@ def _fresh_memory_is_nan(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_every_segment_grid_block_and_dtype_matches_fp64(case, dtype):
+@pytest.mark.parametrize("call", some(itertools.product(CASES, TOLERANCE), every=4), ids="{0[0]}, {0[1]}".format)
+def test_every_segment_grid_block_and_dtype_matches_fp64(call):
+    case, dtype = call
     segments, grid, block, batch, dim = CASES[case]
     tensors = inputs(segments, grid, batch, dim, dtype)
     exact, gate, query, key, value = (x.double() for x in tensors)

@@ -43,7 +43,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name == "DDP of a compiled" else ()) for name in WRAPPERS],
+    [pytest.param(name, marks=pytest.mark.slow if "compile" in name else ()) for name in WRAPPERS],
 )
 def test_a_wrapped_transformer_is_served(name, one_process):
     torch._dynamo.reset()

@@ -41,8 +41,9 @@ def boolean_masks(setattr_=setattr) -> None:
 def without_idle_work(setattr_=setattr) -> None:
     """Spare the interpreter half of its time, which changes nothing that it computes.
 
-    A kernel patches Triton's language when it is launched; device functions do it again at each call. And whether sums
-    overflow is worked out, but looked at with `debug` alone, which the interpreter does not set.
+    A kernel patches Triton's language when it is launched; device functions do it again at each call. NumPy's type
+    for each of Triton's is looked up in a table that is made for that. And whether sums overflow is worked out, but
+    looked at with `debug` alone, which the interpreter does not set.
     """
     patch = interpreter._patch_lang
     own = [(lang, lang.static_range) for lang in (tl, tl.core)]
@@ -53,6 +54,15 @@ def without_idle_work(setattr_=setattr) -> None:
             return interpreter._LangPatchScope()
         return patch(function)
 
+    dtype_of, known = interpreter._get_np_dtype, {}
+
+    def known_dtype_of(kind):
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = dtype_of(kind)
+        return known[name]
+
+    setattr_(interpreter, "_get_np_dtype", known_dtype_of)
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     setattr_(interpreter, "_patch_lang", patch_unless_done)

@@ -51,7 +51,7 @@ def ltx_long():
 
 def helios_parts(scheduler):
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae = diffusers.AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     return dict(
         transformer=transformer("helios", in_channels=16, out_channels=16), vae=vae, scheduler=scheduler,
         text_encoder=None, tokenizer=None,
@@ -166,7 +166,7 @@ class Tokenizer:
 def cosmos3():
     torch.manual_seed(0)
     model = transformer("cosmos3", latent_channel=16, patch_latent_dim=64, vocab_size=40)
-    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae = diffusers.AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     pipe = pipeline("Cosmos3OmniPipeline")(
         transformer=model, text_tokenizer=Tokenizer(), vae=vae, scheduler=diffusers.UniPCMultistepScheduler(),
         enable_safety_checker=False,

@@ -239,7 +239,7 @@ def easyanimate_inpaint():
 
 def motif_parts(**rest):
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+    vae = diffusers.AutoencoderKLWan(base_dim=2, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
     return dict(
         transformer=transformer("motif-video"), vae=vae, guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),

@@ -23,7 +23,7 @@ def tiny_pipeline(*_, **more):
     """Wan 2.1; two experts with `experts=2`."""
     text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        base_dim=2, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     )
     second = dict(transformer_2=RECIPES[0].build(), boundary_ratio=0.875) if more.get("experts") == 2 else {}
     return diffusers.WanPipeline(

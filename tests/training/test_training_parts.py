@@ -154,6 +154,7 @@ def test_the_plan_begins_with_what_matters_most():
     assert ("merge", 0.125, 0) not in plan(["dense", "gate", "merge"], [0.125], seeds=range(1), trainable="gates")
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_and_goes_on(tmp_path):
     def invoke(*more):
         options = dict(
