@@ -58,7 +58,7 @@ def test_the_pooled_keys_of_a_small_call_are_cut_into_parts(monkeypatch):
     check_gradients(Case(combine="merge", top_k=2))
 
 
-@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("tiled", some([False, True], every=2))
 def test_the_lists_of_a_key_tile_name_every_query_tile_that_keeps_it_in_order(tiled):
     grid = TileGrid((5, 10, 14), (2, 4, 3))  # 45 tiles: two words of bits, 29 tiles are partial
     problem = Problem(grid, 9, "sparse", 1.0)
@@ -105,6 +105,7 @@ def test_the_op_sends_gradients_back_through_the_kernels(combine, monkeypatch):
         assert relative_error(mine, theirs) < 1e-5
 
 
+@pytest.mark.slow
 def test_registration_passes_opcheck():
     query, key, value, gate = (torch.randn(1, 23, 1, 16, requires_grad=True) for _ in range(4))
     mask = torch.ones(1, 3, dtype=torch.bool)

@@ -140,7 +140,8 @@ def test_a_negative_scale_works():
     assert relative_error(output, video_sparse_attention(-query, key, value, (5, 6, 7), scale=0.2, **arguments)) < 1e-5
 
 
-@pytest.mark.parametrize("selection", [pytest.param("mean", marks=pytest.mark.slow), "quarters"])
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", ["mean", "quarters"])
 def test_gradients_flow_through_the_indices_of_the_forward(selection):
     case = JOINT
     grads = []

@@ -89,7 +89,7 @@ def test_query_key_and_value_of_one_projection_are_told_apart():
     call(*(torch.randn(1, 210, 3, 2, 32)[:, :, index] for index in (2, 0, 1)))
 
 
-@pytest.mark.parametrize("combine", ["gate", "merge"])
+@pytest.mark.parametrize("combine", some(["merge", "gate"], every=2))
 def test_the_operator_repeats_a_call_without_looking_at_its_arguments(combine, monkeypatch):
     looked, check = [], attention.check_video_shape
     monkeypatch.setattr(attention, "_problems", attention._Problems())

@@ -129,6 +129,7 @@ def test_the_ratio_of_equal_error_lies_on_the_line_between_those_measured():
     assert found == pytest.approx({(BY_QUARTERS, 0.1): 0.1, (BY_QUARTERS, 0.3): 0.3, ("other", 0.3): 0.2})
 
 
+@pytest.mark.slow
 def test_the_whole_comparison(tmp_path):
     frames = torch.randint(0, 256, (2 * HELD_OUT_FRAMES, 3, 144, 160), dtype=torch.uint8)
     transformer = build_clips_transformer(layers=2, heads=1)

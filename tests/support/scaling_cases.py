@@ -142,6 +142,6 @@ TWO = {
     "scaling compares with one process": alone_equals_a_forward_of_one_process,
     "scaling sees a wrong exchange": a_wrong_exchange_shows,
     "a number of GPUs that does not divide raises": a_number_that_does_not_divide_raises,
-    **TRAINS,
+    **dict(list(TRAINS.items())[:1]),  # eight processes have both
 }
 EIGHT = {"scaling is measured": functools.partial(forwards_are_measured, (2, 4, 8)), **TRAINS}
